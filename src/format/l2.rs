@@ -1,0 +1,259 @@
+//! L2 tables, standard and extended: which host cluster holds a guest cluster.
+//!
+//! Both kinds decode into one [`L2Entry`]. A standard cluster is a cluster of one subcluster, so that all that reads and
+//! writes mappings is written once. Specification: "Cluster mapping", "Standard Cluster Descriptor", "Extended L2
+//! Entries".
+
+use byteorder::{BigEndian, ByteOrder};
+
+use super::{CompressedDescriptor, FormatError, Geometry, HostOffset, Version};
+
+/// Bit 63 of an L1 or L2 entry: the cluster's refcount is exactly one, it may be written in place.
+pub const OFLAG_COPIED: u64 = 1 << 63;
+/// Bit 62 of an L2 entry: the cluster is compressed.
+pub const OFLAG_COMPRESSED: u64 = 1 << 62;
+/// Bit 0 of a standard L2 entry (version 3): the cluster reads as zeroes.
+pub const OFLAG_ZERO: u64 = 1;
+/// Bits 9 to 55 of an L1 or standard L2 entry: the host offset.
+pub const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+/// The reserved bits of a standard L2 entry: 1 to 8 and 56 to 61.
+pub const L2_RESERVED_MASK: u64 = 0x3f00_0000_0000_01fe;
+
+/// The states of a cluster's subclusters, one bit each, subcluster 0 in bit 0.
+///
+/// A bit set in neither word means: not allocated here, ask the backing file. No bit is set in both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub struct Subclusters {
+    /// The data is in this image.
+    pub allocated: u32,
+    /// Reads as zeroes.
+    pub zero: u32,
+}
+
+impl Subclusters {
+    /// All `count` (1 or 32) subclusters as a bit mask.
+    #[must_use]
+    pub const fn mask(count: u32) -> u32 {
+        u32::MAX >> 32_u32.saturating_sub(count)
+    }
+}
+
+/// A cluster that is not compressed: where it lies, if anywhere, and what its subclusters hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub struct NormalCluster {
+    /// The host cluster, aligned. Present without any allocated subcluster where space is only reserved.
+    pub host: Option<HostOffset>,
+    /// Whether the entry says that the host cluster's refcount is exactly one.
+    pub copied: bool,
+    /// What the subclusters hold; a standard cluster has one.
+    pub subclusters: Subclusters,
+}
+
+/// One decoded L2 entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum L2Entry {
+    /// Not compressed: unallocated, zero, data, or a mixture by subcluster.
+    Normal(NormalCluster),
+    /// A compressed cluster.
+    Compressed(CompressedDescriptor),
+}
+
+impl L2Entry {
+    /// Nothing here: the backing file decides.
+    pub const UNALLOCATED: Self = Self::Normal(NormalCluster {
+        host: None,
+        copied: false,
+        subclusters: Subclusters { allocated: 0, zero: 0 },
+    });
+
+    /// A whole cluster of data at `host`, with refcount one.
+    #[must_use]
+    pub const fn data(geometry: Geometry, host: HostOffset) -> Self {
+        let allocated = Subclusters::mask(geometry.subclusters());
+        Self::Normal(NormalCluster { host: Some(host), copied: true, subclusters: Subclusters { allocated, zero: 0 } })
+    }
+
+    /// A whole cluster that reads as zeroes and occupies no host cluster.
+    #[must_use]
+    pub const fn zero(geometry: Geometry) -> Self {
+        let zero = Subclusters::mask(geometry.subclusters());
+        Self::Normal(NormalCluster { host: None, copied: false, subclusters: Subclusters { allocated: 0, zero } })
+    }
+}
+
+/// What an entry breaks, found without knowing where the entry stands.
+type Fault = (&'static str, String, &'static str);
+
+/// One L2 table as it lies in the file, decoded entry by entry.
+#[derive(Clone, PartialEq, Eq)]
+pub struct L2Table {
+    bytes: Box<[u8]>,
+    geometry: Geometry,
+    version: Version,
+}
+
+impl core::fmt::Debug for L2Table {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("L2Table").field("geometry", &self.geometry).finish_non_exhaustive()
+    }
+}
+
+impl L2Table {
+    /// A table without any mapping.
+    #[must_use]
+    pub fn empty(geometry: Geometry, version: Version) -> Self {
+        Self { bytes: vec![0; geometry.cluster_len()].into_boxed_slice(), geometry, version }
+    }
+
+    /// The table in these bytes, one cluster long.
+    ///
+    /// # Errors
+    /// [`FormatError::Corrupt`] where `bytes` is not one cluster long. Entries are checked when they are asked for.
+    pub fn decode(bytes: Box<[u8]>, geometry: Geometry, version: Version) -> Result<Self, FormatError> {
+        if bytes.len() != geometry.cluster_len() {
+            return Err(FormatError::corrupt("L2 table", 0, "length", bytes.len(), geometry.cluster_len()));
+        }
+        Ok(Self { bytes, geometry, version })
+    }
+
+    /// The bytes as they go to the file.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// The number of entries.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        1_usize << self.geometry.l2_bits()
+    }
+
+    /// Whether no entry holds anything.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.bytes.iter().all(|&byte| byte == 0)
+    }
+
+    /// The raw words of an entry: the descriptor, and the subcluster bitmap (0 in a standard table).
+    ///
+    /// An index past the end reads as an entry that holds nothing.
+    #[must_use]
+    pub fn raw(&self, index: usize) -> (u64, u64) {
+        let len = self.geometry.l2_entry_len();
+        let entry = index.checked_mul(len).and_then(|at| self.bytes.get(at..)).and_then(|rest| rest.get(..len));
+        match entry.and_then(|entry| entry.split_at_checked(8)) {
+            Some((descriptor, [])) => (BigEndian::read_u64(descriptor), 0),
+            Some((descriptor, bitmap)) => (BigEndian::read_u64(descriptor), BigEndian::read_u64(bitmap)),
+            None => (0, 0),
+        }
+    }
+
+    /// Replaces the raw words of an entry; `bitmap` is ignored in a standard table.
+    ///
+    /// # Panics
+    /// Where `index` is not an entry of the table: addresses come from [`Geometry::l2_index`], which is always one.
+    pub fn set_raw(&mut self, index: usize, descriptor: u64, bitmap: u64) {
+        let len = self.geometry.l2_entry_len();
+        let entry = index.checked_mul(len).and_then(|at| self.bytes.get_mut(at..)).and_then(|rest| rest.get_mut(..len));
+        match entry.and_then(|entry| entry.split_at_mut_checked(8)) {
+            Some((first, second)) => {
+                BigEndian::write_u64(first, descriptor);
+                if !second.is_empty() {
+                    BigEndian::write_u64(second, bitmap);
+                }
+            }
+            None => panic!("L2 index {index} is past the table's {} entries", self.len()),
+        }
+    }
+
+    /// The decoded entry at `index` of the table that lies at `table` in the file.
+    ///
+    /// # Errors
+    /// [`FormatError::Corrupt`] for an unaligned host offset, a zero flag in version 2, subclusters marked both
+    /// allocated and zero, subclusters allocated without a host cluster, or a compressed cluster with subclusters.
+    /// Reserved bits are not looked at, as in QEMU; `check` reports them.
+    pub fn get(&self, index: usize, table: HostOffset) -> Result<L2Entry, FormatError> {
+        let (descriptor, bitmap) = self.raw(index);
+        decode_entry(descriptor, bitmap, self.geometry, self.version).map_err(|(field, found, expected)| {
+            let at = u64::try_from(index.saturating_mul(self.geometry.l2_entry_len())).unwrap_or(u64::MAX);
+            FormatError::corrupt("L2 entry", table.get().saturating_add(at), field, found, expected)
+        })
+    }
+
+    /// Replaces the entry at `index`.
+    ///
+    /// # Panics
+    /// Where `index` is not an entry of the table, or where the entry cannot be told in this geometry and version:
+    /// a zero flag in version 2, allocated subclusters without a host cluster, states beyond the subcluster count.
+    pub fn set(&mut self, index: usize, entry: &L2Entry) {
+        let (descriptor, bitmap) = encode_entry(entry, self.geometry, self.version);
+        self.set_raw(index, descriptor, bitmap);
+    }
+}
+
+/// Decodes the words of one entry.
+fn decode_entry(descriptor: u64, bitmap: u64, geometry: Geometry, version: Version) -> Result<L2Entry, Fault> {
+    if descriptor & OFLAG_COMPRESSED != 0 {
+        if bitmap != 0 {
+            return Err(("subcluster bitmap of a compressed cluster", format!("{bitmap:#x}"), "0"));
+        }
+        return Ok(L2Entry::Compressed(CompressedDescriptor::decode(descriptor, geometry.cluster_bits())));
+    }
+    let offset = HostOffset::new(descriptor & OFFSET_MASK);
+    let copied = descriptor & OFLAG_COPIED != 0;
+    if !geometry.is_aligned(offset) {
+        return Err(("host cluster offset", offset.to_string(), "a multiple of the cluster size"));
+    }
+    // Offset 0 is "no cluster" unless COPIED says otherwise, which only an external data file can mean.
+    let host = (offset != HostOffset::ZERO || copied).then_some(offset);
+    let subclusters = if geometry.extended_l2() {
+        Subclusters { allocated: low_word(bitmap), zero: low_word(bitmap >> 32) }
+    } else {
+        let zero = descriptor & OFLAG_ZERO != 0;
+        if zero && version == Version::V2 {
+            return Err(("zero flag", "1".to_owned(), "0 in version 2"));
+        }
+        Subclusters { allocated: u32::from(host.is_some() && !zero), zero: u32::from(zero) }
+    };
+    if subclusters.allocated & subclusters.zero != 0 {
+        return Err(("subcluster bitmap", format!("{bitmap:#x}"), "no subcluster both allocated and zero"));
+    }
+    if subclusters.allocated != 0 && host.is_none() {
+        return Err(("subcluster bitmap", format!("{bitmap:#x}"), "no allocated subcluster without a host cluster"));
+    }
+    Ok(L2Entry::Normal(NormalCluster { host, copied, subclusters }))
+}
+
+/// Encodes one entry into its words.
+fn encode_entry(entry: &L2Entry, geometry: Geometry, version: Version) -> (u64, u64) {
+    let cluster = match entry {
+        L2Entry::Compressed(descriptor) => return (descriptor.encode(geometry.cluster_bits()), 0),
+        L2Entry::Normal(cluster) => cluster,
+    };
+    let Subclusters { allocated, zero } = cluster.subclusters;
+    let known = Subclusters::mask(geometry.subclusters());
+    assert!((allocated | zero) & !known == 0, "subclusters beyond the geometry's {}", geometry.subclusters());
+    assert!(allocated & zero == 0, "a subcluster is both allocated and zero");
+    assert!(allocated == 0 || cluster.host.is_some(), "an allocated subcluster without a host cluster");
+    let mut descriptor = cluster.host.map_or(0, HostOffset::get);
+    assert!(descriptor & !OFFSET_MASK == 0, "host offset {descriptor:#x} does not fit an L2 entry");
+    if cluster.copied {
+        descriptor |= OFLAG_COPIED;
+    }
+    if geometry.extended_l2() {
+        return (descriptor, u64::from(allocated) | u64::from(zero) << 32);
+    }
+    if zero != 0 {
+        assert!(version != Version::V2, "version 2 has no zero flag");
+        descriptor |= OFLAG_ZERO;
+    } else {
+        assert!(allocated != 0 || cluster.host.is_none(), "a standard entry cannot reserve a cluster without data");
+    }
+    (descriptor, 0)
+}
+
+/// The low half of a word.
+#[expect(clippy::as_conversions, clippy::cast_possible_truncation, reason = "the low half is what is wanted")]
+fn low_word(word: u64) -> u32 {
+    word as u32
+}

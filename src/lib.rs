@@ -1,0 +1,27 @@
+//! qcow2 images and chains of overlays, read, written, checked and merged in pure Rust.
+//!
+//! The crate is built in floors; each uses only those below it:
+//!
+//! | floor | module | what it owns |
+//! |---|---|---|
+//! | 1 | [`format`] | bytes of the format to typed values and back; no I/O |
+//! | 1 | [`storage`] | files, memory, names, locks; knows nothing of qcow2 |
+//! | 2 | [`image`] | one image file |
+//! | 3 | [`chain`] | several images as one disk |
+//! | 4 | [`merge`] | deltas become one |
+#![deny(unsafe_code)]
+#![warn(
+    missing_docs,
+    missing_debug_implementations,
+    unreachable_pub,
+    clippy::all,
+    clippy::pedantic,
+    clippy::unwrap_used,
+    clippy::dbg_macro
+)]
+
+pub mod chain;
+pub mod format;
+pub mod image;
+pub mod merge;
+pub mod storage;

@@ -1,0 +1,2 @@
+//! Deltas become one. OWNER: later
+

@@ -1,0 +1,100 @@
+//! What a storage says when it cannot.
+
+use std::io;
+
+use thiserror::Error;
+
+/// The result of a storage operation.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a storage could not do what was asked.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The operating system failed.
+    #[error("{name}: cannot {action}")]
+    Io {
+        /// The storage's name.
+        name: String,
+        /// What was tried, with its offset.
+        action: String,
+        /// The system's own word.
+        source: io::Error,
+    },
+    /// There is no room left. Nothing is lost by trying again when there is.
+    #[error("{name}: no space left for {need} bytes")]
+    NoSpace {
+        /// The storage's name.
+        name: String,
+        /// How many bytes were to be written.
+        need: u64,
+    },
+    /// Another program (or another handle) holds the image.
+    #[error("{name}: {held} (is another process using the image?)")]
+    Busy {
+        /// The storage's name.
+        name: String,
+        /// What is held, in QEMU's words: `failed to get "write" lock`.
+        held: String,
+    },
+    /// The storage was opened for reading only.
+    #[error("{name}: opened read-only")]
+    ReadOnly {
+        /// The storage's name.
+        name: String,
+    },
+    /// The storage or the platform cannot do this.
+    #[error("{name}: {what} is not supported here")]
+    Unsupported {
+        /// The storage's name.
+        name: String,
+        /// What was asked for.
+        what: String,
+    },
+    /// A name was refused: it leads out of the directory it must stay in, or is not a file that may hold an image.
+    #[error("{name}: refused: {why}")]
+    Refused {
+        /// The name.
+        name: String,
+        /// Why it was refused.
+        why: String,
+    },
+    /// An earlier `sync` failed: what was written before it may be lost.
+    #[error("{name}: an earlier sync failed, the handle is no longer used")]
+    Poisoned {
+        /// The storage's name.
+        name: String,
+    },
+}
+
+impl Error {
+    /// An [`Error::Io`] or, where the system says so, an [`Error::NoSpace`] for `len` bytes.
+    pub fn io(name: &str, action: impl Into<String>, len: u64, source: io::Error) -> Self {
+        match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
+                Self::NoSpace { name: name.to_owned(), need: len }
+            }
+            _ => Self::Io { name: name.to_owned(), action: action.into(), source },
+        }
+    }
+
+    /// An [`Error::Unsupported`].
+    pub fn unsupported(name: &str, what: impl Into<String>) -> Self {
+        Self::Unsupported { name: name.to_owned(), what: what.into() }
+    }
+}
+
+impl From<Error> for io::Error {
+    fn from(error: Error) -> Self {
+        let kind = match &error {
+            Error::Io { source, .. } => source.kind(),
+            Error::NoSpace { .. } => io::ErrorKind::StorageFull,
+            Error::Busy { .. } => io::ErrorKind::ResourceBusy,
+            Error::ReadOnly { .. } => io::ErrorKind::ReadOnlyFilesystem,
+            Error::Unsupported { .. } => io::ErrorKind::Unsupported,
+            Error::Refused { .. } => io::ErrorKind::PermissionDenied,
+            Error::Poisoned { .. } => io::ErrorKind::Other,
+        };
+        Self::new(kind, error)
+    }
+}
