@@ -1,6 +1,8 @@
 //! The numbers that every address computation of an image shares: cluster size, L2 entry size, refcount width.
 
-use super::limits::{DEFAULT_CLUSTER_BITS, MAX_CLUSTER_BITS, MAX_REFCOUNT_ORDER, MIN_CLUSTER_BITS, MIN_EXTENDED_L2_CLUSTER_BITS};
+use super::limits::{
+    DEFAULT_CLUSTER_BITS, MAX_CLUSTER_BITS, MAX_REFCOUNT_ORDER, MIN_CLUSTER_BITS, MIN_EXTENDED_L2_CLUSTER_BITS,
+};
 use super::{GuestCluster, GuestOffset, HostCluster, HostOffset};
 
 /// log2 of the cluster size in bytes, known to be within [`MIN_CLUSTER_BITS`]`..=`[`MAX_CLUSTER_BITS`].
@@ -204,7 +206,11 @@ impl Geometry {
 
     /// The index into its refcount block for a host cluster.
     #[must_use]
-    #[expect(clippy::as_conversions, clippy::cast_possible_truncation, reason = "masked below a cluster's size in bits")]
+    #[expect(
+        clippy::as_conversions,
+        clippy::cast_possible_truncation,
+        reason = "masked below a cluster's size in bits"
+    )]
     #[expect(clippy::arithmetic_side_effects, reason = "a power of two less one")]
     pub const fn refcount_block_index(self, cluster: HostCluster) -> usize {
         (cluster.get() & (self.refcount_block_entries() - 1)) as usize

@@ -46,9 +46,13 @@ impl L1Entry {
     /// [`FormatError::Corrupt`] where the table is not aligned to a cluster.
     pub fn checked_l2_table(self, geometry: Geometry, at: HostOffset) -> Result<Option<HostOffset>, FormatError> {
         match self.l2_table() {
-            Some(table) if !geometry.is_aligned(table) => {
-                Err(FormatError::corrupt("L1 entry", at.get(), "L2 table offset", table, "a multiple of the cluster size"))
-            }
+            Some(table) if !geometry.is_aligned(table) => Err(FormatError::corrupt(
+                "L1 entry",
+                at.get(),
+                "L2 table offset",
+                table,
+                "a multiple of the cluster size",
+            )),
             table => Ok(table),
         }
     }

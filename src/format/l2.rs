@@ -60,11 +60,8 @@ pub enum L2Entry {
 
 impl L2Entry {
     /// Nothing here: the backing file decides.
-    pub const UNALLOCATED: Self = Self::Normal(NormalCluster {
-        host: None,
-        copied: false,
-        subclusters: Subclusters { allocated: 0, zero: 0 },
-    });
+    pub const UNALLOCATED: Self =
+        Self::Normal(NormalCluster { host: None, copied: false, subclusters: Subclusters { allocated: 0, zero: 0 } });
 
     /// A whole cluster of data at `host`, with refcount one.
     #[must_use]

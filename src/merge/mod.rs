@@ -1,2 +1,1 @@
 //! Deltas become one. OWNER: later
-

@@ -49,7 +49,8 @@ impl Storage for MemoryStorage {
     }
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
         let mut bytes = self.bytes.write().unwrap_or_else(PoisonError::into_inner);
-        let at = usize::try_from(offset).map_err(|_| super::Error::NoSpace { name: self.name.clone(), need: buf.len() as u64 })?;
+        let at = usize::try_from(offset)
+            .map_err(|_| super::Error::NoSpace { name: self.name.clone(), need: buf.len() as u64 })?;
         if bytes.len() < at + buf.len() {
             bytes.resize(at + buf.len(), 0);
         }
