@@ -25,3 +25,8 @@ pub mod format;
 pub mod image;
 pub mod merge;
 pub mod storage;
+
+/// The README's code is compiled with the documentation's.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
