@@ -46,10 +46,16 @@ impl FormatError {
         structure: &'static str,
         offset: u64,
         field: &'static str,
-        found: impl ToString,
-        expected: impl ToString,
+        found: impl std::fmt::Display,
+        expected: impl std::fmt::Display,
     ) -> Self {
         Self::Corrupt { structure, offset, field, found: found.to_string(), expected: expected.to_string() }
+    }
+
+    /// A [`FormatError::Limit`].
+    #[must_use]
+    pub fn limit(structure: &'static str, field: &'static str, found: u64, limit: u64) -> Self {
+        Self::Limit { structure, field, found, limit }
     }
 
     /// A [`FormatError::Unsupported`].
