@@ -1,9 +1,16 @@
-//! Creating an image. OWNER: create helper
+//! Creating an image.
 
-use crate::format::{ClusterBits, CompressionType, RefcountOrder, Version};
-use crate::storage::Storage;
+mod layout;
 
-use super::Result;
+use crate::format::{
+    AutoclearFeatures, ClusterBits, CompatibleFeatures, CompressionType, CryptMethod, Extension, Header, HeaderCluster,
+    HostOffset, IncompatibleFeatures, L1Entry, L2Entry, L2Table, NormalCluster, RefcountBlock, RefcountOrder,
+    RefcountTableEntry, Subclusters, Version, encode_l1, encode_reftable,
+};
+use crate::storage::{self, Storage, zero_range};
+
+use super::{Error, Result};
+use layout::Layout;
 
 /// What to allocate before anything is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -19,7 +26,18 @@ pub enum Preallocation {
     Full,
 }
 
-/// What a new image looks like.
+/// What a new image looks like. The default is an empty disk as `qemu-img create` makes it: version 3, clusters of
+/// 64 KiB, 16-bit refcounts.
+///
+/// ```
+/// use qcow2_chain::format::ClusterBits;
+/// use qcow2_chain::image::{CreateOptions, Preallocation};
+///
+/// let options = CreateOptions::new(10 << 30)
+///     .with_cluster_bits(ClusterBits::from_size(128 << 10).expect("a power of two within the limits"))
+///     .with_preallocation(Preallocation::Metadata);
+/// assert_eq!(options.size, 10 << 30);
+/// ```
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct CreateOptions {
@@ -43,7 +61,296 @@ pub struct CreateOptions {
     pub preallocation: Preallocation,
 }
 
-/// Writes a new image to an empty storage, durable on return.
-pub(super) fn lay_out(_storage: &dyn Storage, _options: &CreateOptions) -> Result<()> {
-    todo!()
+impl CreateOptions {
+    /// The default for a disk of `size` bytes, a multiple of 512.
+    #[must_use]
+    pub fn new(size: u64) -> Self {
+        Self { size, ..Self::default() }
+    }
+
+    /// The same with another version. Version 2 (`compat=0.10`) has 16-bit refcounts, deflate, and no extended L2
+    /// entries or lazy refcounts.
+    #[must_use]
+    pub fn with_version(mut self, version: Version) -> Self {
+        self.version = version;
+        self
+    }
+
+    /// The same with another cluster size.
+    #[must_use]
+    pub fn with_cluster_bits(mut self, cluster_bits: ClusterBits) -> Self {
+        self.cluster_bits = cluster_bits;
+        self
+    }
+
+    /// The same with another refcount width.
+    #[must_use]
+    pub fn with_refcount_order(mut self, refcount_order: RefcountOrder) -> Self {
+        self.refcount_order = refcount_order;
+        self
+    }
+
+    /// The same with or without extended L2 entries (32 subclusters a cluster); these need clusters of at least 16 KiB.
+    #[must_use]
+    pub fn with_extended_l2(mut self, extended_l2: bool) -> Self {
+        self.extended_l2 = extended_l2;
+        self
+    }
+
+    /// The same with or without lazy refcounts.
+    #[must_use]
+    pub fn with_lazy_refcounts(mut self, lazy_refcounts: bool) -> Self {
+        self.lazy_refcounts = lazy_refcounts;
+        self
+    }
+
+    /// The same with another compression type.
+    #[must_use]
+    pub fn with_compression_type(mut self, compression_type: CompressionType) -> Self {
+        self.compression_type = compression_type;
+        self
+    }
+
+    /// The same as an overlay. `name` (at most 1,023 bytes) is written as it is, and is taken by whoever opens the image
+    /// relative to the image's directory; `format` (at most 15 bytes) is `qcow2` or `raw`. The file is not looked at.
+    #[must_use]
+    pub fn with_backing(mut self, name: impl Into<Vec<u8>>, format: impl Into<Vec<u8>>) -> Self {
+        self.backing = Some((name.into(), format.into()));
+        self
+    }
+
+    /// The same with another preallocation. With a backing file it needs extended L2 entries, as in QEMU.
+    #[must_use]
+    pub fn with_preallocation(mut self, preallocation: Preallocation) -> Self {
+        self.preallocation = preallocation;
+        self
+    }
+}
+
+/// Writes a new image to an empty storage, durable on return. A storage of fixed size (a block device) may hold
+/// something, which is lost.
+///
+/// The header is written last, behind a barrier: what a crash leaves before is no image.
+pub(super) fn lay_out(storage: &dyn Storage, options: &CreateOptions) -> Result<()> {
+    let layout = Layout::plan(storage.name(), options)?;
+    let header = header_cluster(&layout, options).encode().map_err(|error| Error::format(storage.name(), error))?;
+
+    make_room(storage, &layout)?;
+    write_refcounts(storage, &layout)?;
+    write_l1_table(storage, &layout)?;
+    write_l2_tables(storage, &layout)?;
+    prepare_data(storage, &layout, options.preallocation)?;
+    storage.sync()?; // barrier: all that the header names
+    storage.write_at(&header, 0)?;
+    storage.sync()?;
+    Ok(())
+}
+
+/// The header, its extensions in QEMU's order, and the backing file's name.
+fn header_cluster(layout: &Layout, options: &CreateOptions) -> HeaderCluster {
+    let version_3 = options.version == Version::V3;
+    let flag = |set, bit| if set { bit } else { 0 };
+    let incompatible = flag(options.compression_type != CompressionType::Deflate, IncompatibleFeatures::COMPRESSION)
+        | flag(options.extended_l2, IncompatibleFeatures::EXTENDED_L2);
+    let header = Header {
+        version: options.version,
+        backing_file_offset: 0,
+        backing_file_size: 0,
+        cluster_bits: options.cluster_bits,
+        size: options.size,
+        crypt_method: CryptMethod::None,
+        l1_size: layout.l1_size(),
+        l1_table_offset: if layout.l1_entries == 0 { HostOffset::ZERO } else { layout.offset(layout.l1_table()) },
+        refcount_table_offset: layout.offset(1),
+        refcount_table_clusters: layout.refcount_table_clusters(),
+        nb_snapshots: 0,
+        snapshots_offset: HostOffset::ZERO,
+        incompatible_features: IncompatibleFeatures(incompatible),
+        compatible_features: CompatibleFeatures(flag(options.lazy_refcounts, CompatibleFeatures::LAZY_REFCOUNTS)),
+        autoclear_features: AutoclearFeatures(0),
+        refcount_order: options.refcount_order,
+        header_length: if version_3 { 112 } else { 72 },
+        compression_type: options.compression_type,
+        additional: if version_3 { vec![0; 7] } else { Vec::new() },
+    };
+    let mut extensions = Vec::new();
+    if let Some((_, format)) = &options.backing {
+        extensions.push(Extension::BackingFormat(format.clone()));
+    }
+    // Smaller clusters keep the room for the backing file's name.
+    if version_3 && layout.geometry.cluster_size() > 4096 {
+        extensions.push(Extension::FeatureNames(feature_names()));
+    }
+    HeaderCluster { header, extensions, backing_file: options.backing.as_ref().map(|(name, _)| name.clone()) }
+}
+
+/// Sees to it that the storage is empty, or as good as empty, and gives it its length.
+fn make_room(storage: &dyn Storage, layout: &Layout) -> Result<()> {
+    let len = storage.len()?;
+    if !storage.is_fixed_size() {
+        if len != 0 {
+            return Err(Error::refused(storage.name(), "a new image needs an empty file"));
+        }
+        storage.set_len(layout.file_len())?;
+        return Ok(());
+    }
+    let need = layout.offset(layout.end()).get();
+    if len < need {
+        return Err(storage::Error::NoSpace { name: storage.name().to_owned(), need }.into());
+    }
+    // An image that was here before must be gone before its tables are overwritten. What is new and not written must
+    // read as zeroes: the L1 table, and preallocated data, which the guest would see.
+    zero_range(storage, 0..layout.geometry.cluster_size())?;
+    storage.sync()?;
+    zero_range(storage, layout.geometry.cluster_size()..need)?;
+    Ok(())
+}
+
+/// Writes the refcount blocks, all refcounts 1 up to the end, and the table that names them.
+fn write_refcounts(storage: &dyn Storage, layout: &Layout) -> Result<()> {
+    let mut table = vec![RefcountTableEntry(layout.offset(layout.first_block()).get())];
+    let others = layout.other_blocks()..layout.l2_table();
+    table.extend(others.map(|cluster| RefcountTableEntry(layout.offset(cluster).get())));
+    storage.write_at(&encode_reftable(&table), layout.offset(1).get())?;
+
+    let full = counted(layout, layout.geometry.refcount_block_entries());
+    let in_last = layout.end() - (layout.refcount_blocks - 1) * layout.geometry.refcount_block_entries();
+    let last = counted(layout, in_last);
+    if layout.refcount_blocks == 1 {
+        storage.write_at(last.as_bytes(), layout.offset(layout.first_block()).get())?;
+        return Ok(());
+    }
+    storage.write_at(full.as_bytes(), layout.offset(layout.first_block()).get())?;
+    let mut run = Run::new(storage, layout.offset(layout.other_blocks()));
+    for _ in 2..layout.refcount_blocks {
+        run.push(full.as_bytes())?;
+    }
+    run.push(last.as_bytes())?;
+    run.finish()
+}
+
+/// A refcount block whose first `count` refcounts are 1.
+fn counted(layout: &Layout, count: u64) -> RefcountBlock {
+    let mut block = RefcountBlock::empty(layout.geometry);
+    let count = usize::try_from(count).unwrap_or(usize::MAX).min(block.len());
+    block.fill(0..count, 1);
+    block
+}
+
+/// Writes the L1 table, unless it is empty: then it reads as zeroes already.
+fn write_l1_table(storage: &dyn Storage, layout: &Layout) -> Result<()> {
+    if layout.l2_tables == 0 {
+        return Ok(());
+    }
+    let tables = layout.l2_table()..layout.data();
+    let entries: Vec<_> = tables.map(|cluster| L1Entry::new(layout.offset(cluster), true)).collect();
+    storage.write_at(&encode_l1(&entries), layout.offset(layout.l1_table()).get())?;
+    Ok(())
+}
+
+/// Writes all L2 tables, one after the other: guest cluster n has the n-th data cluster.
+fn write_l2_tables(storage: &dyn Storage, layout: &Layout) -> Result<()> {
+    let mut run = Run::new(storage, layout.offset(layout.l2_table()));
+    let mut left = layout.data_clusters;
+    let mut host = layout.data();
+    for _ in 0..layout.l2_tables {
+        let mut table = L2Table::empty(layout.geometry, layout.version);
+        let here = left.min(layout.geometry.l2_entries());
+        for (index, cluster) in (0..table.len()).zip(host..host + here) {
+            table.set(index, &preallocated(layout, layout.offset(cluster)));
+        }
+        run.push(table.as_bytes())?;
+        left -= here;
+        host += here;
+    }
+    run.finish()
+}
+
+/// The entry of a cluster that has its space but was never written. In an extended entry nothing is allocated, so that
+/// a backing file shows through; a standard entry can only be told as data.
+fn preallocated(layout: &Layout, host: HostOffset) -> L2Entry {
+    if layout.geometry.extended_l2() {
+        L2Entry::Normal(NormalCluster { host: Some(host), copied: true, subclusters: Subclusters::default() })
+    } else {
+        L2Entry::data(layout.geometry, host)
+    }
+}
+
+/// Gives the data clusters what the preallocation promises.
+fn prepare_data(storage: &dyn Storage, layout: &Layout, preallocation: Preallocation) -> Result<()> {
+    let data = layout.offset(layout.data()).get()..layout.offset(layout.end()).get();
+    if data.is_empty() {
+        return Ok(());
+    }
+    match preallocation {
+        Preallocation::Off | Preallocation::Metadata => return Ok(()),
+        Preallocation::Falloc => match storage.allocate_range(data.clone()) {
+            // Writing reserves, too.
+            Err(storage::Error::Unsupported { .. }) => {}
+            done => return Ok(done?),
+        },
+        Preallocation::Full => {}
+    }
+    let zeroes = vec![0; RUN_LEN];
+    let mut at = data.start;
+    while at < data.end {
+        let len = usize::try_from(data.end - at).unwrap_or(usize::MAX).min(RUN_LEN);
+        storage.write_at(&zeroes[..len], at)?;
+        at += len as u64;
+    }
+    Ok(())
+}
+
+/// How many bytes go to the storage at once.
+const RUN_LEN: usize = 4 << 20;
+
+/// Bytes that follow one another in the storage, written in long strokes.
+struct Run<'a> {
+    storage: &'a dyn Storage,
+    at: HostOffset,
+    bytes: Vec<u8>,
+}
+
+impl<'a> Run<'a> {
+    fn new(storage: &'a dyn Storage, at: HostOffset) -> Self {
+        Self { storage, at, bytes: Vec::new() }
+    }
+
+    /// Appends.
+    fn push(&mut self, bytes: &[u8]) -> Result<()> {
+        self.bytes.extend_from_slice(bytes);
+        if self.bytes.len() >= RUN_LEN { self.finish() } else { Ok(()) }
+    }
+
+    /// Writes what is left.
+    fn finish(&mut self) -> Result<()> {
+        if !self.bytes.is_empty() {
+            self.storage.write_at(&self.bytes, self.at.get())?;
+            self.at = self.at.saturating_add(self.bytes.len() as u64);
+            self.bytes.clear();
+        }
+        Ok(())
+    }
+}
+
+/// The feature name table that QEMU writes: what kind (0 incompatible, 1 compatible, 2 autoclear), which bit, its name.
+fn feature_names() -> Vec<u8> {
+    const NAMES: [(u8, u8, &str); 8] = [
+        (0, 0, "dirty bit"),
+        (0, 1, "corrupt bit"),
+        (0, 2, "external data file"),
+        (0, 3, "compression type"),
+        (0, 4, "extended L2 entries"),
+        (1, 0, "lazy refcounts"),
+        (2, 0, "bitmaps"),
+        (2, 1, "raw external data"),
+    ];
+    let mut table = Vec::with_capacity(NAMES.len() * 48);
+    for (kind, bit, name) in NAMES {
+        let end = table.len() + 48;
+        table.extend_from_slice(&[kind, bit]);
+        table.extend_from_slice(name.as_bytes());
+        table.resize(end, 0);
+    }
+    table
 }
