@@ -2,6 +2,7 @@
 
 mod layout;
 
+use crate::format::limits::{DEFAULT_V3_HEADER_LENGTH, FEATURE_TABLE_MIN_CLUSTER, V2_HEADER_LENGTH};
 use crate::format::{
     AutoclearFeatures, ClusterBits, CompatibleFeatures, CompressionType, CryptMethod, Extension, Header, HeaderCluster,
     HostOffset, IncompatibleFeatures, L1Entry, L2Entry, L2Table, NormalCluster, RefcountBlock, RefcountOrder,
@@ -125,10 +126,19 @@ impl CreateOptions {
         self.preallocation = preallocation;
         self
     }
+
+    /// Writes the new image to an empty storage without opening it, durable on return. A storage of fixed size (a block
+    /// device) may hold something, which is lost. [`super::Image::create`] does the same and opens it.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for options that do not go together and for a storage that is not empty, [`Error::Limit`] for
+    /// sizes and names that the format or QEMU cannot hold, [`Error::Storage`].
+    pub fn write_to(&self, storage: &dyn Storage) -> Result<()> {
+        lay_out(storage, self)
+    }
 }
 
-/// Writes a new image to an empty storage, durable on return. A storage of fixed size (a block device) may hold
-/// something, which is lost.
+/// Writes a new image to an empty storage, durable on return.
 ///
 /// The header is written last, behind a barrier: what a crash leaves before is no image.
 pub(super) fn lay_out(storage: &dyn Storage, options: &CreateOptions) -> Result<()> {
@@ -169,7 +179,7 @@ fn header_cluster(layout: &Layout, options: &CreateOptions) -> HeaderCluster {
         compatible_features: CompatibleFeatures(flag(options.lazy_refcounts, CompatibleFeatures::LAZY_REFCOUNTS)),
         autoclear_features: AutoclearFeatures(0),
         refcount_order: options.refcount_order,
-        header_length: if version_3 { 112 } else { 72 },
+        header_length: if version_3 { DEFAULT_V3_HEADER_LENGTH } else { V2_HEADER_LENGTH },
         compression_type: options.compression_type,
         additional: if version_3 { vec![0; 7] } else { Vec::new() },
     };
@@ -178,7 +188,7 @@ fn header_cluster(layout: &Layout, options: &CreateOptions) -> HeaderCluster {
         extensions.push(Extension::BackingFormat(format.clone()));
     }
     // Smaller clusters keep the room for the backing file's name.
-    if version_3 && layout.geometry.cluster_size() > 4096 {
+    if version_3 && layout.geometry.cluster_size() > FEATURE_TABLE_MIN_CLUSTER {
         extensions.push(Extension::FeatureNames(feature_names()));
     }
     HeaderCluster { header, extensions, backing_file: options.backing.as_ref().map(|(name, _)| name.clone()) }

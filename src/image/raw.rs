@@ -4,19 +4,17 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::format::limits::{MAX_OFFSET, SECTOR_SIZE};
 use crate::format::{GuestOffset, HostOffset};
 use crate::storage::{self, Storage, zero_range};
 
 use super::{Error, Extent, ExtentKind, Result};
 
-/// The unit of virtual sizes.
-const SECTOR: u64 = 512;
-
 /// A raw image. Its virtual size is the storage's length, rounded up to a sector as QEMU does.
 #[derive(Debug)]
 pub struct RawImage {
     storage: Arc<dyn Storage>,
-    /// The virtual size; a multiple of [`SECTOR`].
+    /// The virtual size; a multiple of 512.
     size: AtomicU64,
 }
 
@@ -26,7 +24,7 @@ impl RawImage {
     /// # Errors
     /// As [`Storage::len`]; [`Error::Limit`] where the length is over 2^63.
     pub fn open(storage: Arc<dyn Storage>) -> Result<Self> {
-        let size = checked_size(&*storage, storage.len()?.checked_next_multiple_of(SECTOR))?;
+        let size = checked_size(&*storage, storage.len()?.checked_next_multiple_of(SECTOR_SIZE))?;
         Ok(Self { storage, size: AtomicU64::new(size) })
     }
 
@@ -143,7 +141,7 @@ impl RawImage {
     /// # Errors
     /// As [`Storage::set_len`]; [`Error::Refused`] for a size that is not a multiple of 512, [`Error::Limit`] over 2^63.
     pub fn resize(&self, size: u64) -> Result<()> {
-        if !size.is_multiple_of(SECTOR) {
+        if !size.is_multiple_of(SECTOR_SIZE) {
             return Err(Error::refused(self.storage.name(), "the size is not a multiple of 512"));
         }
         let size = checked_size(&*self.storage, Some(size))?;
@@ -175,9 +173,9 @@ impl RawImage {
 
 /// A virtual size, if QEMU can have one so large.
 fn checked_size(storage: &dyn Storage, size: Option<u64>) -> Result<u64> {
-    size.filter(|&size| i64::try_from(size).is_ok()).ok_or_else(|| Error::Limit {
+    size.filter(|&size| size <= MAX_OFFSET).ok_or_else(|| Error::Limit {
         file: storage.name().to_owned(),
-        what: format!("a raw image's size, at most {}", i64::MAX),
+        what: format!("a raw image's size, at most {MAX_OFFSET}"),
     })
 }
 

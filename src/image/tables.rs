@@ -1,19 +1,81 @@
-//! Reading the tables that nothing but inspection needs: internal snapshots and bitmaps. OWNER: create helper
+//! Reading the tables that nothing but inspection needs: internal snapshots and bitmaps.
 
-use crate::format::{BitmapDirectoryEntry, Header, HeaderCluster, Limits, SnapshotEntry};
+use crate::format::limits::{MAX_BITMAP_DIRECTORY_SIZE, SNAPSHOT_HEADER_SIZE};
+use crate::format::{
+    BitmapDirectoryEntry, BitmapsExtension, Extension, FormatError, Header, HeaderCluster, HostOffset, Limits,
+    SnapshotEntry, decode_bitmap_directory, decode_snapshots,
+};
 use crate::storage::Storage;
 
-use super::Result;
+use super::{Error, Result};
+
+/// How much of the snapshot table is read at first; its length is not known before its entries are.
+const FIRST_READ: u64 = 64 << 10;
 
 /// Reads the snapshot table.
-pub(crate) fn read_snapshots(_storage: &dyn Storage, _header: &Header, _limits: &Limits) -> Result<Vec<SnapshotEntry>> {
-    todo!()
+pub(crate) fn read_snapshots(storage: &dyn Storage, header: &Header, limits: &Limits) -> Result<Vec<SnapshotEntry>> {
+    let (count, table) = (header.nb_snapshots, header.snapshots_offset);
+    if count == 0 {
+        return Ok(Vec::new());
+    }
+    let wrong = |error| Error::format(storage.name(), error);
+    if count > limits.max_snapshots {
+        let (found, limit) = (u64::from(count), u64::from(limits.max_snapshots));
+        return Err(wrong(FormatError::Limit { structure: "header", field: "nb_snapshots", found, limit }));
+    }
+    let behind = storage.len()?.saturating_sub(table.get());
+    if behind / SNAPSHOT_HEADER_SIZE < u64::from(count) {
+        let expected = format!("{count} entries before the end of the file");
+        return Err(wrong(FormatError::corrupt("snapshot table", table.get(), "snapshots_offset", table, expected)));
+    }
+    let most = behind.min(limits.max_snapshot_table_bytes);
+    let mut len = most.min(FIRST_READ);
+    loop {
+        let bytes = read(storage, table, len)?;
+        match decode_snapshots(&bytes, count, table, limits) {
+            Ok((entries, _)) => return Ok(entries),
+            Err(error) if len == most => return Err(wrong(error)),
+            // The table may be longer than what was read. An error that is none of that comes again, and is told then.
+            Err(_) => len = len.saturating_mul(8).min(most),
+        }
+    }
 }
 
 /// Reads the bitmap directory; empty where there is none.
 pub(crate) fn read_bitmap_directory(
-    _storage: &dyn Storage,
-    _header: &HeaderCluster,
+    storage: &dyn Storage,
+    header: &HeaderCluster,
 ) -> Result<Vec<BitmapDirectoryEntry>> {
-    todo!()
+    let extension = header.extensions.iter().find_map(|extension| match extension {
+        Extension::Bitmaps(bitmaps) => Some(bitmaps),
+        _ => None,
+    });
+    let Some(extension) = extension else { return Ok(Vec::new()) };
+    let wrong = |error| Error::format(storage.name(), error);
+    check_directory(extension, storage.len()?).map_err(wrong)?;
+    let bytes = read(storage, extension.bitmap_directory_offset, extension.bitmap_directory_size)?;
+    decode_bitmap_directory(&bytes, extension).map_err(wrong)
+}
+
+/// Compares what the extension says of the directory's length with the limit and the file.
+fn check_directory(extension: &BitmapsExtension, file_len: u64) -> std::result::Result<(), FormatError> {
+    let (offset, size) = (extension.bitmap_directory_offset, extension.bitmap_directory_size);
+    if size > MAX_BITMAP_DIRECTORY_SIZE {
+        let (structure, field) = ("bitmaps extension", "bitmap_directory_size");
+        return Err(FormatError::Limit { structure, field, found: size, limit: MAX_BITMAP_DIRECTORY_SIZE });
+    }
+    if offset.checked_add(size).is_none_or(|end| end.get() > file_len) {
+        let expected = format!("an end within the file's {file_len} bytes");
+        return Err(FormatError::corrupt("bitmap directory", offset.get(), "bitmap_directory_size", size, expected));
+    }
+    Ok(())
+}
+
+/// Reads `len` bytes, which the caller has compared with the file's length.
+fn read(storage: &dyn Storage, at: HostOffset, len: u64) -> Result<Vec<u8>> {
+    let len = usize::try_from(len)
+        .map_err(|_| Error::Limit { file: storage.name().to_owned(), what: format!("a table of {len} bytes") })?;
+    let mut bytes = vec![0; len];
+    storage.read_at(&mut bytes, at.get())?;
+    Ok(bytes)
 }

@@ -1,15 +1,13 @@
 //! Where everything of a new image lies, decided before a byte is written.
 
-use crate::format::{Geometry, HostOffset, Limits, RefcountOrder, Version};
+use crate::format::limits::{
+    MAX_BACKING_FILE_SIZE, MAX_BACKING_FORMAT_SIZE, MAX_CLUSTER_OFFSET, MAX_L1_ENTRIES, MAX_OFFSET, MAX_REFTABLE_BYTES,
+    SECTOR_SIZE,
+};
+use crate::format::{CompressionType, Geometry, HostOffset, RefcountOrder, Version};
 
 use super::super::{Error, Result};
 use super::{CreateOptions, Preallocation};
-
-/// The largest host offset that an L1 or L2 entry can tell: bits 0 to 55.
-const MAX_HOST_OFFSET: u64 = 1 << 56;
-/// The largest name and format of a backing file that QEMU reads.
-const MAX_BACKING_NAME: usize = 1023;
-const MAX_BACKING_FORMAT: usize = 15;
 
 /// The parts of a new image in the order of the file, in clusters: the header, the refcount table, the first refcount
 /// block, the L1 table, all other refcount blocks, and with preallocation all L2 tables and all data.
@@ -31,12 +29,11 @@ impl Layout {
     /// Checks the options against each other and against all limits, and places everything.
     pub(super) fn plan(file: &str, options: &CreateOptions) -> Result<Self> {
         let geometry = check_options(file, options)?;
-        let limits = Limits::default();
         let limit = |what: String| Error::Limit { file: file.to_owned(), what };
 
         let l1_entries = geometry.l1_entries_for(options.size);
-        if l1_entries > limits.max_l1_bytes / 8 {
-            let largest = (limits.max_l1_bytes / 8).saturating_mul(geometry.l1_entry_span());
+        if l1_entries > MAX_L1_ENTRIES {
+            let largest = MAX_L1_ENTRIES.saturating_mul(geometry.l1_entry_span());
             return Err(limit(format!("a size of {} with this cluster size, at most {largest}", options.size)));
         }
         let preallocate = options.preallocation != Preallocation::Off;
@@ -59,12 +56,11 @@ impl Layout {
             (layout.refcount_blocks, layout.reftable_clusters) = (blocks, table);
         }
         let reftable_bytes = layout.reftable_clusters.saturating_mul(geometry.cluster_size());
-        if reftable_bytes > limits.max_reftable_bytes {
-            let most = limits.max_reftable_bytes;
-            return Err(limit(format!("a refcount table of {reftable_bytes} bytes, at most {most}")));
+        if reftable_bytes > MAX_REFTABLE_BYTES {
+            return Err(limit(format!("a refcount table of {reftable_bytes} bytes, at most {MAX_REFTABLE_BYTES}")));
         }
-        if layout.end() > MAX_HOST_OFFSET >> geometry.cluster_bits().get() {
-            return Err(limit(format!("{} host clusters do not end below {MAX_HOST_OFFSET:#x}", layout.end())));
+        if layout.end() > MAX_CLUSTER_OFFSET >> geometry.cluster_bits().get() {
+            return Err(limit(format!("{} host clusters reach past {MAX_CLUSTER_OFFSET:#x}", layout.end())));
         }
         Ok(layout)
     }
@@ -114,7 +110,7 @@ impl Layout {
         self.data() + self.data_clusters
     }
 
-    /// The host offset of a cluster; below [`MAX_HOST_OFFSET`] for all up to the end.
+    /// The host offset of a cluster; below [`MAX_CLUSTER_OFFSET`] for all up to the end.
     pub(super) fn offset(&self, cluster: u64) -> HostOffset {
         HostOffset::new(cluster << self.geometry.cluster_bits().get())
     }
@@ -139,11 +135,11 @@ fn narrow(count: u64) -> u32 {
 /// Checks what no layout is needed for, in QEMU's sense of what goes with what.
 fn check_options(file: &str, options: &CreateOptions) -> Result<Geometry> {
     let refused = |why: &str| Err(Error::refused(file, why));
-    if !options.size.is_multiple_of(512) {
+    if !options.size.is_multiple_of(SECTOR_SIZE) {
         return refused("the size is not a multiple of 512");
     }
-    if i64::try_from(options.size).is_err() {
-        let what = format!("a size of {}, at most {}", options.size, i64::MAX);
+    if options.size > MAX_OFFSET {
+        let what = format!("a size of {}, at most {MAX_OFFSET}", options.size);
         return Err(Error::Limit { file: file.to_owned(), what });
     }
     if options.version == Version::V2 {
@@ -156,7 +152,7 @@ fn check_options(file: &str, options: &CreateOptions) -> Result<Geometry> {
         if options.lazy_refcounts {
             return refused("lazy refcounts need version 3 (compat=1.1)");
         }
-        if options.compression_type != crate::format::CompressionType::Deflate {
+        if options.compression_type != CompressionType::Deflate {
             return refused("a compression type other than zlib needs version 3 (compat=1.1)");
         }
     }
@@ -179,15 +175,12 @@ fn check_backing(file: &str, name: &[u8], format: &[u8]) -> Result<()> {
     if format.is_empty() {
         return Err(Error::refused(file, "a backing file needs its format"));
     }
-    let over = |what, len, most| Error::Limit {
-        file: file.to_owned(),
-        what: format!("{what} of {len} bytes, at most {most}"),
-    };
-    if name.len() > MAX_BACKING_NAME {
-        return Err(over("a backing file name", name.len(), MAX_BACKING_NAME));
-    }
-    if format.len() > MAX_BACKING_FORMAT {
-        return Err(over("a backing format", format.len(), MAX_BACKING_FORMAT));
+    let parts = [("name", name, MAX_BACKING_FILE_SIZE), ("format", format, MAX_BACKING_FORMAT_SIZE)];
+    for (part, bytes, most) in parts {
+        if bytes.len() as u64 > most {
+            let what = format!("a backing file {part} of {} bytes, at most {most}", bytes.len());
+            return Err(Error::Limit { file: file.to_owned(), what });
+        }
     }
     Ok(())
 }
