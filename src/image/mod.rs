@@ -16,7 +16,7 @@ use std::sync::Arc;
 use crate::format::{Geometry, GuestOffset, HeaderCluster};
 use crate::storage::Storage;
 
-pub use check::{CheckOptions, CheckReport, Fix, check};
+pub use check::{CheckOptions, CheckReport, Finding, Fix, Severity, check};
 pub use create::{CreateOptions, Preallocation};
 pub use error::{Error, Result};
 pub use extents::{Extent, ExtentKind, Extents};

@@ -1,9 +1,30 @@
-//! Checking an image and repairing it. OWNER: check helper
+//! Checking an image and repairing it.
+//!
+//! The order is QEMU's: snapshot table, references, comparison with the refcounts, COPIED flags, and after a repair all
+//! of it once more. It works on the file alone and needs no image that opens: dirty and corrupt ones are what it is for.
 
-use crate::format::Limits;
-use crate::storage::Storage;
+mod compare;
+mod copied;
+mod counts;
+mod findings;
+mod mappings;
+mod rebuild;
+mod references;
+mod snapshots;
+mod subject;
 
-use super::Result;
+use std::collections::HashSet;
+
+use crate::format::{IncompatibleFeatures, Limits};
+use crate::storage::{self, Storage};
+
+use super::{Error, Result};
+use copied::{Ones, Repair};
+use findings::MAX_FINDINGS;
+use references::{Metadata, References};
+use subject::Subject;
+
+pub use findings::{Finding, Severity};
 
 /// What a check may repair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -25,6 +46,22 @@ pub struct CheckOptions {
     pub fix: Fix,
     /// What the image may claim.
     pub limits: Limits,
+}
+
+impl CheckOptions {
+    /// The same, with another repair.
+    #[must_use]
+    pub fn with_fix(mut self, fix: Fix) -> Self {
+        self.fix = fix;
+        self
+    }
+
+    /// The same with other limits.
+    #[must_use]
+    pub fn with_limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
 }
 
 /// What a check found.
@@ -51,13 +88,164 @@ pub struct CheckReport {
     pub compressed_clusters: u64,
     /// Where the last used cluster ends, in bytes.
     pub image_end_offset: u64,
+    /// The first thousand single findings, those that were repaired included.
+    pub findings: Vec<Finding>,
+    /// How many findings there were beyond these.
+    pub findings_omitted: u64,
 }
+
+impl CheckReport {
+    /// Whether nothing is wrong (any more).
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.corruptions == 0 && self.leaks == 0 && self.check_errors == 0
+    }
+
+    fn has_errors(&self) -> bool {
+        self.corruptions > 0 || self.check_errors > 0
+    }
+}
+
+/// The most host clusters that QEMU checks.
+const MAX_CLUSTERS: u64 = i32::MAX.unsigned_abs() as u64;
 
 /// Checks the image on `storage`, and repairs what `options` ask for. The storage need not hold an image that opens for
 /// writing: dirty and corrupt ones are what this is for.
 ///
 /// # Errors
 /// Where the header cannot be decoded or the storage fails. What is wrong in the image is in the report.
-pub fn check(_storage: &dyn Storage, _options: &CheckOptions) -> Result<CheckReport> {
-    todo!()
+pub fn check(storage: &dyn Storage, options: &CheckOptions) -> Result<CheckReport> {
+    if options.fix == Fix::Nothing {
+        return Ok(examine(&mut Subject::read(storage, &options.limits)?, Fix::Nothing)?.report);
+    }
+    if storage.is_read_only() {
+        return Err(storage::Error::ReadOnly { name: storage.name().to_owned() }.into());
+    }
+    let mut subject = Subject::read(storage, &options.limits)?;
+    subject.clear_unknown_autoclear()?;
+    let mut examined = examine(&mut subject, options.fix)?;
+    if examined.wrote {
+        storage.sync()?; // barrier: the repairs before they are looked at, and before the caller hears of them
+        subject = Subject::read(storage, &options.limits)?;
+        examined = examined.again(examine(&mut subject, Fix::Nothing)?);
+    }
+    if !examined.report.has_errors() {
+        subject.clear_dirty_and_corrupt()?;
+    }
+    Ok(examined.report)
+}
+
+/// Repairs an image whose dirty bit is set; does nothing with any other.
+///
+/// # Errors
+/// [`Error::Refused`] where errors remain: the image must not be written.
+#[cfg_attr(not(test), expect(dead_code, reason = "opening for writing calls it"))]
+pub(crate) fn repair_dirty(storage: &dyn Storage, limits: &Limits) -> Result<()> {
+    let dirty = Subject::read(storage, limits)?.head.header.incompatible_features.has(IncompatibleFeatures::DIRTY);
+    if !dirty {
+        return Ok(());
+    }
+    let report = check(storage, &CheckOptions { fix: Fix::All, limits: limits.clone() })?;
+    if report.has_errors() {
+        let CheckReport { corruptions, check_errors, .. } = report;
+        let why =
+            format!("the image is dirty, and its repair left {corruptions} corruptions and {check_errors} errors");
+        return Err(Error::refused(storage.name(), why));
+    }
+    Ok(())
+}
+
+/// One pass over the image.
+#[derive(Debug)]
+struct Examined {
+    report: CheckReport,
+    /// Whether it wrote anything.
+    wrote: bool,
+    /// The corruptions and leaks before the refcount structure was built anew.
+    rebuilt: Option<(u64, u64)>,
+}
+
+impl Examined {
+    /// The state that `after` found after this repair, with what the repair did.
+    fn again(self, after: Self) -> Self {
+        let Self { report: mut before, rebuilt, .. } = self;
+        let mut report = after.report;
+        report.corruptions_fixed = before.corruptions_fixed;
+        report.leaks_fixed = before.leaks_fixed;
+        if let Some((corruptions, leaks)) = rebuilt {
+            report.corruptions_fixed += corruptions.saturating_sub(report.corruptions);
+            report.leaks_fixed += leaks.saturating_sub(report.leaks);
+            let left: HashSet<(u64, &str)> = report.findings.iter().map(|left| (left.offset, &*left.text)).collect();
+            for finding in &mut before.findings {
+                finding.repaired |= !left.contains(&(finding.offset, &*finding.text));
+            }
+        }
+        let mut findings: Vec<Finding> = before.findings.into_iter().filter(|finding| finding.repaired).collect();
+        findings.append(&mut report.findings);
+        report.findings_omitted += before.findings_omitted + findings.len().saturating_sub(MAX_FINDINGS) as u64;
+        findings.truncate(MAX_FINDINGS);
+        report.findings = findings;
+        Self { report, wrote: true, rebuilt: None }
+    }
+}
+
+/// Checks once, repairing on the way what `fix` asks for.
+fn examine(subject: &mut Subject<'_>, fix: Fix) -> Result<Examined> {
+    let mut report = CheckReport::default();
+    let clusters = subject.geometry.clusters_for(subject.file_len);
+    report.total_clusters = subject.geometry.clusters_for(subject.head.header.size / 512 * 512);
+    let Some(snapshots) = snapshots::read(subject, fix, &mut report)? else {
+        return Ok(Examined { report, wrote: false, rebuilt: None });
+    };
+    if clusters > MAX_CLUSTERS {
+        report.unchecked(1, "file", 0, || {
+            format!("{clusters} clusters are more than the {MAX_CLUSTERS} that are checked")
+        });
+        return Ok(Examined { report, wrote: false, rebuilt: None });
+    }
+    let (references, stopped) = References::count(subject, &snapshots, fix, &mut report)?;
+    let References { mut counts, tables, refcount_structures, mut rebuild, all_copied, mut wrote, .. } = references;
+    if stopped.is_some() {
+        return Ok(Examined { report, wrote, rebuilt: None });
+    }
+
+    let mut rebuilt = None;
+    let before_comparison = report.clone();
+    let mut comparison = compare::compare(subject, &counts, Fix::Nothing, &mut report)?;
+    rebuild |= comparison.rebuild;
+    if rebuild && fix == Fix::Leaks {
+        report.unchecked(1, "refcount", 0, || "need to rebuild refcount structures".to_owned());
+        return Ok(Examined { report, wrote, rebuilt: None });
+    }
+    if wrote {
+        subject.storage.sync()?; // barrier: entries that refer to less before anything is freed
+    }
+    if fix == Fix::All && (rebuild || snapshots.defects > 0) {
+        rebuild::rebuild(subject, &mut counts, &refcount_structures, (snapshots.defects > 0).then_some(&snapshots))?;
+        // What of this is gone, the check that follows will tell.
+        rebuilt = Some((report.corruptions, report.leaks));
+        comparison.equal = false;
+        wrote = true;
+    } else if fix != Fix::Nothing && !comparison.equal {
+        report = before_comparison;
+        comparison = compare::compare(subject, &counts, fix, &mut report)?;
+        wrote |= comparison.wrote;
+        if comparison.wrote {
+            subject.storage.sync()?; // barrier: refcounts before the flags that say what they are
+        }
+    }
+    report.image_end_offset = comparison.end;
+
+    // Where every flag is set and every count is one there is no need to look at each entry again.
+    if all_copied && comparison.equal && comparison.single && report.is_clean() {
+        return Ok(Examined { report, wrote, rebuilt });
+    }
+    drop(counts);
+    let repairs = fix == Fix::All || fix == Fix::Leaks && report.is_clean();
+    let repair = repairs.then(|| Repair {
+        beside_l1: Metadata::of(subject, &snapshots, false),
+        beside_l2: Metadata::of(subject, &snapshots, true),
+    });
+    wrote |= copied::check(&Ones::read(subject)?, &tables, repair.as_ref(), &mut report)?;
+    Ok(Examined { report, wrote, rebuilt })
 }
