@@ -3,6 +3,7 @@
 //! Nothing here knows qcow2. Everything above reaches bytes and names through these two traits only, so that an image can
 //! lie on anything, and so that tests can record every write, sync and rename and replay any crash.
 
+mod beneath;
 mod error;
 mod file;
 mod lock;
@@ -15,7 +16,7 @@ use std::fmt;
 use std::ops::Range;
 
 pub use error::{Error, Result};
-pub use file::{FileStorage, OpenFile};
+pub use file::FileStorage;
 pub use lock::{LockMode, Permission};
 pub use map::MappedStorage;
 pub use memory::{MemoryNames, MemoryStorage};
@@ -92,7 +93,7 @@ pub trait Storage: Send + Sync + fmt::Debug {
         None
     }
 
-    /// Makes a range read as zeroes, within the present length, keeping or giving back its blocks.
+    /// Makes a range read as zeroes, keeping or giving back its blocks, and growing the storage where it ends before.
     ///
     /// # Errors
     /// [`Error::Unsupported`] by default; see [`zero_range`] for the fallback.
@@ -151,6 +152,14 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Ok(None)
     }
 
+    /// Changes the image locks that are held. Where the new ones cannot be had, the old ones were never let go.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] by default, [`Error::Busy`] where another program's locks forbid it.
+    fn set_lock(&self, _wanted: LockMode) -> Result<()> {
+        Err(Error::unsupported(self.name(), "changing image locks"))
+    }
+
     /// The operating system's file behind this storage, for in-kernel copies and for what only it can do.
     fn as_file(&self) -> Option<&std::fs::File> {
         None
@@ -158,7 +167,7 @@ pub trait Storage: Send + Sync + fmt::Debug {
 }
 
 /// The largest buffer of zeroes written at once where the storage cannot zero a range by itself.
-const ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Makes a range read as zeroes on any storage: by [`Storage::zero_range`] where it can, else by writing zeroes.
 ///

@@ -1,10 +1,11 @@
 //! The seam for names: open, create, rename, unlink, and the sync of a directory.
 
 use std::fmt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{LockMode, Result, Storage};
+use super::{Error, FileStorage, LockMode, Result, Storage, sys};
 
 /// How a storage is opened by name.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,8 +15,13 @@ pub struct Access {
     pub write: bool,
     /// Which of QEMU's image locks to take before anything is read.
     pub lock: LockMode,
-    /// Where given, the name is resolved so that it cannot leave this directory: no absolute path, no `..` out of it,
-    /// no symbolic link, no magic link.
+    /// Where given, the path must lie in this directory and is resolved so that it cannot leave it.
+    ///
+    /// The path means the same file as without this field (a relative one starts at the current directory). By its
+    /// letters it must have the directory as its beginning; what follows is resolved beneath the directory by the kernel
+    /// (`openat2`, or component by component where that is missing), which refuses a `..` that leads out of it, symbolic
+    /// links and magic links. The directory itself is the caller's and may be reached through links.
+    /// [`super::Error::Unsupported`] where the platform is no unix.
     pub beneath: Option<PathBuf>,
 }
 
@@ -58,7 +64,7 @@ pub trait Names: Send + Sync + fmt::Debug {
     /// [`super::Error::Refused`] where it leaves `access.beneath` or is no regular file or block device.
     fn open(&self, path: &Path, access: &Access) -> Result<Arc<dyn Storage>>;
 
-    /// Creates a new, empty file for writing, with a writer's locks.
+    /// Creates a new, empty file for writing, with a writer's locks where the platform has them.
     ///
     /// # Errors
     /// [`super::Error::Io`] where the name is taken.
@@ -82,7 +88,7 @@ pub trait Names: Send + Sync + fmt::Debug {
     /// [`super::Error::Io`].
     fn sync_dir(&self, directory: &Path) -> Result<()>;
 
-    /// The names of the files in a directory, sorted.
+    /// The paths of the files in a directory (`directory` and the name), sorted. Directories are left out.
     ///
     /// # Errors
     /// [`super::Error::Io`].
@@ -98,3 +104,56 @@ pub trait Names: Send + Sync + fmt::Debug {
 /// The operating system's file names.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct HostNames;
+
+/// A directory as the system takes it: the parent of a bare name is the current directory.
+fn or_current(directory: &Path) -> &Path {
+    if directory.as_os_str().is_empty() { Path::new(".") } else { directory }
+}
+
+fn failed(path: &Path, action: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
+    move |error| Error::io(&path.display().to_string(), action, 0, error)
+}
+
+impl Names for HostNames {
+    fn open(&self, path: &Path, access: &Access) -> Result<Arc<dyn Storage>> {
+        Ok(Arc::new(FileStorage::open(path, access)?))
+    }
+
+    fn create_new(&self, path: &Path) -> Result<Arc<dyn Storage>> {
+        Ok(Arc::new(FileStorage::create_new(path)?))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> Result<()> {
+        std::fs::rename(from, to).map_err(failed(from, format!("rename it to {}", to.display())))
+    }
+
+    fn unlink(&self, path: &Path) -> Result<()> {
+        std::fs::remove_file(path).map_err(failed(path, "remove it"))
+    }
+
+    fn sync_dir(&self, directory: &Path) -> Result<()> {
+        let directory = or_current(directory);
+        sys::sync_dir(directory).map_err(failed(directory, "make its names durable"))
+    }
+
+    fn list(&self, directory: &Path) -> Result<Vec<PathBuf>> {
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(or_current(directory)).map_err(failed(directory, "list it"))? {
+            let entry = entry.map_err(failed(directory, "list it"))?;
+            if !entry.file_type().map_err(failed(&entry.path(), "look at it"))?.is_dir() {
+                files.push(directory.join(entry.file_name()));
+            }
+        }
+        files.sort_unstable();
+        Ok(files)
+    }
+
+    fn exists(&self, path: &Path) -> Result<bool> {
+        // A symbolic link that leads nowhere is a name that is taken.
+        match std::fs::symlink_metadata(path) {
+            Ok(_) => Ok(true),
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(false),
+            Err(error) => Err(failed(path, "look for it")(error)),
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! What all unixes share.
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Component, Path};
+
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
+
+use super::Kind;
+use crate::storage::FileId;
+
+/// Reads once; 0 at the end.
+pub(in crate::storage) fn read_some_at(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+    file.read_at(buf, offset)
+}
+
+/// Writes once.
+pub(in crate::storage) fn write_some_at(file: &File, buf: &[u8], offset: u64) -> io::Result<usize> {
+    file.write_at(buf, offset)
+}
+
+/// The flags of every open: nothing inherited by children, no wait for a FIFO's other end, no controlling terminal.
+fn open_flags() -> OFlag {
+    OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY
+}
+
+/// Opens what exists, without waiting for anything.
+pub(in crate::storage) fn open(path: &Path, write: bool) -> io::Result<File> {
+    OpenOptions::new().read(true).write(write).custom_flags(open_flags().bits()).open(path)
+}
+
+/// Creates a file that must not exist, with QEMU's mode for new images.
+pub(in crate::storage) fn create_new(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create_new(true).mode(0o644).open(path)
+}
+
+/// What an open file is.
+pub(in crate::storage) fn kind(metadata: &Metadata) -> Kind {
+    let kind = metadata.file_type();
+    if kind.is_file() {
+        Kind::Regular
+    } else if kind.is_block_device() {
+        Kind::BlockDevice
+    } else if kind.is_dir() {
+        Kind::Other("a directory")
+    } else if kind.is_fifo() {
+        Kind::Other("a FIFO")
+    } else if kind.is_char_device() {
+        Kind::Other("a character device")
+    } else {
+        Kind::Other("neither a regular file nor a block device")
+    }
+}
+
+/// What an open that failed says about the file's kind.
+pub(in crate::storage) fn refused_kind(error: &io::Error) -> Option<&'static str> {
+    match error.raw_os_error() {
+        Some(nix::libc::EISDIR) => Some("a directory"),
+        Some(nix::libc::ENXIO) => Some("a socket, or a device with nothing behind it"),
+        _ => None,
+    }
+}
+
+/// A file is told by its device and number. A block device is told by the device that it stands for, whichever of its
+/// nodes was opened; number 0 is no file's, so that it is not taken for a file of the file system on that device.
+pub(in crate::storage) fn file_id(metadata: &Metadata) -> Option<FileId> {
+    Some(match kind(metadata) {
+        Kind::BlockDevice => FileId { device: metadata.rdev(), inode: 0 },
+        _ => FileId { device: metadata.dev(), inode: metadata.ino() },
+    })
+}
+
+/// The bytes that a regular file occupies.
+pub(in crate::storage) fn allocated_len(metadata: &Metadata) -> Option<u64> {
+    Some(metadata.blocks().saturating_mul(512))
+}
+
+/// The bytes that an unprivileged program could still write to the file system.
+pub(in crate::storage) fn free_space(file: &File) -> io::Result<Option<u64>> {
+    let stat = nix::sys::statvfs::fstatvfs(file)?;
+    // The types of these fields differ between the unixes.
+    #[allow(clippy::useless_conversion, reason = "u32 on some unixes, u64 on others")]
+    let (blocks, size) = (u64::from(stat.blocks_available()), u64::from(stat.fragment_size()));
+    Ok(Some(blocks.saturating_mul(size)))
+}
+
+/// Makes the names in a directory durable.
+pub(in crate::storage) fn sync_dir(directory: &Path) -> io::Result<()> {
+    let flags = OFlag::O_CLOEXEC | OFlag::O_DIRECTORY;
+    OpenOptions::new().read(true).custom_flags(flags.bits()).open(directory)?.sync_all()
+}
+
+/// Opens a directory to resolve names beneath it.
+pub(in crate::storage) fn open_directory(directory: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_CLOEXEC | OFlag::O_DIRECTORY;
+    Ok(OpenOptions::new().read(true).custom_flags(flags.bits()).open(directory)?.into())
+}
+
+/// The mark of a name that leads out of its directory.
+fn escapes() -> io::Error {
+    nix::errno::Errno::EXDEV.into()
+}
+
+/// Opens a name beneath a directory one component at a time, refusing symbolic links, for kernels that cannot do it in
+/// one call. As no link is ever followed, `..` is the directory opened before.
+pub(in crate::storage) fn walk_beneath(directory: &OwnedFd, rest: &Path, write: bool) -> io::Result<File> {
+    let mode = if write { OFlag::O_RDWR } else { OFlag::O_RDONLY };
+    let mut passed: Vec<OwnedFd> = Vec::new();
+    let mut components = rest.components().peekable();
+    while let Some(component) = components.next() {
+        let here = passed.last().unwrap_or(directory).as_fd();
+        match component {
+            Component::CurDir => {}
+            Component::ParentDir => {
+                passed.pop().ok_or_else(escapes)?;
+            }
+            Component::Normal(name) if components.peek().is_none() => {
+                let flags = open_flags() | OFlag::O_NOFOLLOW | mode;
+                return Ok(File::from(openat(here, name, flags, Mode::empty())?));
+            }
+            Component::Normal(name) => {
+                let flags = OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | OFlag::O_DIRECTORY | OFlag::O_RDONLY;
+                passed.push(openat(here, name, flags, Mode::empty())?);
+            }
+            Component::RootDir | Component::Prefix(_) => return Err(escapes()),
+        }
+    }
+    Err(nix::errno::Errno::EISDIR.into())
+}
+
+/// Why an open beneath a directory was refused, if that is what the error says.
+pub(in crate::storage) fn refused_beneath(error: &io::Error) -> Option<&'static str> {
+    match error.raw_os_error() {
+        Some(nix::libc::EXDEV) => Some("leads out of its directory"),
+        // A link in the middle of a walk answers as something that is no directory.
+        Some(nix::libc::ELOOP) => Some("leads through a symbolic link"),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn walk_stays_beneath() {
+        let root = tempfile::tempdir().unwrap();
+        let top = root.path().join("top");
+        std::fs::create_dir_all(top.join("a/b")).unwrap();
+        std::fs::write(top.join("a/b/image"), b"x").unwrap();
+        std::fs::write(root.path().join("outside"), b"x").unwrap();
+        std::os::unix::fs::symlink("a", top.join("link")).unwrap();
+        std::os::unix::fs::symlink("a/b/image", top.join("leaf")).unwrap();
+        let directory = open_directory(&top).unwrap();
+        let walk = |name: &str| walk_beneath(&directory, Path::new(name), false);
+
+        for name in ["a/b/image", "./a/b/./image", "a/../a/b/image", "a/b/../../a/b/image"] {
+            assert!(walk(name).is_ok(), "{name}");
+        }
+        for name in ["../outside", "a/../../outside", "/etc/passwd", "a/b/../../../outside"] {
+            assert_eq!(refused_beneath(&walk(name).unwrap_err()), Some("leads out of its directory"), "{name}");
+        }
+        assert_eq!(walk("link/b/image").unwrap_err().kind(), io::ErrorKind::NotADirectory);
+        assert!(refused_beneath(&walk("leaf").unwrap_err()).is_some());
+        assert_eq!(walk("a/b/none").unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(walk("").is_err());
+        assert!(walk("a/..").is_err());
+    }
+}
