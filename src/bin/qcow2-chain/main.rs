@@ -1,2 +1,37 @@
-//! The command line program.
-fn main() {}
+//! The command line program: qemu-img's verbs, option letters, exit codes and output, on the library's public API.
+#![deny(unsafe_code)]
+#![warn(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used, clippy::dbg_macro)]
+
+mod check;
+mod cli;
+mod compare;
+mod create;
+mod dump;
+mod dump_tables;
+mod failure;
+mod info;
+mod info_text;
+mod json;
+mod luks;
+mod map;
+mod open;
+mod options;
+mod output;
+mod preallocated;
+mod progress;
+mod resize;
+mod settings;
+mod size;
+mod zone;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match cli::run(std::env::args_os().collect()) {
+        Ok(code) => ExitCode::from(code),
+        Err(failure) => {
+            eprintln!("qcow2-chain: {failure}");
+            ExitCode::from(failure.code)
+        }
+    }
+}

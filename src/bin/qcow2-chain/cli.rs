@@ -1,0 +1,69 @@
+//! What the program accepts on its command line.
+
+use std::ffi::OsString;
+
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand};
+
+use crate::failure::{Failure, Outcome};
+use crate::output::emit;
+use crate::{check, compare, create, dump, info, map, resize};
+
+/// qcow2 images and chains of overlays, without QEMU
+///
+/// The verbs, options, exit codes and output of qemu-img, so that a script can swap the program's name. Two things are
+/// stricter: the format of a file is never guessed (without -f it must be qcow2; say -f raw for a raw image), and the
+/// backing file that an image names is followed only beneath that image's directory, unless --allow DIR or --allow-any
+/// says otherwise.
+#[derive(Parser, Debug)]
+#[command(name = "qcow2-chain", version, infer_long_args = true, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+/// One file a verb.
+#[derive(Subcommand, Debug)]
+enum Verb {
+    Info(info::Args),
+    Create(create::Args),
+    Map(map::Args),
+    Check(check::Args),
+    Compare(compare::Args),
+    Resize(resize::Args),
+    Dump(dump::Args),
+}
+
+/// Does what the command line says.
+pub(crate) fn run(mut args: Vec<OsString>) -> Outcome {
+    // A size like -512M is the last word of `resize` and no option.
+    if args.get(1).is_some_and(|verb| verb == "resize") && args.len() > 3 {
+        let size = args.last().is_some_and(|last| last.to_str().is_some_and(resize::is_shrinking_size));
+        if size && !args.iter().any(|arg| arg == "--") {
+            args.insert(args.len() - 1, "--".into());
+        }
+    }
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => return refuse(&error),
+    };
+    match cli.verb {
+        Verb::Info(args) => info::run(&args),
+        Verb::Create(args) => create::run(&args),
+        Verb::Map(args) => map::run(&args),
+        Verb::Check(args) => check::run(&args),
+        Verb::Compare(args) => compare::run(&args),
+        Verb::Resize(args) => resize::run(&args),
+        Verb::Dump(args) => dump::run(&args),
+    }
+}
+
+/// Help and version are no failure; everything else has qemu-img's exit code for it.
+fn refuse(error: &clap::Error) -> Outcome {
+    if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
+        emit(&error.render().to_string())?;
+        return Ok(0);
+    }
+    let text = error.render().to_string();
+    Err(Failure::new(text.trim_start_matches("error: ").trim_end()))
+}

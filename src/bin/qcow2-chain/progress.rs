@@ -1,0 +1,72 @@
+//! Progress of long verbs: a bar on a terminal, qemu-img's lines where standard output goes elsewhere.
+
+use std::cell::Cell;
+use std::io::{IsTerminal as _, Write as _, stdout};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Where progress is shown.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    face: Face,
+    /// The last printed part in hundredths of a percent.
+    last: Cell<Option<u64>>,
+}
+
+#[derive(Debug)]
+enum Face {
+    Nothing,
+    Lines,
+    Bar(ProgressBar),
+}
+
+impl Progress {
+    /// Shows nothing unless `wanted`.
+    pub(crate) fn new(wanted: bool) -> Self {
+        let face = match (wanted, stdout().is_terminal()) {
+            (false, _) => Face::Nothing,
+            (true, false) => Face::Lines,
+            (true, true) => {
+                let style = ProgressStyle::with_template("{wide_bar} {percent_precise:>7}% {elapsed} (eta {eta})");
+                Face::Bar(ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())))
+            }
+        };
+        let progress = Self { face, last: Cell::new(None) };
+        progress.set(0, 1);
+        progress
+    }
+
+    /// Says that `done` of `total` is done; a step of less than a percent is not shown, as in qemu-img.
+    pub(crate) fn set(&self, done: u64, total: u64) {
+        let part = if total == 0 { 10_000 } else { u128::from(done) * 10_000 / u128::from(total) };
+        let part = u64::try_from(part).unwrap_or(10_000).min(10_000);
+        match &self.face {
+            Face::Nothing => {}
+            Face::Bar(bar) => {
+                bar.set_length(total);
+                bar.set_position(done);
+            }
+            Face::Lines => {
+                let worth = self.last.get().is_none_or(|last| part >= last + 100 || (part == 10_000 && last < part));
+                if worth {
+                    self.last.set(Some(part));
+                    // A reader that went away is no reason to stop working.
+                    let mut out = stdout().lock();
+                    let _ = write!(out, "    ({}.{:02}/100%)\r", part / 100, part % 100);
+                    let _ = out.flush();
+                }
+            }
+        }
+    }
+
+    /// Ends the line that is being drawn.
+    pub(crate) fn end(&self) {
+        match &self.face {
+            Face::Nothing => {}
+            Face::Bar(bar) => bar.finish(),
+            Face::Lines => {
+                let _ = writeln!(stdout());
+            }
+        }
+    }
+}
