@@ -1,159 +1,93 @@
-//! Several images as one disk. OWNER: chain helper
+//! Several images as one disk.
+//!
+//! A chain is opened from its top ([`Chain::open`]) by a [`Policy`] that says which of the backing files that images
+//! name are followed, and by formats that are told, never guessed. It is then read and written like one image
+//! ([`Chain::read_at`], [`Chain::write_at`], [`ChainReader`]), asked which layer decides what ([`Chain::extents`],
+//! [`Chain::map`]), described ([`Chain::describe`]) and compared ([`compare`]).
+//!
+//! A layer that is shorter than the one above it reads as zeroes beyond its end: what deeper layers hold there stays
+//! hidden. A longer one is cut.
 
+mod compare;
+mod describe;
 mod error;
+mod extents;
+mod node;
+mod open;
+mod policy;
+mod read;
+mod reader;
 
-use std::ops::Range;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+pub use compare::{CompareOptions, Comparison, compare};
+pub use describe::{BackingDescription, Description, Flags, Held, LayerDescription};
+pub use error::{Error, Remedy, Result};
+pub use extents::{ChainExtent, ChainExtents};
+pub use node::{Format, Layer, Node};
+pub use open::ChainOptions;
+pub use policy::Policy;
+pub use read::Below;
+pub use reader::ChainReader;
 
-pub use error::{Error, Result};
-
-use crate::format::{GuestOffset, Limits};
-use crate::image::{ExtentKind, Image, RawImage};
-use crate::storage::{LockMode, Names};
-
-/// The format of a chain's member.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Format {
-    /// qcow2.
-    Qcow2,
-    /// Raw.
-    Raw,
-}
-
-/// Which of the names that images write of their backing files are opened.
-#[derive(Clone, Debug, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub enum Policy {
-    /// None: an image with a backing file is an error.
-    #[default]
-    Refuse,
-    /// Those that lie beneath one of these directories; enforced by the kernel where it can.
-    Beneath(Vec<PathBuf>),
-    /// Exactly these files, whatever name an image uses for them.
-    List(Vec<PathBuf>),
-    /// Any regular file or block device. Only for images that nobody hostile could have written.
-    Any,
-}
-
-/// How a chain is opened.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct ChainOptions {
-    /// Which backing files may be opened.
-    pub policy: Policy,
-    /// The format of the top; never guessed.
-    pub format: Format,
-    /// How many layers from the top are opened for writing: 0 none, 1 the top, 2 the top and its backing file, ...
-    pub writable: usize,
-    /// The locks taken; [`LockMode::None`] looks without any. Writable layers take [`LockMode::Write`] unless `None`.
-    pub lock: LockMode,
-    /// The most layers (256).
-    pub max_depth: usize,
-    /// What each image may claim.
-    pub limits: Limits,
-    /// Whether a backing file without a recorded format may be taken for what its content says (off).
-    pub probe: bool,
-}
-
-impl Default for ChainOptions {
-    fn default() -> Self {
-        Self {
-            policy: Policy::Refuse,
-            format: Format::Qcow2,
-            writable: 0,
-            lock: LockMode::Read,
-            max_depth: 256,
-            limits: Limits::default(),
-            probe: false,
-        }
-    }
-}
-
-/// One image of a chain.
-#[derive(Debug)]
-pub enum Node {
-    /// A qcow2 image.
-    Qcow2(Image),
-    /// A raw image.
-    Raw(RawImage),
-}
-
-/// One layer of a chain: the image and how it was reached.
-#[derive(Debug)]
-pub struct Layer {
-    /// The image.
-    pub node: Node,
-    /// The path it was opened by.
-    pub path: PathBuf,
-}
-
-/// Several images as one disk, the top first.
+/// Several images as one disk, the top first. All methods take `&self`: a chain serves many threads.
 #[derive(Debug)]
 pub struct Chain {
+    /// Never empty.
     layers: Vec<Layer>,
-}
-
-/// A run of guest addresses that one layer decides.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ChainExtent {
-    /// Where it starts.
-    pub guest: GuestOffset,
-    /// Its length in bytes.
-    pub len: u64,
-    /// The deciding layer, 0 for the top; `None` where no layer holds anything and zeroes are read.
-    pub layer: Option<usize>,
-    /// What that layer holds; never [`ExtentKind::Unallocated`] with a layer.
-    pub kind: ExtentKind,
+    /// Whether any layer's data cannot be understood: then nothing is read or written.
+    data_denied: bool,
 }
 
 impl Chain {
-    /// Opens a chain from its top.
-    ///
-    /// # Errors
-    /// Fill in.
-    pub fn open(_path: impl AsRef<Path>, _options: &ChainOptions) -> Result<Self> {
-        todo!()
+    /// A chain of images that are open already, `top` first, then what it is over.
+    #[must_use]
+    pub fn from_layers(top: Layer, below: impl IntoIterator<Item = Layer>) -> Self {
+        let mut layers = vec![top];
+        layers.extend(below);
+        let data_denied = layers.iter().any(|layer| layer.node.data_access().is_err());
+        Self { layers, data_denied }
     }
 
-    /// As [`Chain::open`], on other names than the operating system's.
-    ///
-    /// # Errors
-    /// As [`Chain::open`].
-    pub fn open_in(_names: &Arc<dyn Names>, _path: &Path, _options: &ChainOptions) -> Result<Self> {
-        todo!()
-    }
-
-    /// The layers, the top first.
+    /// The layers, the top first; never empty.
     #[must_use]
     pub fn layers(&self) -> &[Layer] {
         &self.layers
     }
 
-    /// The virtual size: the top's.
+    /// The layers for uses of their own, the top first.
+    #[must_use]
+    pub fn into_layers(self) -> Vec<Layer> {
+        self.layers
+    }
+
+    /// The layer that the guest writes to.
+    #[must_use]
+    pub fn top(&self) -> &Layer {
+        &self.layers[0]
+    }
+
+    /// The virtual size in bytes: the top's.
     #[must_use]
     pub fn virtual_size(&self) -> u64 {
-        todo!()
+        self.top().node.virtual_size()
     }
 
-    /// Reads guest data.
+    /// Returns when everything written before is durable.
     ///
     /// # Errors
-    /// Fill in.
-    pub fn read_at(&self, _buf: &mut [u8], _offset: GuestOffset) -> Result<()> {
-        todo!()
+    /// As [`crate::image::Image::flush`].
+    pub fn flush(&self) -> Result<()> {
+        Ok(self.top().node.flush()?)
     }
 
-    /// Writes guest data to the top.
+    /// Makes durable what was written and ends the use of all layers.
     ///
     /// # Errors
-    /// Fill in.
-    pub fn write_at(&self, _buf: &[u8], _offset: GuestOffset) -> Result<()> {
-        todo!()
-    }
-
-    /// What the layers from `top` (0) down to `bottom` (inclusive) decide of a range, coalesced and lazily.
-    pub fn extents(&self, _range: Range<u64>) -> impl Iterator<Item = Result<ChainExtent>> + '_ {
-        std::iter::from_fn(|| todo!())
+    /// As [`crate::image::Image::close`]. All layers are closed; the first error is returned.
+    pub fn close(self) -> Result<()> {
+        let mut first = Ok(());
+        for layer in self.layers {
+            first = first.and(layer.node.close());
+        }
+        Ok(first?)
     }
 }

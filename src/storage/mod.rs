@@ -20,7 +20,7 @@ pub use file::FileStorage;
 pub use lock::{LockMode, Permission};
 pub use map::MappedStorage;
 pub use memory::{MemoryNames, MemoryStorage};
-pub use names::{Access, HostNames, Names};
+pub use names::{Access, HostNames, Names, Resolved};
 
 /// What tells one file from another, whatever name it was reached by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

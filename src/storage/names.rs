@@ -2,10 +2,10 @@
 
 use std::fmt;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use super::{Error, FileStorage, LockMode, Result, Storage, sys};
+use super::{Error, FileId, FileStorage, LockMode, Result, Storage, sys};
 
 /// How a storage is opened by name.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,6 +99,34 @@ pub trait Names: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`super::Error::Io`] where that cannot be told.
     fn exists(&self, path: &Path) -> Result<bool>;
+
+    /// What an existing name stands for, without opening it: the path without links, and the file's identity. Names that
+    /// have no links are resolved by their letters.
+    ///
+    /// # Errors
+    /// [`super::Error::Io`] where there is no such file.
+    fn resolve(&self, path: &Path) -> Result<Resolved> {
+        let mut plain = PathBuf::new();
+        for component in path.components() {
+            match component {
+                Component::CurDir => {}
+                Component::ParentDir if plain.file_name().is_some() => {
+                    plain.pop();
+                }
+                other => plain.push(other),
+            }
+        }
+        Ok(Resolved { path: plain, file: None })
+    }
+}
+
+/// What a name stands for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resolved {
+    /// The path without symbolic links, `.` and `..`.
+    pub path: PathBuf,
+    /// The file's identity, where the system has one; the same as [`Storage::file_id`] of the opened file.
+    pub file: Option<FileId>,
 }
 
 /// The operating system's file names.
@@ -155,5 +183,11 @@ impl Names for HostNames {
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(false),
             Err(error) => Err(failed(path, "look for it")(error)),
         }
+    }
+
+    fn resolve(&self, path: &Path) -> Result<Resolved> {
+        let plain = or_current(path).canonicalize().map_err(failed(path, "look for it"))?;
+        let file = std::fs::metadata(&plain).ok().and_then(|metadata| sys::file_id(&metadata));
+        Ok(Resolved { path: plain, file })
     }
 }

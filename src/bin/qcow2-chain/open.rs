@@ -5,8 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use qcow2_chain::chain::{self, Chain, Format};
-use qcow2_chain::image;
-use qcow2_chain::storage::{self, Access, FileStorage, LockMode, Storage};
+use qcow2_chain::storage::{Access, FileStorage, LockMode, Storage};
 
 use crate::failure::Failure;
 use crate::options::PolicyArgs;
@@ -57,7 +56,7 @@ pub(crate) fn chain(path: &Path, given: Option<&str>, lock: LockMode, policy: &P
 
 /// The failure, and which option would have allowed what was refused.
 pub(crate) fn explain(error: chain::Error) -> Failure {
-    let refused = matches!(&error, chain::Error::Image(image::Error::Storage(storage::Error::Refused { .. })));
+    let refused = matches!(&error, chain::Error::Refused { remedy, .. } if *remedy != chain::Remedy::Never);
     let failure = Failure::from(error);
     if refused {
         return failure.with_hint("Use --allow DIR to follow backing files beneath DIR, or --allow-any");
