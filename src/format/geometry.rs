@@ -280,3 +280,117 @@ impl Geometry {
         offset.get().trailing_zeros() >= self.cluster_bits.0
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn geometry(cluster_bits: u32, order: u32, extended_l2: bool) -> Option<Geometry> {
+        Geometry::new(ClusterBits::new(cluster_bits)?, RefcountOrder::new(order)?, extended_l2)
+    }
+
+    fn geometries() -> impl Strategy<Value = Geometry> {
+        (9_u32..=21, 0_u32..=6, any::<bool>())
+            .prop_filter_map("extended L2 needs 16 KiB", |(bits, order, extended)| geometry(bits, order, extended))
+    }
+
+    #[test]
+    fn only_what_qemu_accepts_is_a_geometry() {
+        assert_eq!(ClusterBits::new(8), None);
+        assert_eq!(ClusterBits::new(22), None);
+        assert_eq!(ClusterBits::from_size(0), None);
+        assert_eq!(ClusterBits::from_size(3 << 15), None);
+        assert_eq!(ClusterBits::from_size(1 << 63), None);
+        assert_eq!(ClusterBits::from_size(65_536), Some(ClusterBits::default()));
+        assert_eq!(RefcountOrder::new(7), None);
+        assert_eq!(RefcountOrder::from_bits(0), None);
+        assert_eq!(RefcountOrder::from_bits(12), None);
+        assert_eq!(RefcountOrder::from_bits(16), Some(RefcountOrder::default()));
+        assert!(geometry(13, 4, true).is_none());
+        assert!(geometry(14, 4, true).is_some());
+    }
+
+    #[test]
+    fn refcount_widths_hold_what_they_say() {
+        let max = |order| RefcountOrder::new(order).expect("valid order").max();
+        let expected = [1, 3, 15, 255, 65_535, u64::from(u32::MAX), u64::MAX];
+        for (order, expected) in (0..).zip(expected) {
+            assert_eq!(max(order), expected);
+        }
+    }
+
+    #[test]
+    fn the_default_geometry_has_the_numbers_of_the_specification() {
+        let standard = geometry(16, 4, false).expect("valid geometry");
+        assert_eq!((standard.l2_entries(), standard.l1_entry_span()), (8192, 512 << 20));
+        assert_eq!((standard.refcount_block_entries(), standard.subclusters()), (32_768, 1));
+        assert_eq!((standard.subcluster_size(), standard.l2_entry_len()), (65_536, 8));
+        let extended = geometry(16, 4, true).expect("valid geometry");
+        assert_eq!((extended.l2_entries(), extended.l1_entry_span()), (4096, 256 << 20));
+        assert_eq!((extended.subclusters(), extended.subcluster_size(), extended.l2_entry_len()), (32, 2048, 16));
+        assert_eq!(standard.l1_entries_for(0), 0);
+        assert_eq!(standard.l1_entries_for(512 << 20), 1);
+        assert_eq!(standard.l1_entries_for((512 << 20) + 1), 2);
+        assert_eq!(standard.clusters_for(65_537), 2);
+    }
+
+    proptest! {
+        #[test]
+        fn indices_take_a_guest_address_apart(geometry in geometries(), offset: u64) {
+            let at = GuestOffset::new(offset);
+            let index = u64::try_from(geometry.l2_index(at)).expect("fits");
+            prop_assert!(index < geometry.l2_entries());
+            let (l1, within) = (u128::from(geometry.l1_index(at)), geometry.offset_in_cluster(at));
+            let whole = l1 * u128::from(geometry.l1_entry_span())
+                + u128::from(index) * u128::from(geometry.cluster_size())
+                + u128::from(within);
+            prop_assert_eq!(whole, u128::from(offset));
+            prop_assert!(within < geometry.cluster_size());
+            let sub = u64::from(geometry.subcluster_index(at));
+            prop_assert!(sub < u64::from(geometry.subclusters()));
+            prop_assert_eq!(sub, within / geometry.subcluster_size());
+            let start = geometry.guest_offset(geometry.guest_cluster(at)).expect("not past the address");
+            prop_assert_eq!(at.distance_from(start), within);
+        }
+
+        #[test]
+        fn indices_take_a_host_cluster_apart(geometry in geometries(), cluster: u64) {
+            let at = HostCluster::new(cluster);
+            let index = u64::try_from(geometry.refcount_block_index(at)).expect("fits");
+            prop_assert!(index < geometry.refcount_block_entries());
+            let whole = u128::from(geometry.refcount_table_index(at)) * u128::from(geometry.refcount_block_entries());
+            prop_assert_eq!(whole + u128::from(index), u128::from(cluster));
+            match geometry.host_offset(at) {
+                Some(offset) => {
+                    prop_assert!(geometry.is_aligned(offset));
+                    prop_assert_eq!(geometry.host_cluster(offset), at);
+                }
+                None => prop_assert!(u128::from(cluster) * u128::from(geometry.cluster_size()) > u128::from(u64::MAX)),
+            }
+        }
+
+        #[test]
+        fn tables_are_one_cluster(geometry in geometries()) {
+            let len = u64::try_from(geometry.l2_entry_len()).expect("fits");
+            prop_assert_eq!(geometry.l2_entries() * len, geometry.cluster_size());
+            let bits = u64::from(geometry.refcount_order().bits());
+            prop_assert_eq!(geometry.refcount_block_entries() * bits, geometry.cluster_size() * 8);
+            prop_assert_eq!(u64::from(geometry.subclusters()) * geometry.subcluster_size(), geometry.cluster_size());
+            prop_assert_eq!(u64::try_from(geometry.cluster_len()), Ok(geometry.cluster_size()));
+            prop_assert!(geometry.subcluster_size() >= 512);
+        }
+
+        #[test]
+        fn sizes_round_up(geometry in geometries(), size: u64) {
+            let (entries, clusters) = (geometry.l1_entries_for(size), geometry.clusters_for(size));
+            let covers = |count: u64, unit: u64| {
+                let (size, end) = (u128::from(size), u128::from(count) * u128::from(unit));
+                end >= size && end < size + u128::from(unit)
+            };
+            prop_assert!(covers(entries, geometry.l1_entry_span()));
+            prop_assert!(covers(clusters, geometry.cluster_size()));
+        }
+    }
+}

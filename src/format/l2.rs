@@ -6,6 +6,7 @@
 
 use byteorder::{BigEndian, ByteOrder};
 
+use super::compressed::MAX_COMPRESSED_OFFSET;
 use super::{CompressedDescriptor, FormatError, Geometry, HostOffset, Version};
 
 /// Bit 63 of an L1 or L2 entry: the cluster's refcount is exactly one, it may be written in place.
@@ -81,17 +82,32 @@ impl L2Entry {
 /// What an entry breaks, found without knowing where the entry stands.
 type Fault = (&'static str, String, &'static str);
 
+/// What decides over the meaning of an entry's bits.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Rules {
+    geometry: Geometry,
+    version: Version,
+    /// Host cluster 0 holds data, since it is that of an external data file and not the image's header.
+    data_file: bool,
+}
+
+impl Rules {
+    /// Whether offset 0 means host cluster 0, and not "no cluster".
+    const fn offset_0_is_a_cluster(self, copied: bool, zero_flag: bool) -> bool {
+        self.data_file && copied && !zero_flag
+    }
+}
+
 /// One L2 table as it lies in the file, decoded entry by entry.
 #[derive(Clone, PartialEq, Eq)]
 pub struct L2Table {
     bytes: Box<[u8]>,
-    geometry: Geometry,
-    version: Version,
+    rules: Rules,
 }
 
 impl core::fmt::Debug for L2Table {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        f.debug_struct("L2Table").field("geometry", &self.geometry).finish_non_exhaustive()
+        f.debug_struct("L2Table").field("geometry", &self.rules.geometry).finish_non_exhaustive()
     }
 }
 
@@ -99,7 +115,8 @@ impl L2Table {
     /// A table without any mapping.
     #[must_use]
     pub fn empty(geometry: Geometry, version: Version) -> Self {
-        Self { bytes: vec![0; geometry.cluster_len()].into_boxed_slice(), geometry, version }
+        let bytes = vec![0; geometry.cluster_len()].into_boxed_slice();
+        Self { bytes, rules: Rules { geometry, version, data_file: false } }
     }
 
     /// The table in these bytes, one cluster long.
@@ -110,7 +127,15 @@ impl L2Table {
         if bytes.len() != geometry.cluster_len() {
             return Err(FormatError::corrupt("L2 table", 0, "length", bytes.len(), geometry.cluster_len()));
         }
-        Ok(Self { bytes, geometry, version })
+        Ok(Self { bytes, rules: Rules { geometry, version, data_file: false } })
+    }
+
+    /// The same table of an image with an external data file: there, an entry with the COPIED flag and offset 0 is the
+    /// data file's first cluster. In any other image it is no cluster, since cluster 0 is the header.
+    #[must_use]
+    pub fn with_data_file(mut self, data_file: bool) -> Self {
+        self.rules.data_file = data_file;
+        self
     }
 
     /// The bytes as they go to the file.
@@ -122,13 +147,14 @@ impl L2Table {
     /// The number of entries.
     #[must_use]
     pub fn len(&self) -> usize {
-        1_usize << self.geometry.l2_bits()
+        1_usize << self.rules.geometry.l2_bits()
     }
 
     /// Whether no entry holds anything.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.bytes.iter().all(|&byte| byte == 0)
+        // By blocks, each without a branch: a table is often looked at just to find that it holds nothing.
+        self.bytes.chunks(64).all(|block| block.iter().fold(0, |sum, &byte| sum | byte) == 0)
     }
 
     /// The raw words of an entry: the descriptor, and the subcluster bitmap (0 in a standard table).
@@ -136,7 +162,7 @@ impl L2Table {
     /// An index past the end reads as an entry that holds nothing.
     #[must_use]
     pub fn raw(&self, index: usize) -> (u64, u64) {
-        let len = self.geometry.l2_entry_len();
+        let len = self.rules.geometry.l2_entry_len();
         let entry = index.checked_mul(len).and_then(|at| self.bytes.get(at..)).and_then(|rest| rest.get(..len));
         match entry.and_then(|entry| entry.split_at_checked(8)) {
             Some((descriptor, [])) => (BigEndian::read_u64(descriptor), 0),
@@ -150,7 +176,7 @@ impl L2Table {
     /// # Panics
     /// Where `index` is not an entry of the table: addresses come from [`Geometry::l2_index`], which is always one.
     pub fn set_raw(&mut self, index: usize, descriptor: u64, bitmap: u64) {
-        let len = self.geometry.l2_entry_len();
+        let len = self.rules.geometry.l2_entry_len();
         let entry = index.checked_mul(len).and_then(|at| self.bytes.get_mut(at..)).and_then(|rest| rest.get_mut(..len));
         match entry.and_then(|entry| entry.split_at_mut_checked(8)) {
             Some((first, second)) => {
@@ -167,12 +193,13 @@ impl L2Table {
     ///
     /// # Errors
     /// [`FormatError::Corrupt`] for an unaligned host offset, a zero flag in version 2, subclusters marked both
-    /// allocated and zero, subclusters allocated without a host cluster, or a compressed cluster with subclusters.
+    /// allocated and zero, subclusters allocated without a host cluster, a compressed cluster with subclusters, or one
+    /// past 2^56.
     /// Reserved bits are not looked at, as in QEMU; `check` reports them.
     pub fn get(&self, index: usize, table: HostOffset) -> Result<L2Entry, FormatError> {
         let (descriptor, bitmap) = self.raw(index);
-        decode_entry(descriptor, bitmap, self.geometry, self.version).map_err(|(field, found, expected)| {
-            let at = u64::try_from(index.saturating_mul(self.geometry.l2_entry_len())).unwrap_or(u64::MAX);
+        decode_entry(descriptor, bitmap, self.rules).map_err(|(field, found, expected)| {
+            let at = u64::try_from(index.saturating_mul(self.rules.geometry.l2_entry_len())).unwrap_or(u64::MAX);
             FormatError::corrupt("L2 entry", table.get().saturating_add(at), field, found, expected)
         })
     }
@@ -181,32 +208,37 @@ impl L2Table {
     ///
     /// # Panics
     /// Where `index` is not an entry of the table, or where the entry cannot be told in this geometry and version:
-    /// a zero flag in version 2, allocated subclusters without a host cluster, states beyond the subcluster count.
+    /// a zero flag in version 2, allocated subclusters without a host cluster, states beyond the subcluster count, a
+    /// host cluster that is not aligned, past 2^56, or the header's.
     pub fn set(&mut self, index: usize, entry: &L2Entry) {
-        let (descriptor, bitmap) = encode_entry(entry, self.geometry, self.version);
+        let (descriptor, bitmap) = encode_entry(entry, self.rules);
         self.set_raw(index, descriptor, bitmap);
     }
 }
 
 /// Decodes the words of one entry.
-fn decode_entry(descriptor: u64, bitmap: u64, geometry: Geometry, version: Version) -> Result<L2Entry, Fault> {
+fn decode_entry(descriptor: u64, bitmap: u64, rules: Rules) -> Result<L2Entry, Fault> {
+    let Rules { geometry, version, .. } = rules;
     if descriptor & OFLAG_COMPRESSED != 0 {
         if bitmap != 0 {
             return Err(("subcluster bitmap of a compressed cluster", format!("{bitmap:#x}"), "0"));
         }
-        return Ok(L2Entry::Compressed(CompressedDescriptor::decode(descriptor, geometry.cluster_bits())));
+        let compressed = CompressedDescriptor::decode(descriptor, geometry.cluster_bits());
+        if compressed.offset.get() > MAX_COMPRESSED_OFFSET {
+            return Err(("compressed cluster offset", compressed.offset.to_string(), "below 2^56"));
+        }
+        return Ok(L2Entry::Compressed(compressed));
     }
     let offset = HostOffset::new(descriptor & OFFSET_MASK);
     let copied = descriptor & OFLAG_COPIED != 0;
     if !geometry.is_aligned(offset) {
         return Err(("host cluster offset", offset.to_string(), "a multiple of the cluster size"));
     }
-    // Offset 0 is "no cluster" unless COPIED says otherwise, which only an external data file can mean.
-    let host = (offset != HostOffset::ZERO || copied).then_some(offset);
+    let zero = !geometry.extended_l2() && descriptor & OFLAG_ZERO != 0;
+    let host = (offset != HostOffset::ZERO || rules.offset_0_is_a_cluster(copied, zero)).then_some(offset);
     let subclusters = if geometry.extended_l2() {
         Subclusters { allocated: low_word(bitmap), zero: low_word(bitmap >> 32) }
     } else {
-        let zero = descriptor & OFLAG_ZERO != 0;
         if zero && version == Version::V2 {
             return Err(("zero flag", "1".to_owned(), "0 in version 2"));
         }
@@ -222,9 +254,13 @@ fn decode_entry(descriptor: u64, bitmap: u64, geometry: Geometry, version: Versi
 }
 
 /// Encodes one entry into its words.
-fn encode_entry(entry: &L2Entry, geometry: Geometry, version: Version) -> (u64, u64) {
+fn encode_entry(entry: &L2Entry, rules: Rules) -> (u64, u64) {
+    let Rules { geometry, version, .. } = rules;
     let cluster = match entry {
-        L2Entry::Compressed(descriptor) => return (descriptor.encode(geometry.cluster_bits()), 0),
+        L2Entry::Compressed(descriptor) => {
+            assert!(descriptor.offset.get() <= MAX_COMPRESSED_OFFSET, "{} is past 2^56", descriptor.offset);
+            return (descriptor.encode(geometry.cluster_bits()), 0);
+        }
         L2Entry::Normal(cluster) => cluster,
     };
     let Subclusters { allocated, zero } = cluster.subclusters;
@@ -234,6 +270,9 @@ fn encode_entry(entry: &L2Entry, geometry: Geometry, version: Version) -> (u64, 
     assert!(allocated == 0 || cluster.host.is_some(), "an allocated subcluster without a host cluster");
     let mut descriptor = cluster.host.map_or(0, HostOffset::get);
     assert!(descriptor & !OFFSET_MASK == 0, "host offset {descriptor:#x} does not fit an L2 entry");
+    assert!(geometry.is_aligned(HostOffset::new(descriptor)), "host offset {descriptor:#x} does not start a cluster");
+    let cluster_0 = rules.offset_0_is_a_cluster(cluster.copied, !geometry.extended_l2() && zero != 0);
+    assert!(descriptor != 0 || cluster.host.is_some() == cluster_0, "offset 0 does not mean {:?}", cluster.host);
     if cluster.copied {
         descriptor |= OFLAG_COPIED;
     }
@@ -254,3 +293,6 @@ fn encode_entry(entry: &L2Entry, geometry: Geometry, version: Version) -> (u64, 
 fn low_word(word: u64) -> u32 {
     word as u32
 }
+
+#[cfg(test)]
+mod tests;

@@ -15,10 +15,14 @@ pub const REFTABLE_RESERVED_MASK: u64 = 0x1ff;
 pub struct RefcountTableEntry(pub u64);
 
 impl RefcountTableEntry {
-    /// An entry for a refcount block; reserved bits of `block` are masked off.
+    /// An entry for a refcount block.
+    ///
+    /// # Panics
+    /// Where `block` has reserved bits set: no allocator gives such an offset.
     #[must_use]
     pub const fn new(block: HostOffset) -> Self {
-        Self(block.get() & !REFTABLE_RESERVED_MASK)
+        assert!(block.get() & REFTABLE_RESERVED_MASK == 0, "a refcount block starts a cluster");
+        Self(block.get())
     }
 
     /// Where the refcount block lies, or `None`: all its clusters are free. Reserved bits are masked off.

@@ -75,3 +75,30 @@ address! {
     /// The index of a cluster of the image file.
     HostCluster
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn an_address_prints_as_people_write_it() {
+        assert_eq!(GuestOffset::new(0x5_0000).to_string(), "0x50000");
+        assert_eq!(format!("{:?}", HostCluster::new(10)), "HostCluster(0xa)");
+        assert_eq!(HostOffset::default(), HostOffset::ZERO);
+    }
+
+    proptest! {
+        #[test]
+        fn sums_say_what_happens_on_overflow(start: u64, count: u64) {
+            let at = HostOffset::new(start);
+            prop_assert_eq!(at.checked_add(count).map(HostOffset::get), start.checked_add(count));
+            prop_assert_eq!(at.saturating_add(count).get(), start.saturating_add(count));
+            if let Some(end) = at.checked_add(count) {
+                prop_assert_eq!(end.distance_from(at), count);
+                prop_assert_eq!(at.distance_from(end), 0);
+            }
+        }
+    }
+}
