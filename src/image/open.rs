@@ -1,6 +1,17 @@
 //! Opening an image.
 
-use crate::format::Limits;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::RwLock;
+use std::sync::atomic::AtomicBool;
+
+use crate::format::{HeaderCluster, IncompatibleFeatures, Limits, Version};
+use crate::format::limits::{MAX_CLUSTER_BITS, MIN_CLUSTER_BITS};
+use crate::storage::{Access, FileStorage, Storage};
+
+use super::check::{CheckOptions, Fix, check};
+use super::state::State;
+use super::{Error, Image, Result, as_len};
 
 /// How an image is opened.
 #[derive(Clone, Debug, Default)]
@@ -26,4 +37,86 @@ impl OpenOptions {
         self.limits = limits;
         self
     }
+}
+
+impl Image {
+    /// Opens an image that lies on `storage`.
+    ///
+    /// An image that is encrypted, or whose data lies in another file, can be opened and inspected; its guest data is
+    /// refused (see [`Image::data_access`]).
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`], [`Error::Unsupported`] and [`Error::Limit`] for what the header says,
+    /// [`Error::MarkedCorrupt`] for writing an image with the corrupt bit, [`Error::Storage`].
+    pub fn open(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Self> {
+        if options.write && storage.is_read_only() {
+            return Err(crate::storage::Error::ReadOnly { name: storage.name().to_owned() }.into());
+        }
+        let (mut header, mut bytes) = read_header(&*storage, &options.limits)?;
+        if options.write && header.header.incompatible_features.has(IncompatibleFeatures::CORRUPT) {
+            return Err(Error::MarkedCorrupt { file: storage.name().to_owned() });
+        }
+        if options.write && header.header.incompatible_features.has(IncompatibleFeatures::DIRTY) {
+            (header, bytes) = repair_dirty(&*storage, &options.limits)?;
+        }
+        if header.header.size > options.limits.max_virtual_size {
+            let what = format!("virtual size {}, at most {}", header.header.size, options.limits.max_virtual_size);
+            return Err(Error::Limit { file: storage.name().to_owned(), what });
+        }
+        let geometry = header.header.geometry();
+        let state = State::load(Arc::clone(&storage), header, bytes, options.limits.clone())?;
+        let poisoned = AtomicBool::new(false);
+        Ok(Self { storage, geometry, writable: options.write, poisoned, state: RwLock::new(state) })
+    }
+
+    /// Opens the image at a path, with the locks that QEMU would take.
+    ///
+    /// # Errors
+    /// As [`Image::open`], and [`crate::storage::Error::Busy`] where another program uses the image.
+    pub fn open_path(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self> {
+        let access = if options.write { Access::write() } else { Access::read() };
+        Self::open(Arc::new(FileStorage::open(path, &access)?), options)
+    }
+}
+
+/// Reads and decodes the first cluster. The second value is its bytes, as far as they are used.
+fn read_header(storage: &dyn Storage, limits: &Limits) -> Result<(HeaderCluster, Vec<u8>)> {
+    let file_len = storage.len()?;
+    let mut start = [0; 24];
+    storage.read_at(&mut start, 0)?;
+    // Bytes 20 to 23 tell how long the first cluster is; decoding judges them.
+    let cluster_bits = u64::from_be_bytes(std::array::from_fn(|at| start[16 + at])) & u64::from(u32::MAX);
+    let cluster_bits = cluster_bits.clamp(u64::from(MIN_CLUSTER_BITS), u64::from(MAX_CLUSTER_BITS));
+    let mut bytes = vec![0; as_len(file_len.min(1 << cluster_bits))];
+    storage.read_at(&mut bytes, 0)?;
+    let header = HeaderCluster::decode(&bytes, file_len, limits).map_err(|e| Error::format(storage.name(), e))?;
+    bytes.truncate(header.header.geometry().cluster_len());
+    Ok((header, bytes))
+}
+
+/// Rebuilds the refcounts of an image that was not closed, as its dirty bit asks for.
+fn repair_dirty(storage: &dyn Storage, limits: &Limits) -> Result<(HeaderCluster, Vec<u8>)> {
+    let options = CheckOptions { fix: Fix::All, limits: limits.clone(), ..CheckOptions::default() };
+    check(storage, &options)?;
+    let (header, bytes) = read_header(storage, limits)?;
+    let features = header.header.incompatible_features;
+    if features.has(IncompatibleFeatures::DIRTY) || features.has(IncompatibleFeatures::CORRUPT) {
+        return Err(Error::MarkedCorrupt { file: storage.name().to_owned() });
+    }
+    Ok((header, bytes))
+}
+
+/// Sets the corrupt bit of the image on `storage`, durably. Version 2 has none.
+pub(super) fn set_corrupt_bit(storage: &dyn Storage) -> Result<()> {
+    let (mut header, before) = read_header(storage, &Limits::default())?;
+    if header.header.version == Version::V2 {
+        return Ok(());
+    }
+    header.header.incompatible_features.0 |= IncompatibleFeatures::CORRUPT;
+    let after = header.encode().map_err(|e| Error::format(storage.name(), e))?;
+    let sector = after.len().min(512);
+    if before.get(..sector) != Some(&after[..sector]) {
+        storage.write_at(&after[..sector], 0)?;
+    }
+    Ok(storage.sync()?)
 }

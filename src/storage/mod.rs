@@ -4,6 +4,8 @@
 //! lie on anything, and so that tests can record every write, sync and rename and replay any crash.
 
 mod beneath;
+#[cfg(feature = "test-utils")]
+pub mod crash;
 mod error;
 mod file;
 mod lock;
@@ -178,6 +180,14 @@ pub fn zero_range(storage: &dyn Storage, range: Range<u64>) -> Result<()> {
         Err(Error::Unsupported { .. }) => {}
         done => return done,
     }
+    write_zeroes(storage, range)
+}
+
+/// Writes zeroes as data over a range, so that its blocks are there.
+///
+/// # Errors
+/// As [`Storage::write_at`].
+pub fn write_zeroes(storage: &dyn Storage, range: Range<u64>) -> Result<()> {
     let mut at = range.start;
     while at < range.end {
         let len = usize::try_from(range.end - at).unwrap_or(usize::MAX).min(ZEROES.len());
