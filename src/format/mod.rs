@@ -7,11 +7,13 @@
 
 mod bitmap;
 mod compressed;
+mod cursor;
 mod error;
 mod extension;
 mod features;
 mod geometry;
 mod header;
+mod header_cluster;
 mod l1;
 mod l2;
 pub mod limits;
@@ -26,6 +28,7 @@ pub use extension::*;
 pub use features::*;
 pub use geometry::*;
 pub use header::*;
+pub use header_cluster::*;
 pub use l1::*;
 pub use l2::*;
 pub use limits::Limits;
