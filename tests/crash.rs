@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use qcow2_chain::format::{ClusterBits, GuestOffset, RefcountOrder, Version};
 use qcow2_chain::image::{CheckOptions, CreateOptions, Image, OpenOptions, ResizeOptions, check};
-use qcow2_chain::storage::{MemoryStorage, Storage};
 use qcow2_chain::storage::crash::{CrashState, Recorder};
+use qcow2_chain::storage::{MemoryStorage, Storage};
 
 use crate::support::rng::{Rng, cases};
 
@@ -57,7 +57,12 @@ fn new_image(rng: &mut Rng, size: u64) -> Vec<u8> {
     let image = Image::create(storage.clone(), &options(rng, size)).expect("create");
     for _ in 0..rng.within(0..6) {
         let range = rng.range(size, 512);
-        image.write_at(&vec![rng.pattern(); usize::try_from(range.end - range.start).unwrap()], GuestOffset::new(range.start)).unwrap();
+        image
+            .write_at(
+                &vec![rng.pattern(); usize::try_from(range.end - range.start).unwrap()],
+                GuestOffset::new(range.start),
+            )
+            .unwrap();
     }
     image.close().expect("close");
     storage.to_vec()

@@ -150,7 +150,10 @@ fn check_writes(qemu: Qemu, rng: &mut Rng, dir: &Path, original: &RandomImage, b
     assert_eq!(check.code, 0, "{check:?} {original}{:#?}", subject.log);
     assert!(qemu.content(&path, None) == subject.model, "QEMU reads otherwise: {original}{:#?}", subject.log);
     for (name, model) in &original.snapshots {
-        assert!(qemu.content(&path, Some(name)) == *model, "snapshot {name}: {original}{:#?}", subject.log);
+        // QEMU shows a snapshot in the image's present size.
+        let shown = qemu.content(&path, Some(name));
+        let len = shown.len().min(model.len());
+        assert!(shown[..len] == model[..len], "snapshot {name}: {original}{:#?}", subject.log);
     }
 }
 
@@ -160,8 +163,7 @@ fn what_we_write_qemu_reads() {
     cases("own writes", 200, |rng| {
         let dir = tempfile::tempdir().unwrap();
         let mut base = RandomImage::create(qemu, dir.path().join("base.qcow2"), Shape::random(rng));
-        base.shape.refcount_bits = base.shape.refcount_bits; base.apply_random(qemu, rng, 8);
-        if !base.snapshots.is_empty() || !base.bitmaps.is_empty() { return; }
+        base.apply_random(qemu, rng, 8);
         trace(&base);
         if rng.chance(1, 2) {
             check_writes(qemu, rng, dir.path(), &base, None);
@@ -169,7 +171,6 @@ fn what_we_write_qemu_reads() {
         }
         let mut top = RandomImage::create_over(qemu, dir.path().join("top.qcow2"), Shape::random(rng), &base);
         top.apply_random(qemu, rng, 8);
-        if !top.snapshots.is_empty() || !top.bitmaps.is_empty() { return; }
         trace(&top);
         check_writes(qemu, rng, dir.path(), &top, Some(&base.model));
     });

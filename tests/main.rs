@@ -1,6 +1,6 @@
 //! All integration tests in one binary, so that it links once.
 
-mod layering;
 mod crash;
 mod image;
+mod layering;
 mod support;

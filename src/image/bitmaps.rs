@@ -14,7 +14,7 @@ impl State {
         if !self.header.header.autoclear_features.has(AutoclearFeatures::BITMAPS) {
             return Ok(());
         }
-        let Some(extension) = self.header.bitmaps().copied() else { return Ok(()) };
+        let Some(extension) = self.header.bitmaps() else { return Ok(()) };
         let before = tables::read_bitmap_directory(&*self.storage, &self.header)?;
         let mut after = before.clone();
         for entry in &mut after {

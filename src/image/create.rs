@@ -191,7 +191,7 @@ fn header_cluster(layout: &Layout, options: &CreateOptions) -> HeaderCluster {
     if version_3 && layout.geometry.cluster_size() > FEATURE_TABLE_MIN_CLUSTER {
         extensions.push(Extension::FeatureNames(feature_names()));
     }
-    HeaderCluster { header, extensions, backing_file: options.backing.as_ref().map(|(name, _)| name.clone()) }
+    HeaderCluster::new(header, extensions, options.backing.as_ref().map(|(name, _)| name.clone()))
 }
 
 /// Sees to it that the storage is empty, or as good as empty, and gives it its length.

@@ -28,11 +28,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::format::{
-    BitmapDirectoryEntry, CryptMethod, Geometry, GuestOffset, HeaderCluster, IncompatibleFeatures,
-    SnapshotEntry,
+    BitmapDirectoryEntry, CryptMethod, Geometry, GuestOffset, HeaderCluster, IncompatibleFeatures, SnapshotEntry,
 };
 use crate::storage::Storage;
 
+pub(crate) use bulk::Placement;
 pub use check::{CheckOptions, CheckReport, Finding, Fix, Severity, check};
 pub use create::{CreateOptions, Preallocation};
 pub use error::{Error, Result};
@@ -41,7 +41,6 @@ pub use open::OpenOptions;
 pub use raw::RawImage;
 pub use resize::ResizeOptions;
 use state::State;
-pub(crate) use bulk::Placement;
 pub(crate) use zero::Space;
 
 /// What lies beneath an overlay, for the part of a cluster that a write does not cover.
@@ -111,7 +110,9 @@ impl Image {
         }
         self.check_poison()?;
         // Where only data was written, readers and writers go on while it is made durable.
-        if self.shared(|state| if state.is_dirty() { Ok(false) } else { state.storage.sync().map(|()| true).map_err(Error::from) })? {
+        if self.shared(|state| {
+            if state.is_dirty() { Ok(false) } else { state.storage.sync().map(|()| true).map_err(Error::from) }
+        })? {
             return Ok(());
         }
         self.exclusive(State::flush)
@@ -272,7 +273,7 @@ impl Image {
         self.check_write(GuestOffset::ZERO, 0)?;
         self.changing(|state| {
             let mut header = state.header.clone();
-            header.set_backing_file(name, format);
+            header.set_backing(name, format);
             state.write_header(header)?;
             Ok(state.storage.sync()?)
         })
@@ -348,7 +349,9 @@ impl Image {
         let size = self.virtual_size();
         match offset.checked_add(len) {
             Some(end) if end.get() <= size => Ok(()),
-            _ => Err(Error::refused(self.name(), format!("{len} bytes at {offset} reach past the virtual size {size}"))),
+            _ => {
+                Err(Error::refused(self.name(), format!("{len} bytes at {offset} reach past the virtual size {size}")))
+            }
         }
     }
 

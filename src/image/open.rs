@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::RwLock;
 use std::sync::atomic::AtomicBool;
 
-use crate::format::{HeaderCluster, IncompatibleFeatures, Limits, Version};
 use crate::format::limits::{MAX_CLUSTER_BITS, MIN_CLUSTER_BITS};
+use crate::format::{HeaderCluster, IncompatibleFeatures, Limits, Version};
 use crate::storage::{Access, FileStorage, Storage};
 
 use super::check::{CheckOptions, Fix, check};
@@ -113,10 +113,9 @@ pub(super) fn set_corrupt_bit(storage: &dyn Storage) -> Result<()> {
         return Ok(());
     }
     header.header.incompatible_features.0 |= IncompatibleFeatures::CORRUPT;
-    let after = header.encode().map_err(|e| Error::format(storage.name(), e))?;
-    let sector = after.len().min(512);
-    if before.get(..sector) != Some(&after[..sector]) {
-        storage.write_at(&after[..sector], 0)?;
+    let after = header.encode_over(&before).map_err(|e| Error::format(storage.name(), e))?;
+    for sectors in HeaderCluster::changed_sectors(&before, &after) {
+        storage.write_at(&after[sectors.clone()], sectors.start as u64)?;
     }
     Ok(storage.sync()?)
 }

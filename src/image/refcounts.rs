@@ -98,7 +98,8 @@ impl Refcounts {
         }
         if !self.geometry.is_aligned(at) {
             let entry_at = self.table_offset.get() + 8 * index as u64;
-            let found = FormatError::corrupt("refcount table entry", entry_at, "offset", at, "a multiple of the cluster size");
+            let found =
+                FormatError::corrupt("refcount table entry", entry_at, "offset", at, "a multiple of the cluster size");
             return Err(Error::format(self.storage.name(), found));
         }
         let mut bytes = vec![0; self.geometry.cluster_len()].into_boxed_slice();
@@ -124,7 +125,8 @@ impl Refcounts {
     fn set(&mut self, cluster: HostCluster, value: u64) -> Result<()> {
         let Some((at, _)) = self.block(self.table_index(cluster))? else {
             let offset = self.table_offset.get();
-            let found = FormatError::corrupt("refcount table", offset, "block", "none", format!("one for cluster {cluster}"));
+            let found =
+                FormatError::corrupt("refcount table", offset, "block", "none", format!("one for cluster {cluster}"));
             return Err(Error::format(self.storage.name(), found));
         };
         let index = self.geometry.refcount_block_index(cluster);
@@ -302,10 +304,11 @@ impl Refcounts {
     /// Moves the table to new clusters. The header names them once the flush protocol has written them.
     fn move_table(&mut self, to: HostCluster, clusters: u64, metadata: &mut Metadata) -> Result<()> {
         let bytes = clusters << self.geometry.cluster_bits().get();
-        let count = u32::try_from(clusters).ok().filter(|_| bytes <= self.max_table_bytes).ok_or_else(|| Error::Limit {
-            file: self.storage.name().to_owned(),
-            what: format!("refcount table of {bytes} bytes, at most {}", self.max_table_bytes),
-        })?;
+        let count =
+            u32::try_from(clusters).ok().filter(|_| bytes <= self.max_table_bytes).ok_or_else(|| Error::Limit {
+                file: self.storage.name().to_owned(),
+                what: format!("refcount table of {bytes} bytes, at most {}", self.max_table_bytes),
+            })?;
         let old = self.geometry.host_cluster(self.table_offset);
         metadata.remove(old, u64::from(self.table_clusters));
         metadata.add(to, clusters, Structure::RefcountTable);

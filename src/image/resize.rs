@@ -69,7 +69,10 @@ impl Image {
             return Err(Error::refused(self.name(), format!("the new size {size} is no multiple of 512")));
         }
         if size < old && !options.shrink {
-            return Err(Error::refused(self.name(), format!("shrinking from {old} to {size} bytes loses data and was not asked for")));
+            return Err(Error::refused(
+                self.name(),
+                format!("shrinking from {old} to {size} bytes loses data and was not asked for"),
+            ));
         }
         if size < old && options.preallocation != Preallocation::Off {
             return Err(Error::refused(self.name(), "preallocation is for growing only"));
@@ -107,7 +110,13 @@ impl State {
         self.cut_file()
     }
 
-    fn grow(&mut self, size: u64, preallocation: Preallocation, backing: &dyn Backing, backing_size: u64) -> Result<()> {
+    fn grow(
+        &mut self,
+        size: u64,
+        preallocation: Preallocation,
+        backing: &dyn Backing,
+        backing_size: u64,
+    ) -> Result<()> {
         let old = self.header.header.size;
         // An earlier shrink that did not finish, or another program, may have left mappings behind the end.
         self.drop_mappings(old)?;

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::format::{
-    AutoclearFeatures, FormatError, Geometry, GuestOffset, HeaderCluster, HostOffset, L1Entry, L2Entry, L2Table, Limits,
-    Version, decode_l1,
+    AutoclearFeatures, FormatError, Geometry, GuestOffset, HeaderCluster, HostOffset, L1Entry, L2Entry, L2Table,
+    Limits, Version, decode_l1,
 };
 use crate::storage::Storage;
 
@@ -142,7 +142,8 @@ impl State {
         let header = &self.header.header;
         let snapshots = tables::read_snapshots(&*self.storage, header, &self.limits)?;
         let table_len = crate::format::encode_snapshots(&snapshots).len() as u64;
-        let bitmaps = self.header.bitmaps().map(|bitmaps| (bitmaps.bitmap_directory_offset, bitmaps.bitmap_directory_size));
+        let bitmaps =
+            self.header.bitmaps().map(|bitmaps| (bitmaps.bitmap_directory_offset, bitmaps.bitmap_directory_size));
         let runs = [
             (HostOffset::ZERO, 1, Structure::Header),
             (header.l1_table_offset, 8 * u64::from(header.l1_size), Structure::L1Table),
@@ -171,12 +172,9 @@ impl State {
 
     /// Writes the sectors of the first cluster in which `header` differs from the file.
     pub(super) fn write_header(&mut self, header: HeaderCluster) -> Result<()> {
-        let bytes = header.encode().map_err(|e| self.corrupt(e))?;
-        for sector in (0..bytes.len()).step_by(512) {
-            let end = bytes.len().min(sector + 512);
-            if self.header_bytes.get(sector..end) != Some(&bytes[sector..end]) {
-                self.storage.write_at(&bytes[sector..end], sector as u64)?;
-            }
+        let bytes = header.encode_over(&self.header_bytes).map_err(|e| self.corrupt(e))?;
+        for sectors in HeaderCluster::changed_sectors(&self.header_bytes, &bytes) {
+            self.storage.write_at(&bytes[sectors.clone()], sectors.start as u64)?;
         }
         self.header = header;
         self.header_bytes = bytes;
@@ -195,7 +193,13 @@ pub(super) fn read_l1(storage: &dyn Storage, at: HostOffset, entries: u32, limit
     }
     let have = storage.len()?;
     if at.checked_add(len).is_none_or(|end| end.get() > have.next_multiple_of(512)) {
-        let found = FormatError::corrupt("L1 table", at.get(), "end", at.saturating_add(len), format!("at most {have:#x}, the end of the file"));
+        let found = FormatError::corrupt(
+            "L1 table",
+            at.get(),
+            "end",
+            at.saturating_add(len),
+            format!("at most {have:#x}, the end of the file"),
+        );
         return Err(Error::format(storage.name(), found));
     }
     let mut bytes = vec![0; as_len(len)];

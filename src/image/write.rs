@@ -2,9 +2,7 @@
 
 use std::sync::PoisonError;
 
-use crate::format::{
-    GuestOffset, HostCluster, HostOffset, L1Entry, L2Entry, L2Table, NormalCluster, Subclusters,
-};
+use crate::format::{GuestOffset, HostCluster, HostOffset, L1Entry, L2Entry, L2Table, NormalCluster, Subclusters};
 
 use super::overlap::Structure;
 use super::refcounts::ClusterRun;
@@ -167,10 +165,8 @@ impl State {
             self.writer()?.refcounts.release(run)?;
         }
         written?;
-        let subclusters = Subclusters {
-            allocated: old.subclusters.allocated | touched,
-            zero: old.subclusters.zero & !touched,
-        };
+        let subclusters =
+            Subclusters { allocated: old.subclusters.allocated | touched, zero: old.subclusters.zero & !touched };
         self.set_entry(offset, &L2Entry::Normal(NormalCluster { host: Some(host), copied: true, subclusters }))?;
         if run.is_some() {
             self.free_entry(&entry, false)?;
