@@ -4,3 +4,4 @@ mod crash;
 mod image;
 mod layering;
 mod support;
+mod tables;
