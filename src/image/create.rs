@@ -2,11 +2,10 @@
 
 mod layout;
 
-use crate::format::limits::{DEFAULT_V3_HEADER_LENGTH, FEATURE_TABLE_MIN_CLUSTER, V2_HEADER_LENGTH};
 use crate::format::{
-    AutoclearFeatures, ClusterBits, CompatibleFeatures, CompressionType, CryptMethod, Extension, Header, HeaderCluster,
-    HostOffset, IncompatibleFeatures, L1Entry, L2Entry, L2Table, NormalCluster, RefcountBlock, RefcountOrder,
-    RefcountTableEntry, Subclusters, Version, encode_l1, encode_reftable,
+    ClusterBits, CompatibleFeatures, CompressionType, Extension, Header, HeaderCluster, HostOffset,
+    IncompatibleFeatures, L1Entry, L2Entry, L2Table, NormalCluster, RefcountBlock, RefcountOrder, RefcountTableEntry,
+    Subclusters, Version, encode_l1, encode_reftable,
 };
 use crate::storage::{self, Storage, zero_range};
 
@@ -156,42 +155,26 @@ pub(super) fn lay_out(storage: &dyn Storage, options: &CreateOptions) -> Result<
     Ok(())
 }
 
-/// The header, its extensions in QEMU's order, and the backing file's name.
+/// The header, its extensions as QEMU writes them, and the backing file's name.
 fn header_cluster(layout: &Layout, options: &CreateOptions) -> HeaderCluster {
-    let version_3 = options.version == Version::V3;
     let flag = |set, bit| if set { bit } else { 0 };
     let incompatible = flag(options.compression_type != CompressionType::Deflate, IncompatibleFeatures::COMPRESSION)
         | flag(options.extended_l2, IncompatibleFeatures::EXTENDED_L2);
-    let header = Header {
-        version: options.version,
-        backing_file_offset: 0,
-        backing_file_size: 0,
-        cluster_bits: options.cluster_bits,
-        size: options.size,
-        crypt_method: CryptMethod::None,
-        l1_size: layout.l1_size(),
-        l1_table_offset: if layout.l1_entries == 0 { HostOffset::ZERO } else { layout.offset(layout.l1_table()) },
-        refcount_table_offset: layout.offset(1),
-        refcount_table_clusters: layout.refcount_table_clusters(),
-        nb_snapshots: 0,
-        snapshots_offset: HostOffset::ZERO,
-        incompatible_features: IncompatibleFeatures(incompatible),
-        compatible_features: CompatibleFeatures(flag(options.lazy_refcounts, CompatibleFeatures::LAZY_REFCOUNTS)),
-        autoclear_features: AutoclearFeatures(0),
-        refcount_order: options.refcount_order,
-        header_length: if version_3 { DEFAULT_V3_HEADER_LENGTH } else { V2_HEADER_LENGTH },
-        compression_type: options.compression_type,
-        additional: if version_3 { vec![0; 7] } else { Vec::new() },
-    };
-    let mut extensions = Vec::new();
-    if let Some((_, format)) = &options.backing {
-        extensions.push(Extension::BackingFormat(format.clone()));
+    let mut header = Header::new(options.version, options.cluster_bits, options.size);
+    header.l1_size = layout.l1_size();
+    if layout.l1_entries != 0 {
+        header.l1_table_offset = layout.offset(layout.l1_table());
     }
-    // Smaller clusters keep the room for the backing file's name.
-    if version_3 && layout.geometry.cluster_size() > FEATURE_TABLE_MIN_CLUSTER {
-        extensions.push(Extension::FeatureNames(feature_names()));
-    }
-    HeaderCluster::new(header, extensions, options.backing.as_ref().map(|(name, _)| name.clone()))
+    header.refcount_table_offset = layout.offset(1);
+    header.refcount_table_clusters = layout.refcount_table_clusters();
+    header.incompatible_features = IncompatibleFeatures(incompatible);
+    header.compatible_features = CompatibleFeatures(flag(options.lazy_refcounts, CompatibleFeatures::LAZY_REFCOUNTS));
+    header.refcount_order = options.refcount_order;
+    header.compression_type = options.compression_type;
+
+    let (name, format) = options.backing.clone().unzip();
+    let extensions = Extension::for_new_image(&header, format.as_deref(), None, None);
+    HeaderCluster::new(header, extensions, name)
 }
 
 /// Sees to it that the storage is empty, or as good as empty, and gives it its length.
@@ -341,26 +324,4 @@ impl<'a> Run<'a> {
         }
         Ok(())
     }
-}
-
-/// The feature name table that QEMU writes: what kind (0 incompatible, 1 compatible, 2 autoclear), which bit, its name.
-fn feature_names() -> Vec<u8> {
-    const NAMES: [(u8, u8, &str); 8] = [
-        (0, 0, "dirty bit"),
-        (0, 1, "corrupt bit"),
-        (0, 2, "external data file"),
-        (0, 3, "compression type"),
-        (0, 4, "extended L2 entries"),
-        (1, 0, "lazy refcounts"),
-        (2, 0, "bitmaps"),
-        (2, 1, "raw external data"),
-    ];
-    let mut table = Vec::with_capacity(NAMES.len() * 48);
-    for (kind, bit, name) in NAMES {
-        let end = table.len() + 48;
-        table.extend_from_slice(&[kind, bit]);
-        table.extend_from_slice(name.as_bytes());
-        table.resize(end, 0);
-    }
-    table
 }
