@@ -3,13 +3,8 @@
 //! With x = 62 - (`cluster_bits` - 8): bits 0 to x-1 are the host offset, bits x to 61 the number of additional sectors.
 
 use super::l2::OFLAG_COMPRESSED;
+use super::limits::{MAX_CLUSTER_OFFSET, SECTOR_SIZE};
 use super::{ClusterBits, FormatError, Geometry, HostCluster, HostOffset};
-
-/// The unit in which a descriptor counts, whatever the disk's own sectors are.
-const SECTOR_SIZE: u64 = 512;
-
-/// The largest host offset that a compressed cluster may start at: bits 56 and above are reserved.
-pub const MAX_COMPRESSED_OFFSET: u64 = (1 << 56) - 1;
 
 /// Where a compressed cluster's bytes lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -27,7 +22,7 @@ impl CompressedDescriptor {
     pub fn new(offset: HostOffset, len: u64, cluster_bits: ClusterBits) -> Option<Self> {
         let last = offset.get().checked_add(len.checked_sub(1)?)?;
         let sectors = (last / SECTOR_SIZE).checked_sub(offset.get() / SECTOR_SIZE)?.checked_add(1)?;
-        let fits = last <= MAX_COMPRESSED_OFFSET && offset.get() <= max_offset(cluster_bits);
+        let fits = last <= MAX_CLUSTER_OFFSET && offset.get() <= max_offset(cluster_bits);
         (fits && sectors <= max_sectors(cluster_bits)).then_some(Self { offset, sectors })
     }
 
@@ -56,7 +51,7 @@ impl CompressedDescriptor {
     /// # Errors
     /// [`FormatError::Corrupt`].
     pub fn validate(self, at: HostOffset) -> Result<(), FormatError> {
-        if self.offset.get() > MAX_COMPRESSED_OFFSET {
+        if self.offset.get() > MAX_CLUSTER_OFFSET {
             return Err(FormatError::corrupt(
                 "L2 entry",
                 at.get(),
@@ -140,7 +135,7 @@ mod tests {
         let descriptor = CompressedDescriptor::decode(1 << 56 | 512, bits(9));
         let error = descriptor.validate(at).expect_err("bit 56 is reserved");
         assert!(matches!(error, FormatError::Corrupt { offset: 0x4_0008, .. }), "{error}");
-        assert_eq!(CompressedDescriptor::decode(MAX_COMPRESSED_OFFSET, bits(9)).validate(at), Ok(()));
+        assert_eq!(CompressedDescriptor::decode(MAX_CLUSTER_OFFSET, bits(9)).validate(at), Ok(()));
     }
 
     #[test]

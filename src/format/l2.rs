@@ -6,7 +6,7 @@
 
 use byteorder::{BigEndian, ByteOrder};
 
-use super::compressed::MAX_COMPRESSED_OFFSET;
+use super::limits::MAX_CLUSTER_OFFSET;
 use super::{CompressedDescriptor, FormatError, Geometry, HostOffset, Version};
 
 /// Bit 63 of an L1 or L2 entry: the cluster's refcount is exactly one, it may be written in place.
@@ -224,7 +224,7 @@ fn decode_entry(descriptor: u64, bitmap: u64, rules: Rules) -> Result<L2Entry, F
             return Err(("subcluster bitmap of a compressed cluster", format!("{bitmap:#x}"), "0"));
         }
         let compressed = CompressedDescriptor::decode(descriptor, geometry.cluster_bits());
-        if compressed.offset.get() > MAX_COMPRESSED_OFFSET {
+        if compressed.offset.get() > MAX_CLUSTER_OFFSET {
             return Err(("compressed cluster offset", compressed.offset.to_string(), "below 2^56"));
         }
         return Ok(L2Entry::Compressed(compressed));
@@ -258,7 +258,7 @@ fn encode_entry(entry: &L2Entry, rules: Rules) -> (u64, u64) {
     let Rules { geometry, version, .. } = rules;
     let cluster = match entry {
         L2Entry::Compressed(descriptor) => {
-            assert!(descriptor.offset.get() <= MAX_COMPRESSED_OFFSET, "{} is past 2^56", descriptor.offset);
+            assert!(descriptor.offset.get() <= MAX_CLUSTER_OFFSET, "{} is past 2^56", descriptor.offset);
             return (descriptor.encode(geometry.cluster_bits()), 0);
         }
         L2Entry::Normal(cluster) => cluster,
