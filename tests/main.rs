@@ -3,6 +3,7 @@
 mod crash;
 mod create;
 mod image;
+mod inspection;
 mod layering;
 mod support;
 mod tables;

@@ -28,7 +28,6 @@ thread_local! {
 
 /// Decompresses the stream at the start of `input` into exactly one cluster. What follows the stream is ignored.
 /// The error is a short reason; `cluster` then holds anything.
-#[cfg_attr(not(test), expect(dead_code, reason = "until read.rs is here"))]
 pub(crate) fn decompress(kind: CompressionType, input: &[u8], cluster: &mut [u8]) -> Result<(), String> {
     match kind {
         CompressionType::Deflate => INFLATE.with_borrow_mut(|decoder| inflate(decoder, input, cluster)),
