@@ -8,10 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use super::sys::{self, Kind};
-use super::{Access, Error, FileId, LockMode, Result, Storage, beneath, lock};
-
-/// No file has a byte at or behind this offset: the kernel counts in signed 64 bits.
-const MAX_LEN: u64 = i64::MAX.unsigned_abs();
+use super::{Access, Error, FileId, LockMode, MAX_LEN, Result, Storage, beneath, lock};
 
 /// A regular file or block device with its image locks.
 ///

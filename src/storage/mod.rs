@@ -11,7 +11,9 @@ mod file;
 mod lock;
 mod map;
 mod memory;
+mod memory_names;
 mod names;
+mod read_only;
 mod sys;
 
 use std::fmt;
@@ -21,8 +23,13 @@ pub use error::{Error, Result};
 pub use file::FileStorage;
 pub use lock::{LockMode, Permission};
 pub use map::MappedStorage;
-pub use memory::{MemoryNames, MemoryStorage};
+pub use memory::MemoryStorage;
+pub use memory_names::MemoryNames;
 pub use names::{Access, HostNames, Names, Resolved};
+pub use read_only::ReadOnlyStorage;
+
+/// No file has a byte at or behind this offset: kernels count in signed 64 bits.
+const MAX_LEN: u64 = i64::MAX.unsigned_abs();
 
 /// What tells one file from another, whatever name it was reached by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -1,0 +1,177 @@
+//! Names in memory.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::beneath::{by_letters, refused, split};
+use super::{Access, Error, MemoryStorage, Names, ReadOnlyStorage, Result, Storage};
+
+/// A directory tree in memory.
+///
+/// Every directory is deemed to exist, a relative name starts at the root, `..` is taken by its letters, and there are no
+/// links. Two handles of one name share the same bytes. Image locks are accepted and lock nothing, as no other program
+/// can reach memory.
+#[derive(Debug, Default)]
+pub struct MemoryNames {
+    files: Mutex<BTreeMap<PathBuf, Arc<MemoryStorage>>>,
+}
+
+fn failed(path: &Path, action: impl Into<String>, kind: io::ErrorKind) -> Error {
+    Error::Io { name: path.display().to_string(), action: action.into(), source: kind.into() }
+}
+
+/// The one way to write a name.
+fn rooted(path: &Path) -> Option<PathBuf> {
+    by_letters(&Path::new("/").join(path))
+}
+
+fn key(path: &Path, action: &str) -> Result<PathBuf> {
+    rooted(path).ok_or_else(|| failed(path, action, io::ErrorKind::NotFound))
+}
+
+impl MemoryNames {
+    /// No names.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Gives a storage a name, replacing what had it.
+    pub fn insert(&self, path: impl AsRef<Path>, storage: Arc<MemoryStorage>) {
+        if let Some(key) = rooted(path.as_ref()) {
+            self.files().insert(key, storage);
+        }
+    }
+
+    /// The storage of a name.
+    #[must_use]
+    pub fn get(&self, path: impl AsRef<Path>) -> Option<Arc<MemoryStorage>> {
+        self.files().get(&rooted(path.as_ref())?).cloned()
+    }
+
+    fn files(&self) -> MutexGuard<'_, BTreeMap<PathBuf, Arc<MemoryStorage>>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Names for MemoryNames {
+    fn open(&self, path: &Path, access: &Access) -> Result<Arc<dyn Storage>> {
+        if let Some(directory) = &access.beneath {
+            let root = Path::new("/");
+            let (_, rest) = split(&root.join(path), &root.join(directory))
+                .ok_or_else(|| refused(path, directory, "does not lie beneath the directory"))?;
+            // `..` may not lead above where the rest starts, even if it comes back.
+            by_letters(&rest).ok_or_else(|| refused(path, directory, "leads out of its directory"))?;
+        }
+        let found = self.files().get(&key(path, "open it")?).cloned();
+        let storage = found.ok_or_else(|| failed(path, "open it", io::ErrorKind::NotFound))?;
+        Ok(if access.write { storage } else { Arc::new(ReadOnlyStorage::new(storage)) })
+    }
+
+    fn create_new(&self, path: &Path) -> Result<Arc<dyn Storage>> {
+        let key = key(path, "create it")?;
+        let mut files = self.files();
+        if files.contains_key(&key) {
+            return Err(failed(path, "create it", io::ErrorKind::AlreadyExists));
+        }
+        let storage = Arc::new(MemoryStorage::new(path.display().to_string()));
+        files.insert(key, Arc::clone(&storage));
+        Ok(storage)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> Result<()> {
+        let action = || format!("rename it to {}", to.display());
+        let (old, new) = (key(from, &action())?, key(to, &action())?);
+        let mut files = self.files();
+        let storage = files.remove(&old).ok_or_else(|| failed(from, action(), io::ErrorKind::NotFound))?;
+        files.insert(new, storage);
+        Ok(())
+    }
+
+    fn unlink(&self, path: &Path) -> Result<()> {
+        let key = key(path, "remove it")?;
+        let removed = self.files().remove(&key);
+        removed.map(drop).ok_or_else(|| failed(path, "remove it", io::ErrorKind::NotFound))
+    }
+
+    fn sync_dir(&self, _directory: &Path) -> Result<()> {
+        Ok(())
+    }
+
+    fn list(&self, directory: &Path) -> Result<Vec<PathBuf>> {
+        let parent = key(directory, "list it")?;
+        let files = self.files();
+        let inside = files.keys().filter(|path| path.parent() == Some(&parent));
+        Ok(inside.filter_map(|path| path.file_name()).map(|name| directory.join(name)).collect())
+    }
+
+    fn exists(&self, path: &Path) -> Result<bool> {
+        Ok(self.get(path).is_some())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_name_is_one_storage() {
+        let names = MemoryNames::new();
+        let path = Path::new("a/image");
+        let created = names.create_new(path).unwrap();
+        created.write_at(b"hello", 0).unwrap();
+        let reader = names.open(Path::new("/a/b/../image"), &Access::read()).unwrap();
+        let writer = names.open(Path::new("./a/image"), &Access::write()).unwrap();
+        assert!(reader.is_read_only() && !writer.is_read_only());
+        assert!(matches!(reader.write_at(b"x", 0), Err(Error::ReadOnly { .. })));
+        writer.write_at(b"J", 0).unwrap();
+        let mut buf = [0; 5];
+        reader.read_at(&mut buf, 0).unwrap();
+        assert_eq!(&buf, b"Jello");
+        assert_eq!(reader.file_id(), created.file_id());
+        let kind = |error: Error| io::Error::from(error).kind();
+        assert_eq!(kind(names.create_new(path).unwrap_err()), io::ErrorKind::AlreadyExists);
+        assert_eq!(kind(names.open(Path::new("b"), &Access::read()).unwrap_err()), io::ErrorKind::NotFound);
+        assert_eq!(kind(names.open(Path::new("../b"), &Access::read()).unwrap_err()), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn names_change_and_storages_stay() {
+        let names = MemoryNames::new();
+        let [a, b, c] = ["/d/a", "/d/b", "/d/e/c"].map(Path::new);
+        for path in [a, b, c] {
+            names.create_new(path).unwrap();
+        }
+        let (first, second) = (names.get(a).unwrap(), names.get(b).unwrap());
+        assert_eq!(names.list(Path::new("/d")).unwrap(), [a, b]);
+        names.rename(a, b).unwrap();
+        assert!(!names.exists(a).unwrap() && names.exists(b).unwrap());
+        assert_eq!(names.get(b).unwrap().file_id(), first.file_id());
+        second.write_at(b"still there", 0).unwrap();
+        names.unlink(b).unwrap();
+        assert!(names.rename(b, a).is_err() && names.unlink(b).is_err());
+        names.insert("d/z", second);
+        assert_eq!(names.list(Path::new("d")).unwrap(), [Path::new("d/z")]);
+        names.sync_dir(Path::new("/d")).unwrap();
+        // A file may be renamed to itself.
+        names.rename(c, c).unwrap();
+        assert!(names.exists(c).unwrap());
+    }
+
+    #[test]
+    fn beneath_goes_by_the_letters() {
+        let names = MemoryNames::new();
+        for path in ["/top/a/image", "/outside"] {
+            names.create_new(Path::new(path)).unwrap();
+        }
+        let open = |path: &str| names.open(Path::new(path), &Access::read().with_beneath("/top"));
+        for path in ["/top/a/image", "top/a/image", "/top/a/../a/image", "/x/../top/a/image"] {
+            assert!(open(path).is_ok(), "{path}");
+        }
+        for path in ["/outside", "/top/../outside", "/top/../../top", "/top", "/topa"] {
+            assert!(matches!(open(path), Err(Error::Refused { .. })), "{path}");
+        }
+    }
+}
