@@ -5,5 +5,6 @@ mod create;
 mod image;
 mod inspection;
 mod layering;
+mod locks;
 mod support;
 mod tables;

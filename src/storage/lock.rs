@@ -141,3 +141,115 @@ fn refuse_conflicts(file: &File, name: &str, wanted: LockMode) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::super::{Access, FileStorage, Storage};
+    use super::*;
+
+    fn image() -> (tempfile::TempDir, PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("image");
+        std::fs::write(&path, [0; 512]).unwrap();
+        (directory, path)
+    }
+
+    fn open(path: &PathBuf, lock: LockMode) -> Result<FileStorage> {
+        FileStorage::open(path, &Access::write().with_lock(lock))
+    }
+
+    fn held(result: Result<impl std::fmt::Debug>) -> String {
+        match result {
+            Err(Error::Busy { held, .. }) => held,
+            other => panic!("not busy: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn bytes_are_qemus() {
+        let bytes = |mode: LockMode| mode.bytes().collect::<Vec<_>>();
+        assert_eq!(bytes(LockMode::None), []);
+        assert_eq!(bytes(LockMode::Read), [100, 201, 203]);
+        assert_eq!(bytes(LockMode::Write), [100, 101, 103, 201, 203]);
+        assert_eq!(LockMode::Write.bytes_beyond(LockMode::Read), [101, 103]);
+        assert_eq!(LockMode::Read.bytes_beyond(LockMode::Write), []);
+        assert_eq!(Permission::WriteUnchanged.use_byte(), 102);
+        assert_eq!(Permission::WriteUnchanged.name(), "write unchanged");
+    }
+
+    #[test]
+    fn two_handles_of_one_process_see_each_other() {
+        let (_directory, path) = image();
+        let writer = open(&path, LockMode::Write).unwrap();
+        assert_eq!(held(open(&path, LockMode::Write)), "failed to get \"write\" lock");
+        assert_eq!(held(open(&path, LockMode::Read)), "failed to get shared \"write\" lock");
+        let looker = open(&path, LockMode::None).unwrap();
+        drop(writer);
+        let readers = [open(&path, LockMode::Read).unwrap(), open(&path, LockMode::Read).unwrap()];
+        assert_eq!(held(open(&path, LockMode::Write)), "failed to get \"write\" lock");
+        drop(readers);
+        // A failed attempt has left nothing behind.
+        open(&path, LockMode::Write).unwrap();
+        assert_eq!(looker.lock_mode(), LockMode::None);
+    }
+
+    #[test]
+    fn a_mode_changes_wholly_or_not_at_all() {
+        let (_directory, path) = image();
+        let one = open(&path, LockMode::Read).unwrap();
+        let other = open(&path, LockMode::Read).unwrap();
+        assert_eq!(held(one.set_lock(LockMode::Write)), "failed to get \"write\" lock");
+        assert_eq!(one.lock_mode(), LockMode::Read);
+        // Nothing of the attempt is left: another reader still gets in, and another writer still does not.
+        let third = open(&path, LockMode::Read).unwrap();
+        drop((other, third));
+        assert!(open(&path, LockMode::Write).is_err());
+
+        Storage::set_lock(&one, LockMode::Write).unwrap();
+        one.set_lock(LockMode::Write).unwrap();
+        assert_eq!(held(open(&path, LockMode::Read)), "failed to get shared \"write\" lock");
+        one.set_lock(LockMode::Read).unwrap();
+        drop(open(&path, LockMode::Read).unwrap());
+        one.set_lock(LockMode::None).unwrap();
+        open(&path, LockMode::Write).unwrap();
+    }
+
+    #[test]
+    fn another_programs_exclusive_lock_is_busy() {
+        let (_directory, path) = image();
+        let foreign = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        let lock = nix::libc::flock { l_type: 1, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0 };
+        nix::fcntl::fcntl(&foreign, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock)).unwrap();
+        assert_eq!(held(open(&path, LockMode::Read)), "failed to lock byte 100");
+        drop(foreign);
+        open(&path, LockMode::Read).unwrap();
+    }
+
+    #[test]
+    fn a_new_file_is_a_writers() {
+        let (directory, _path) = image();
+        let path = directory.path().join("new");
+        let file = FileStorage::create_new(&path).unwrap();
+        assert_eq!(file.lock_mode(), LockMode::Write);
+        assert!(open(&path, LockMode::Read).is_err());
+    }
+
+    #[test]
+    fn of_many_at_once_at_most_one_writes() {
+        let (_directory, path) = image();
+        for _ in 0..50 {
+            let barrier = std::sync::Barrier::new(4);
+            let got: Vec<_> = std::thread::scope(|scope| {
+                let attempt = || {
+                    barrier.wait();
+                    open(&path, LockMode::Write)
+                };
+                let threads: Vec<_> = (0..4).map(|_| scope.spawn(attempt)).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert!(got.iter().filter(|result| result.is_ok()).count() <= 1, "{got:?}");
+        }
+    }
+}

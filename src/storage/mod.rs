@@ -2,6 +2,89 @@
 //!
 //! Nothing here knows qcow2. Everything above reaches bytes and names through these two traits only, so that an image can
 //! lie on anything, and so that tests can record every write, sync and rename and replay any crash.
+//!
+//! | | what it is |
+//! |---|---|
+//! | [`FileStorage`] | a file or block device, with QEMU's image locks ([`LockMode`]) |
+//! | [`MappedStorage`] | a file that nobody writes, mapped for reading |
+//! | [`MemoryStorage`] | sparse memory; it can be limited or of fixed length, for tests |
+//! | [`ReadOnlyStorage`] | any of them, for reading only |
+//! | [`HostNames`] | the operating system's names |
+//! | [`MemoryNames`] | names of [`MemoryStorage`]s |
+//!
+//! # A storage of one's own
+//! Six methods make a [`Storage`]: [`name`](Storage::name), [`read_at`](Storage::read_at), [`write_at`](Storage::write_at),
+//! [`len`](Storage::len), [`set_len`](Storage::set_len) and [`sync`](Storage::sync). What they must keep:
+//!
+//! - A read or a write is whole or an error. Reads past the end give zeroes and no error; writes past the end grow the
+//!   storage, and the gap reads as zeroes. A medium that cannot grow says so by
+//!   [`is_fixed_size`](Storage::is_fixed_size), answers a write past its end with [`Error::NoSpace`] and a change of its
+//!   length with [`Error::Unsupported`].
+//! - Any offset and any length may come, aligned or not. A medium with sectors reads, alters and writes by itself, so that no
+//!   byte outside the range ever changes, in a crash neither.
+//! - Methods come from many threads at once. A write is seen by every read that begins after it has returned. Two writes
+//!   to the same bytes at once never happen; to neighbouring bytes they do.
+//! - After `Ok` of `sync`, everything whose write had returned before is durable, its length included. After a failed
+//!   `sync` the storage answers [`Error::Poisoned`] to every change for ever.
+//! - After a failed write the bytes of its range may be old, new or mixed. No other byte has changed.
+//! - [`Error::NoSpace`] is for what more room would cure: callers wait for it and try again.
+//!
+//! The methods with a default are for speed, for what only the medium knows, and for safety
+//! ([`file_id`](Storage::file_id) finds loops in a chain, [`is_read_only`](Storage::is_read_only) refuses early).
+//! A default is never wrong, only slow or without an answer.
+//!
+//! ```
+//! use std::sync::Mutex;
+//!
+//! use qcow2_chain::storage::{Error, MemoryStorage, Result, Storage, zero_range};
+//!
+//! /// Tells how many bytes were written.
+//! #[derive(Debug)]
+//! struct Counting<S> {
+//!     inner: S,
+//!     written: Mutex<u64>,
+//! }
+//!
+//! impl<S: Storage> Storage for Counting<S> {
+//!     fn name(&self) -> &str {
+//!         self.inner.name()
+//!     }
+//!     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+//!         self.inner.read_at(buf, offset)
+//!     }
+//!     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+//!         self.inner.write_at(buf, offset)?;
+//!         *self.written.lock().unwrap() += buf.len() as u64;
+//!         Ok(())
+//!     }
+//!     fn len(&self) -> Result<u64> {
+//!         self.inner.len()
+//!     }
+//!     fn set_len(&self, len: u64) -> Result<()> {
+//!         self.inner.set_len(len)
+//!     }
+//!     fn sync(&self) -> Result<()> {
+//!         self.inner.sync()
+//!     }
+//! }
+//!
+//! let storage = Counting { inner: MemoryStorage::new("disk"), written: Mutex::new(0) };
+//! storage.write_at(b"hello", 1 << 40)?;
+//! // It does not say that it can zero a range, so that zeroes are written.
+//! assert!(matches!(storage.zero_range(0..100), Err(Error::Unsupported { .. })));
+//! zero_range(&storage, (1 << 40)..(1 << 40) + 4)?;
+//! let mut buf = [0; 6];
+//! storage.read_at(&mut buf, 1 << 40)?;
+//! assert_eq!(&buf, b"\0\0\0\0o\0");
+//! assert_eq!(*storage.written.lock().unwrap(), 9);
+//! # Ok::<(), Error>(())
+//! ```
+//!
+//! # Names of one's own
+//! [`Names`] is to be implemented where images are opened by the names that other images hold, or where files are created,
+//! swapped and removed. `open` takes the locks of [`Access::lock`] before a byte is read (or answers
+//! [`Error::Unsupported`], if the medium has none and they were asked for), and keeps [`Access::beneath`] or refuses.
+//! `rename` replaces its target in one step: after a crash the name leads to the old file or to the new one.
 
 mod beneath;
 #[cfg(feature = "test-utils")]
@@ -202,4 +285,105 @@ pub fn write_zeroes(storage: &dyn Storage, range: Range<u64>) -> Result<()> {
         at += len as u64;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// A storage with the required methods only. It notes where it was written.
+    #[derive(Debug, Default)]
+    struct Plain(MemoryStorage, Mutex<Vec<Range<u64>>>);
+
+    impl Storage for Plain {
+        fn name(&self) -> &'static str {
+            "plain"
+        }
+        fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+            self.0.read_at(buf, offset)
+        }
+        fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+            self.1.lock().unwrap().push(offset..offset + buf.len() as u64);
+            self.0.write_at(buf, offset)
+        }
+        fn len(&self) -> Result<u64> {
+            self.0.len()
+        }
+        fn set_len(&self, len: u64) -> Result<()> {
+            self.0.set_len(len)
+        }
+        fn sync(&self) -> Result<()> {
+            self.0.sync()
+        }
+    }
+
+    #[test]
+    fn a_range_is_zeroed_by_writing_where_nothing_better_is_known() {
+        let plain = Plain::default();
+        plain.0.write_at(&[1; 150_000], 0).unwrap();
+        zero_range(&plain, 10..140_010).unwrap();
+        #[expect(clippy::reversed_empty_ranges, reason = "a caller's mistake writes nothing")]
+        zero_range(&plain, 9..3).unwrap();
+        let mut model = vec![1; 150_000];
+        model[10..140_010].fill(0);
+        assert_eq!(plain.0.to_vec(), model);
+        assert_eq!(*plain.1.lock().unwrap(), [10..65_546, 65_546..131_082, 131_082..140_010]);
+    }
+
+    #[test]
+    fn a_range_is_zeroed_by_the_storage_where_it_can() {
+        let memory = MemoryStorage::with_bytes("m", [1; 8192]);
+        zero_range(&memory, 0..8192).unwrap();
+        assert_eq!(memory.allocated_len().unwrap(), Some(0));
+        let full = MemoryStorage::fixed("m", 10);
+        assert!(matches!(zero_range(&full, 5..11), Err(Error::NoSpace { .. })));
+    }
+
+    #[test]
+    fn defaults_claim_nothing() {
+        let plain = Plain::default();
+        plain.write_at(b"hello", 0).unwrap();
+        assert!(!plain.is_empty().unwrap() && !plain.is_read_only() && !plain.is_fixed_size());
+        assert_eq!((plain.file_id(), plain.allocated_len().unwrap(), plain.free_space().unwrap()), (None, None, None));
+        assert_eq!((plain.next_data(2).unwrap(), plain.next_data(5).unwrap()), (Some(2..5), None));
+        assert!(plain.as_file().is_none());
+        let refused = [
+            plain.zero_range(0..1),
+            plain.punch_range(0..1),
+            plain.allocate_range(0..1),
+            plain.copy_from(&MemoryStorage::new("m"), 0, 0, 1).map(|_| ()),
+            plain.set_lock(LockMode::None),
+        ];
+        for result in refused {
+            assert!(matches!(result, Err(Error::Unsupported { .. })), "{result:?}");
+        }
+    }
+
+    #[test]
+    fn errors_keep_their_kind_for_callers_of_io() {
+        use std::io::{Error as IoError, ErrorKind};
+        let io = |kind: ErrorKind| Error::io("disk", "write 5 bytes at offset 7", 5, kind.into());
+        for kind in [ErrorKind::StorageFull, ErrorKind::QuotaExceeded, ErrorKind::FileTooLarge] {
+            assert!(matches!(io(kind), Error::NoSpace { need: 5, .. }));
+        }
+        let error = io(ErrorKind::PermissionDenied);
+        assert_eq!(error.to_string(), "disk: cannot write 5 bytes at offset 7");
+        assert!(std::error::Error::source(&error).is_some());
+        let error = IoError::from(error);
+        assert_eq!(error.kind(), ErrorKind::PermissionDenied);
+        assert_eq!(error.to_string(), "disk: cannot write 5 bytes at offset 7");
+        let name = || "disk".to_owned();
+        for (error, kind) in [
+            (io(ErrorKind::StorageFull), ErrorKind::StorageFull),
+            (Error::Busy { name: name(), held: name() }, ErrorKind::ResourceBusy),
+            (Error::ReadOnly { name: name() }, ErrorKind::ReadOnlyFilesystem),
+            (Error::unsupported("disk", "x"), ErrorKind::Unsupported),
+            (Error::Refused { name: name(), why: name() }, ErrorKind::PermissionDenied),
+            (Error::Poisoned { name: name() }, ErrorKind::Other),
+        ] {
+            assert_eq!(IoError::from(error).kind(), kind);
+        }
+    }
 }

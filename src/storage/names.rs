@@ -191,3 +191,113 @@ impl Names for HostNames {
         Ok(Resolved { path: plain, file })
     }
 }
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    fn unlocked() -> Access {
+        Access::read().with_lock(LockMode::None)
+    }
+
+    #[test]
+    fn names_are_made_moved_listed_and_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let [a, b, sub] = ["a", "b", "sub"].map(|name| directory.path().join(name));
+        std::fs::create_dir(&sub).unwrap();
+        let created = HostNames.create_new(&a).unwrap();
+        created.write_at(b"image", 0).unwrap();
+        assert!(HostNames.exists(&a).unwrap() && !HostNames.exists(&b).unwrap());
+        assert!(!HostNames.exists(&a.join("below a file")).unwrap());
+        HostNames.rename(&a, &b).unwrap();
+        HostNames.sync_dir(directory.path()).unwrap();
+        std::os::unix::fs::symlink("nowhere", &a).unwrap();
+        assert!(HostNames.exists(&a).unwrap());
+        assert_eq!(HostNames.list(directory.path()).unwrap(), [a.clone(), b.clone()]);
+        HostNames.unlink(&a).unwrap();
+        assert_eq!(HostNames.open(&b, &unlocked()).unwrap().len().unwrap(), 5);
+        HostNames.sync_dir(Path::new("")).unwrap();
+    }
+
+    #[test]
+    fn errors_tell_both_names() {
+        let directory = tempfile::tempdir().unwrap();
+        let [a, b] = ["a", "b"].map(|name| directory.path().join(name));
+        let text = |error: Error| error.to_string();
+        let renamed = text(HostNames.rename(&a, &b).unwrap_err());
+        assert_eq!(renamed, format!("{}: cannot rename it to {}", a.display(), b.display()));
+        assert_eq!(text(HostNames.unlink(&a).unwrap_err()), format!("{}: cannot remove it", a.display()));
+        assert_eq!(text(HostNames.list(&a).unwrap_err()), format!("{}: cannot list it", a.display()));
+        assert!(text(HostNames.sync_dir(&a).unwrap_err()).contains("make its names durable"));
+    }
+
+    /// A directory `top` with `a/b/image`, links of all kinds, and `outside` next to it.
+    fn tree() -> (tempfile::TempDir, PathBuf) {
+        let root = tempfile::tempdir().unwrap();
+        let top = root.path().join("top");
+        std::fs::create_dir_all(top.join("a/b")).unwrap();
+        std::fs::create_dir_all(root.path().join("other/deep")).unwrap();
+        std::fs::create_dir(root.path().join("other/top")).unwrap();
+        std::fs::write(top.join("a/b/image"), b"inside").unwrap();
+        std::fs::write(root.path().join("outside"), b"outside").unwrap();
+        for (target, link) in [("../outside", "leaf"), ("..", "up"), ("a", "down"), ("/proc/self/fd", "magic")] {
+            std::os::unix::fs::symlink(target, top.join(link)).unwrap();
+        }
+        std::os::unix::fs::symlink(&top, root.path().join("way")).unwrap();
+        std::os::unix::fs::symlink(root.path().join("other/deep"), root.path().join("sideways")).unwrap();
+        (root, top)
+    }
+
+    #[test]
+    fn nothing_leads_out_of_a_directory() {
+        let (root, top) = tree();
+        let open = |path: PathBuf| HostNames.open(&path, &unlocked().with_beneath(&top));
+        for path in ["a/b/image", "a/../a/b/image", "./a//b/./image", "../top/a/b/image"] {
+            assert_eq!(open(top.join(path)).unwrap().len().unwrap(), 6, "{path}");
+        }
+        let outside = [
+            "../outside",
+            "a/../../outside",
+            "leaf",
+            "up/outside",
+            "up/top/a/b/image",
+            "down/b/image",
+            "magic/0",
+            "a/../../../../../../../etc/passwd",
+        ];
+        for path in outside {
+            let error = open(top.join(path)).unwrap_err();
+            assert!(matches!(error, Error::Refused { .. }), "{path}: {error:?}");
+        }
+        for path in [root.path().join("outside"), PathBuf::from("/etc/passwd"), top.clone(), "outside".into()] {
+            assert!(matches!(open(path.clone()), Err(Error::Refused { .. })), "{}", path.display());
+        }
+        let missing = open(top.join("a/none")).unwrap_err();
+        assert_eq!(io::Error::from(missing).kind(), io::ErrorKind::NotFound);
+        assert!(matches!(open(top.join("a")), Err(Error::Refused { .. })));
+        // The way may go round by a sibling, unless a link on it makes the path mean another directory.
+        assert!(open(root.path().join("other/../top/a/b/image")).is_ok());
+        let error = open(root.path().join("sideways/../top/a/b/image")).unwrap_err();
+        assert!(matches!(error, Error::Refused { .. }), "{error:?}");
+    }
+
+    #[test]
+    fn the_directory_itself_may_be_reached_by_a_link() {
+        let (root, _top) = tree();
+        let way = root.path().join("way");
+        let access = unlocked().with_beneath(&way);
+        assert!(HostNames.open(&way.join("a/b/image"), &access).is_ok());
+        assert!(HostNames.open(&way.join("down/b/image"), &access).is_err());
+        // By its letters this lies elsewhere.
+        assert!(HostNames.open(&root.path().join("top/a/b/image"), &access).is_err());
+    }
+
+    #[test]
+    fn beneath_is_kept_for_writers_too() {
+        let (_root, top) = tree();
+        let access = Access::write().with_lock(LockMode::None).with_beneath(&top);
+        HostNames.open(&top.join("a/b/image"), &access).unwrap().write_at(b"I", 0).unwrap();
+        assert!(HostNames.open(&top.join("leaf"), &access).is_err());
+        assert!(HostNames.open(&top.join("a"), &access).is_err());
+    }
+}

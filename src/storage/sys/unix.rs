@@ -66,6 +66,7 @@ pub(in crate::storage) fn refused_kind(error: &io::Error) -> Option<&'static str
 
 /// A file is told by its device and number. A block device is told by the device that it stands for, whichever of its
 /// nodes was opened; number 0 is no file's, so that it is not taken for a file of the file system on that device.
+#[expect(clippy::unnecessary_wraps, reason = "not every platform knows it")]
 pub(in crate::storage) fn file_id(metadata: &Metadata) -> Option<FileId> {
     Some(match kind(metadata) {
         Kind::BlockDevice => FileId { device: metadata.rdev(), inode: 0 },
@@ -74,6 +75,7 @@ pub(in crate::storage) fn file_id(metadata: &Metadata) -> Option<FileId> {
 }
 
 /// The bytes that a regular file occupies.
+#[expect(clippy::unnecessary_wraps, reason = "not every platform knows it")]
 pub(in crate::storage) fn allocated_len(metadata: &Metadata) -> Option<u64> {
     Some(metadata.blocks().saturating_mul(512))
 }
