@@ -2,6 +2,7 @@
 
 mod crash;
 mod create;
+mod devices;
 mod image;
 mod inspection;
 mod layering;

@@ -142,7 +142,8 @@ fn refuse_conflicts(file: &File, name: &str, wanted: LockMode) -> Result<()> {
     Ok(())
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
+#[cfg(target_os = "linux")]
 mod tests {
     use std::path::PathBuf;
 

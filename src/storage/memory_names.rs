@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::beneath::{by_letters, refused, split};
-use super::{Access, Error, MemoryStorage, Names, ReadOnlyStorage, Result, Storage};
+use super::{Access, Error, MemoryStorage, Names, ReadOnlyStorage, Resolved, Result, Storage};
 
 /// A directory tree in memory.
 ///
@@ -110,6 +110,13 @@ impl Names for MemoryNames {
     fn exists(&self, path: &Path) -> Result<bool> {
         Ok(self.get(path).is_some())
     }
+
+    /// By its letters from the root. As every directory is deemed to exist, a name that no file has is one's path too.
+    fn resolve(&self, path: &Path) -> Result<Resolved> {
+        let path = key(path, "look for it")?;
+        let file = self.files().get(&path).and_then(|storage| storage.file_id());
+        Ok(Resolved { path, file })
+    }
 }
 
 #[cfg(test)]
@@ -131,6 +138,9 @@ mod tests {
         reader.read_at(&mut buf, 0).unwrap();
         assert_eq!(&buf, b"Jello");
         assert_eq!(reader.file_id(), created.file_id());
+        let resolved = names.resolve(Path::new("a/./x/../image")).unwrap();
+        assert_eq!(resolved, Resolved { path: "/a/image".into(), file: created.file_id() });
+        assert_eq!(names.resolve(Path::new("a")).unwrap(), Resolved { path: "/a".into(), file: None });
         let kind = |error: Error| io::Error::from(error).kind();
         assert_eq!(kind(names.create_new(path).unwrap_err()), io::ErrorKind::AlreadyExists);
         assert_eq!(kind(names.open(Path::new("b"), &Access::read()).unwrap_err()), io::ErrorKind::NotFound);

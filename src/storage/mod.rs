@@ -322,7 +322,7 @@ mod tests {
     #[test]
     fn a_range_is_zeroed_by_writing_where_nothing_better_is_known() {
         let plain = Plain::default();
-        plain.0.write_at(&[1; 150_000], 0).unwrap();
+        plain.0.write_at(&vec![1; 150_000], 0).unwrap();
         zero_range(&plain, 10..140_010).unwrap();
         #[expect(clippy::reversed_empty_ranges, reason = "a caller's mistake writes nothing")]
         zero_range(&plain, 9..3).unwrap();

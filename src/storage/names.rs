@@ -192,7 +192,8 @@ impl Names for HostNames {
     }
 }
 
-#[cfg(all(test, unix))]
+#[cfg(test)]
+#[cfg(unix)]
 mod tests {
     use super::*;
 
@@ -279,6 +280,17 @@ mod tests {
         assert!(open(root.path().join("other/../top/a/b/image")).is_ok());
         let error = open(root.path().join("sideways/../top/a/b/image")).unwrap_err();
         assert!(matches!(error, Error::Refused { .. }), "{error:?}");
+    }
+
+    #[test]
+    fn a_name_is_resolved_through_its_links() {
+        let (root, top) = tree();
+        let plain = top.canonicalize().unwrap().join("a/b/image");
+        let resolved = HostNames.resolve(&root.path().join("way/down/../a/b/image")).unwrap();
+        assert_eq!(resolved.path, plain);
+        assert_eq!(resolved.file, HostNames.open(&plain, &unlocked()).unwrap().file_id());
+        assert!(HostNames.resolve(&top.join("none")).is_err());
+        assert_eq!(HostNames.resolve(Path::new("")).unwrap().path, std::env::current_dir().unwrap());
     }
 
     #[test]

@@ -1,0 +1,84 @@
+//! A real block device: fixed in length, without holes of a file, told by the device and not by its node.
+
+#![cfg(target_os = "linux")]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use qcow2_chain::storage::{Access, Error, FileStorage, LockMode, Storage};
+
+use crate::support::say;
+
+const MIB: u64 = 1 << 20;
+
+/// A loop device that is given back when this is dropped.
+struct Loop(PathBuf);
+
+impl Loop {
+    /// A device over a file, or `None` with a loud word where this machine or user may not make one.
+    fn over(file: &Path) -> Option<Self> {
+        let made = Command::new("losetup").args(["--find", "--show"]).arg(file).output();
+        match made {
+            Ok(made) if made.status.success() => {
+                Some(Self(PathBuf::from(String::from_utf8_lossy(&made.stdout).trim())))
+            }
+            _ => {
+                say("SKIPPED: no loop device can be made (root is needed)");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_block_device_is_a_storage_of_fixed_length() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("file");
+    let bytes: Vec<u8> = (0..MIB).map(|at| u8::try_from(at % 251).expect("small")).collect();
+    std::fs::write(&file, &bytes).expect("there is room");
+    let Some(device) = Loop::over(&file) else { return };
+
+    let storage = FileStorage::open(&device.0, &Access::write()).expect("the device opens");
+    assert!(storage.is_fixed_size());
+    assert_eq!(storage.len().expect("it has a length"), MIB);
+    assert_eq!(storage.allocated_len().expect("no error"), None);
+    assert_eq!(storage.free_space().expect("no error"), None);
+    assert_eq!(storage.next_data(5).expect("no error"), Some(5..MIB));
+
+    // Unaligned, across the end.
+    let mut buf = [0xee; 1000];
+    storage.read_at(&mut buf, MIB - 700).expect("the end reads as zeroes");
+    assert_eq!(buf[..700], bytes[bytes.len() - 700..]);
+    assert_eq!(buf[700..], [0; 300]);
+    storage.write_at(&[7; 700], MIB - 700).expect("it ends where the device ends");
+    let full = storage.write_at(&[8; 1000], MIB - 10);
+    assert!(matches!(full, Err(Error::NoSpace { need: 1000, .. })), "{full:?}");
+    storage.set_len(MIB).expect("that is its length");
+    assert!(matches!(storage.set_len(2 * MIB), Err(Error::Unsupported { .. })));
+
+    // Aligned or not, what is asked for is zero afterwards, and nothing else.
+    qcow2_chain::storage::zero_range(&storage, 4096..8192).expect("zeroed");
+    qcow2_chain::storage::zero_range(&storage, 10_001..10_010).expect("zeroed");
+    storage.sync().expect("durable");
+    let mut model = bytes;
+    model[4096..8192].fill(0);
+    model[10_001..10_010].fill(0);
+    let mut all = vec![0xee; model.len() - 1000];
+    storage.read_at(&mut all, 0).expect("it reads");
+    assert_eq!(all, model[..all.len()]);
+
+    // By whatever name: it is the device, and not the file that a loop device lies on.
+    let node = directory.path().join("node");
+    let looker = Access::read().with_lock(LockMode::None);
+    std::os::unix::fs::symlink(&device.0, &node).expect("a link");
+    let other = FileStorage::open(&node, &looker).expect("the device opens again");
+    assert_eq!(storage.file_id(), other.file_id());
+    assert!(storage.file_id().is_some());
+    assert_ne!(storage.file_id(), FileStorage::open(&file, &looker).expect("the file opens").file_id());
+}
