@@ -7,5 +7,6 @@ mod image;
 mod inspection;
 mod layering;
 mod locks;
+mod qemu;
 mod support;
 mod tables;

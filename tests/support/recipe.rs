@@ -65,7 +65,8 @@ pub struct RandomImage {
 /// Incompressible bytes; the odd length makes no two clusters the same.
 const NOISE_LEN: usize = 4999;
 
-fn noise() -> Vec<u8> {
+/// The bytes of [`Op::Noise`], over and over.
+pub fn noise() -> Vec<u8> {
     Rng::new(1).bytes(NOISE_LEN)
 }
 
@@ -278,6 +279,16 @@ impl RandomImage {
             let clusters = range.start / size..range.end.div_ceil(size);
             clusters.for_each(|cluster| self.touched[usize::try_from(cluster).unwrap()] = true);
         }
+    }
+
+    /// The model and the shape follow a resize; what is new reads as zeroes.
+    pub fn resize(&mut self, size: u64) {
+        self.shape.size = size;
+        self.model.resize(usize::try_from(size).unwrap(), 0);
+        // A partial last cluster becomes a whole one, or the other way round: nothing there counts as fresh.
+        let clusters = self.shape.clusters();
+        self.touched.truncate(clusters.saturating_sub(1));
+        self.touched.resize(clusters, true);
     }
 
     /// What a discard of `range` turns into zeroes: whole clusters (the disk's last one is whole at the disk's end), and
