@@ -3,6 +3,7 @@
 mod crash;
 mod create;
 mod devices;
+mod foreign;
 mod image;
 mod inspection;
 mod layering;

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use qcow2_chain::image::ExtentKind;
+use qcow2_chain::image::{Extent, ExtentKind};
 
 use crate::support::ours::{Bytes, Ours, apply_random};
 use crate::support::qemu::{MapEntry, Qemu};
@@ -12,7 +12,7 @@ use crate::support::rng::{Rng, cases, trace};
 
 /// What both sides say of one sector of the image itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Sector {
+pub enum Sector {
     Unallocated,
     Zero(Option<u64>),
     Data(u64),
@@ -30,11 +30,11 @@ fn sectors_of_map(map: &[MapEntry]) -> Vec<Sector> {
     map.iter().flat_map(|entry| (0..entry.length).step_by(512).map(|at| sector(entry, at))).collect()
 }
 
-/// The sectors as this library tells them, from extents that must be in order, without gaps, and coalesced.
-fn sectors_of_extents(ours: &Ours) -> Vec<Sector> {
+/// The sectors as this library tells them, from extents that must be in order, without gaps, and cover the disk.
+pub fn sectors_of_extents(extents: &[Extent], size: u64) -> Vec<Sector> {
     let mut sectors = Vec::new();
     let mut end = 0;
-    for extent in ours.extents() {
+    for extent in extents {
         assert_eq!(extent.guest.get(), end, "extents without gaps");
         assert!(extent.len > 0 && extent.len % 512 == 0, "{extent:?}");
         end += extent.len;
@@ -45,7 +45,7 @@ fn sectors_of_extents(ours: &Ours) -> Vec<Sector> {
             ExtentKind::Unallocated => Sector::Unallocated,
         }));
     }
-    assert_eq!(end, ours.image.virtual_size(), "extents cover the disk");
+    assert_eq!(end, size, "extents cover the disk");
     sectors
 }
 
@@ -79,13 +79,18 @@ fn assert_content(ours: &Ours, image: &RandomImage) {
     }
 }
 
-fn assert_same_map(qemu: Qemu, ours: &Ours, image: &RandomImage) {
-    let theirs = sectors_of_map(&qemu.map(&image.path));
-    let sectors = sectors_of_extents(ours);
-    assert_eq!(sectors.len(), theirs.len(), "{image}");
-    if let Some(at) = (0..theirs.len()).find(|at| sectors[*at] != theirs[*at]) {
-        panic!("at {:#x} we say {:x?}, qemu-img {:x?}: {image}", at * 512, sectors[at], theirs[at]);
+/// Fails the test unless both sides say the same of each sector.
+pub fn assert_same_sectors(ours: &[Sector], theirs: &[MapEntry], what: &impl std::fmt::Display) {
+    let theirs = sectors_of_map(theirs);
+    assert_eq!(ours.len(), theirs.len(), "{what}");
+    if let Some(at) = (0..theirs.len()).find(|at| ours[*at] != theirs[*at]) {
+        panic!("at {:#x} we say {:x?}, qemu-img {:x?}: {what}", at * 512, ours[at], theirs[at]);
     }
+}
+
+fn assert_same_map(qemu: Qemu, ours: &Ours, image: &RandomImage) {
+    let sectors = sectors_of_extents(&ours.extents(), ours.image.virtual_size());
+    assert_same_sectors(&sectors, &qemu.map(&image.path), image);
 }
 
 /// Fails the test unless QEMU finds nothing wrong with an image and reads of it, and of its snapshots, the models.
@@ -128,6 +133,7 @@ fn what_qemu_wrote_we_read() {
     });
 }
 
+/// Creates an image, does random things to it, and leaves it to QEMU.
 #[test]
 fn what_we_wrote_qemu_reads() {
     let Some(qemu) = Qemu::find() else { return };
