@@ -178,7 +178,9 @@ fn both_write_one_image_in_turn() {
             image.apply_random(qemu, rng, count);
             trace(&image);
             let mut ours = Ours::open(&image.path, true, beneath.as_ref());
-            if rng.chance(1, 3) {
+            // QEMU cannot tell a snapshot of another size where refcounts are narrow, see `Qemu::content`.
+            let judged = image.snapshots.is_empty() || image.shape.refcount_bits >= 16;
+            if judged && rng.chance(1, 3) {
                 resize(&ours, &mut image, rng);
             }
             let count = rng.within(0..8);

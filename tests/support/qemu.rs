@@ -153,8 +153,26 @@ impl Qemu {
         std::fs::remove_file(raw).expect("the model is removed");
     }
 
-    /// The guest's bytes as `qemu-img` reads them; `snapshot` names an internal snapshot to read instead.
+    /// The guest's bytes as `qemu-img` reads them; `snapshot` names an internal snapshot to read instead, in the size that
+    /// the disk had then.
     pub fn content(self, image: &Path, snapshot: Option<&str>) -> Vec<u8> {
+        let Some(snapshot) = snapshot else { return self.convert(image, None) };
+        // `convert -l` gives a snapshot the disk's present size, so it is applied to a copy. Under bitmaps QEMU refuses to.
+        let copy = image.with_extension("applied");
+        std::fs::copy(image, &copy).expect("the image is copied");
+        for bitmap in self.info(&copy)["format-specific"]["data"]["bitmaps"].as_array().into_iter().flatten() {
+            let name = bitmap["name"].as_str().expect("a bitmap has a name");
+            self.img(&["bitmap".as_ref(), "--remove".as_ref(), copy.as_os_str(), name.as_ref()]);
+        }
+        let run = self.try_img(&["snapshot".as_ref(), "-a".as_ref(), snapshot.as_ref(), copy.as_os_str()]);
+        // Applying raises refcounts first, which narrow ones may not hold.
+        let bytes = if run.code == 0 { self.convert(&copy, None) } else { self.convert(image, Some(snapshot)) };
+        std::fs::remove_file(copy).expect("the copy is removed");
+        bytes
+    }
+
+    /// `qemu-img convert` to a raw file.
+    fn convert(self, image: &Path, snapshot: Option<&str>) -> Vec<u8> {
         let raw = image.with_extension("content");
         let mut command = Command::new("qemu-img");
         command.args(["convert", "-t", "unsafe", "-f", "qcow2", "-O", "raw"]);
