@@ -74,7 +74,8 @@ fn assert_we_read(qemu: Qemu, image: &RandomImage, beneath: Option<&Bytes>, rng:
 
 fn assert_content(ours: &Ours, image: &RandomImage) {
     let bytes = ours.read(0, image.model.len());
-    if let Some(at) = (0..bytes.len()).find(|at| bytes[*at] != image.model[*at]) {
+    if bytes != image.model {
+        let at = (0..bytes.len()).find(|at| bytes[*at] != image.model[*at]).unwrap_or(bytes.len());
         panic!("at {at:#x} we read {:#x}, the model has {:#x}: {image}", bytes[at], image.model[at]);
     }
 }

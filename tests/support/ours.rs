@@ -78,8 +78,8 @@ impl Ours {
         let done = match op {
             Op::Fill(range, byte) => write(range, &vec![*byte; usize::try_from(at(range).1).unwrap()]),
             Op::Noise(range) => {
-                let bytes: Vec<u8> = noise().into_iter().cycle().take(usize::try_from(at(range).1).unwrap()).collect();
-                write(range, &bytes)
+                let len = usize::try_from(at(range).1).unwrap();
+                write(range, &noise().repeat(len / noise().len() + 1)[..len])
             }
             Op::Zero(range) | Op::ZeroUnmap(range) => match &self.beneath {
                 Some(beneath) => image.write_zeroes_at_over(at(range).0, at(range).1, beneath),

@@ -270,7 +270,8 @@ impl RandomImage {
         match op {
             Op::Fill(_, pattern) | Op::Compressed(_, pattern) => bytes.fill(*pattern),
             Op::Noise(_) | Op::CompressedNoise(_) => {
-                bytes.iter_mut().zip(noise().into_iter().cycle()).for_each(|(byte, noise)| *byte = noise);
+                let noise = noise();
+                bytes.chunks_mut(NOISE_LEN).for_each(|chunk| chunk.copy_from_slice(&noise[..chunk.len()]));
             }
             _ => bytes.fill(0),
         }
