@@ -9,7 +9,7 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, OpenHow, ResolveFlag, copy_file_range, fallocate, fcntl, openat2};
 use nix::libc;
-use nix::unistd::{Whence, lseek};
+use nix::unistd::{Whence, lseek64};
 
 use super::{retry, walk_beneath};
 
@@ -26,9 +26,9 @@ fn or_unsupported(errno: Errno) -> io::Error {
     }
 }
 
-/// A file offset as the kernel takes it.
-fn offset(n: u64) -> io::Result<i64> {
-    i64::try_from(n).map_err(|_| Errno::EFBIG.into())
+/// A file offset as a call takes it: on 32-bit systems some calls take 32 bits, and cannot serve what lies behind.
+fn offset<T: TryFrom<u64>>(n: u64) -> io::Result<T> {
+    T::try_from(n).map_err(|_| io::Error::new(io::ErrorKind::Unsupported, Errno::EOVERFLOW))
 }
 
 fn allocate(file: &File, flags: FallocateFlags, range: &Range<u64>) -> io::Result<()> {
@@ -72,7 +72,7 @@ pub(in crate::storage) fn next_data(file: &File, at: u64, len: u64) -> io::Resul
     if at >= len {
         return Ok(None);
     }
-    let seek = |at: i64, whence| match retry(|| lseek(file, at, whence).map_err(io::Error::from)) {
+    let seek = |at: i64, whence| match retry(|| lseek64(file, at, whence).map_err(io::Error::from)) {
         Ok(found) => Ok(u64::try_from(found).ok()),
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
         Err(error) => Err(error),

@@ -1,6 +1,6 @@
 //! What the operating systems do differently, behind plain functions of the same names.
 //!
-//! [`unix`] and [`windows`] hold what every platform has in some form; [`linux`] is the only file with calls that Linux
+//! `unix` and `windows` hold what every platform has in some form; `linux` is the only file with calls that Linux
 //! alone has, and `portable` answers in its place elsewhere: [`std::io::ErrorKind::Unsupported`], never a pretence.
 
 #[cfg(unix)]
