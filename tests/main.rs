@@ -1,5 +1,6 @@
 //! All integration tests in one binary, so that it links once.
 
+mod check;
 mod crash;
 mod create;
 mod devices;

@@ -49,12 +49,9 @@ pub(super) fn compare(
     while first < counts.clusters() {
         let end = (first + per_block).min(counts.clusters());
         let offset = subject.reftable_entry(first).block();
-        if let Some(bad) = offset.filter(|offset| subject.unaligned(offset.get())) {
+        if let Some(bad) = offset.filter(|offset| subject.unreadable(*offset)) {
             report.unchecked(end - first, "refcount block", bad.get(), || {
-                format!(
-                    "Can't get refcounts for clusters {first} to {}: refcount block is not cluster aligned",
-                    end - 1
-                )
+                format!("Can't get refcounts for clusters {first} to {}: no refcount block can lie at {bad}", end - 1)
             });
             result.equal = false;
         } else {

@@ -26,7 +26,7 @@ impl<'s, 'a> Ones<'s, 'a> {
         let needed = subject.geometry.clusters_for(subject.file_len).saturating_add(1).div_ceil(per_block);
         let mut blocks = Vec::new();
         for entry in subject.reftable.iter().take(index(needed)) {
-            let offset = entry.block().filter(|offset| !subject.unaligned(offset.get()));
+            let offset = entry.block().filter(|offset| !subject.unreadable(*offset));
             let block = offset.map(|offset| subject.read_refblock(offset)).transpose()?.flatten();
             blocks.push(block.filter(|block| !block.is_empty()).map(|block| {
                 let mut bits = vec![0_u64; block.len().div_ceil(64)].into_boxed_slice();
@@ -45,7 +45,7 @@ impl<'s, 'a> Ones<'s, 'a> {
     fn is_one(&self, cluster: u64) -> Result<Option<bool>> {
         let geometry = self.subject.geometry;
         let entry = self.subject.reftable_entry(cluster);
-        if entry.block().is_some_and(|offset| self.subject.unaligned(offset.get())) {
+        if entry.block().is_some_and(|offset| self.subject.unreadable(offset)) {
             return Ok(None);
         }
         let block = geometry.refcount_table_index(HostCluster::new(cluster));

@@ -14,6 +14,9 @@ use super::counts::index;
 /// How many bytes of tables are read at once where they follow one another.
 pub(super) const READ_AHEAD: u64 = 1 << 20;
 
+/// How long a file can be at most, as QEMU sees it.
+const LONGEST_FILE: u64 = i64::MAX.unsigned_abs() >> 30 << 30;
+
 /// The image under check.
 #[derive(Debug)]
 pub(super) struct Subject<'a> {
@@ -65,6 +68,13 @@ impl<'a> Subject<'a> {
     /// Whether an offset is not the start of a cluster.
     pub(super) fn unaligned(&self, offset: u64) -> bool {
         !self.geometry.is_aligned(HostOffset::new(offset))
+    }
+
+    /// Whether a refcount block cannot be read from where it is said to lie: inside a cluster, or beyond any file. Blocks
+    /// past the end of this file can: they are all zero.
+    pub(super) fn unreadable(&self, block: HostOffset) -> bool {
+        let end = block.get().saturating_add(self.cluster_size());
+        !self.geometry.is_aligned(block) || end > LONGEST_FILE
     }
 
     /// Whether guest data lies in another file, so that it is not counted in this one.
