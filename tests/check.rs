@@ -186,7 +186,7 @@ impl Victim {
             Damage::L1Copied => change(self, l1, &|entry| entry ^ 1 << 63),
             Damage::L1Reserved => change(self, l1, &|entry| entry | 1 << 3),
             Damage::L1Unaligned => change(self, l1, &|entry| entry + 512),
-            Damage::L1PastEnd => change(self, l1, &|entry| entry & 1 << 63 | (clusters + 3) * size),
+            Damage::L1PastEnd => change(self, l1, &|entry| (entry & (1 << 63)) | ((clusters + 3) * size)),
             Damage::Dirty if self.v3() => self.bytes[79] |= 1,
             Damage::Corrupt if self.v3() => self.bytes[79] |= 2,
             Damage::Dirty | Damage::Corrupt => {}
@@ -356,7 +356,7 @@ fn mutate(victim: &mut Victim, header: bool, rng: &mut Rng) {
         1 => victim.set_u64(place, 0),
         2 => victim.set_u64(place, u64::MAX),
         3 => victim.set_u64(place, rng.next_u64()),
-        4 => victim.set_u64(place, 1 << 63 | rng.within(0..clusters + 2) * size),
+        4 => victim.set_u64(place, (1 << 63) | (rng.within(0..clusters + 2) * size)),
         5 => victim.set_u64(place, rng.within(0..clusters + 2) * size + 512 * rng.within(0..2)),
         _ => {
             if let Some(byte) = victim.bytes.get_mut(at(place)) {
