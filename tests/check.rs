@@ -249,7 +249,7 @@ fn assert_same_verdict(qemu: Qemu, path: &Path, what: &str) -> Check {
 
 fn random_image(qemu: Qemu, dir: &Path, rng: &mut Rng) -> RandomImage {
     let mut image = RandomImage::create(qemu, dir.join("image.qcow2"), Shape::random(rng));
-    let count = rng.within(1..20);
+    let count = rng.within(1..9);
     for _ in 0..count {
         let op = image.random_op(rng);
         image.apply(qemu, vec![op]);
@@ -276,7 +276,7 @@ fn sound_images_are_found_sound() {
 #[test]
 fn damage_is_found_and_repaired_as_qemu_does() {
     let Some(qemu) = Qemu::find() else { return };
-    cases("damaged images", 60, |rng| {
+    cases("damaged images", 40, |rng| {
         let dir = tempfile::tempdir().unwrap();
         let image = random_image(qemu, dir.path(), rng);
         let mut victim = Victim { bytes: std::fs::read(&image.path).unwrap() };

@@ -15,10 +15,10 @@ mod subject;
 
 use std::collections::HashSet;
 
-use crate::format::{IncompatibleFeatures, Limits};
+use crate::format::Limits;
 use crate::storage::{self, Storage};
 
-use super::{Error, Result};
+use super::Result;
 use copied::{Ones, Repair};
 use findings::MAX_FINDINGS;
 use references::{Metadata, References};
@@ -133,26 +133,6 @@ pub fn check(storage: &dyn Storage, options: &CheckOptions) -> Result<CheckRepor
         subject.clear_dirty_and_corrupt()?;
     }
     Ok(examined.report)
-}
-
-/// Repairs an image whose dirty bit is set; does nothing with any other.
-///
-/// # Errors
-/// [`Error::Refused`] where errors remain: the image must not be written.
-#[cfg_attr(not(test), expect(dead_code, reason = "opening for writing calls it"))]
-pub(crate) fn repair_dirty(storage: &dyn Storage, limits: &Limits) -> Result<()> {
-    let dirty = Subject::read(storage, limits)?.head.header.incompatible_features.has(IncompatibleFeatures::DIRTY);
-    if !dirty {
-        return Ok(());
-    }
-    let report = check(storage, &CheckOptions { fix: Fix::All, limits: limits.clone() })?;
-    if report.has_errors() {
-        let CheckReport { corruptions, check_errors, .. } = report;
-        let why =
-            format!("the image is dirty, and its repair left {corruptions} corruptions and {check_errors} errors");
-        return Err(Error::refused(storage.name(), why));
-    }
-    Ok(())
 }
 
 /// One pass over the image.
