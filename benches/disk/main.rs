@@ -1,0 +1,13 @@
+//! What the parts cost, on real files in a temporary directory: `cargo bench`, or `cargo bench -- read` for some.
+
+mod image;
+mod setup;
+
+use criterion::{criterion_group, criterion_main};
+
+criterion_group! {
+    name = disk;
+    config = setup::criterion();
+    targets = image::open, image::extents, image::read, image::write_overlay, image::check_image
+}
+criterion_main!(disk);
