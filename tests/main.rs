@@ -1,10 +1,12 @@
 //! All integration tests in one binary, so that it links once.
 
+mod chain;
 mod check;
 mod crash;
 mod create;
 mod devices;
 mod foreign;
+mod hostile;
 mod image;
 mod inspection;
 mod layering;
