@@ -104,7 +104,7 @@ fn over_raw(qemu: Qemu, path: PathBuf, mut shape: Shape, base: &RandomImage) -> 
 #[test]
 fn random_chains_read_as_qemu_reads_them() {
     let Some(qemu) = Qemu::find() else { return };
-    cases("chains read", 40, |rng| {
+    cases("chains read", 24, |rng| {
         let images = Images::random(qemu, rng);
         let chain = images.open();
         assert!(content(&chain) == images.top().model, "{}", images.top());
@@ -136,11 +136,13 @@ fn entry(extent: &ChainExtent) -> MapEntry {
     }
 }
 
-/// Merges what touches and is alike. QEMU marks holes of the file within data; which is a matter of the file system.
+/// Merges what touches and is alike. QEMU marks holes of the file within data, which is a matter of the file system, and
+/// tells where space lies for subclusters that nobody holds.
 fn plain(entries: impl IntoIterator<Item = MapEntry>) -> Vec<MapEntry> {
     let mut merged: Vec<MapEntry> = Vec::new();
     for mut entry in entries {
         entry.zero &= !entry.data;
+        entry.offset = entry.offset.filter(|_| entry.present);
         if let Some(last) = merged.last_mut() {
             let offset = last.offset.map(|offset| offset + last.length);
             let grown = MapEntry { start: entry.start, length: entry.length, offset, ..last.clone() };
@@ -157,7 +159,7 @@ fn plain(entries: impl IntoIterator<Item = MapEntry>) -> Vec<MapEntry> {
 #[test]
 fn random_chains_map_as_qemu_maps_them() {
     let Some(qemu) = Qemu::find() else { return };
-    cases("chains mapped", 60, |rng| {
+    cases("chains mapped", 30, |rng| {
         let images = Images::random(qemu, rng);
         let chain = images.open();
         let extents: Vec<_> = chain.extents(0..u64::MAX).map(|extent| extent.expect("an extent")).collect();
@@ -188,7 +190,7 @@ fn cut(entries: &[MapEntry], range: &std::ops::Range<u64>) -> Vec<MapEntry> {
 #[test]
 fn the_extents_of_some_layers_are_what_a_commit_needs() {
     let Some(qemu) = Qemu::find() else { return };
-    cases("some layers", 30, |rng| {
+    cases("some layers", 16, |rng| {
         let images = Images::random(qemu, rng);
         let chain = images.open();
         let layers = usize::try_from(rng.within(1..images.images.len() as u64)).unwrap();
@@ -211,7 +213,7 @@ fn the_extents_of_some_layers_are_what_a_commit_needs() {
 #[test]
 fn what_is_written_through_a_chain_qemu_reads() {
     let Some(qemu) = Qemu::find() else { return };
-    cases("chains written", 30, |rng| {
+    cases("chains written", 20, |rng| {
         let images = Images::random(qemu, rng);
         let path = &images.top().path;
         let chain = Chain::open(path, &options(images.directory.path()).with_writable(1)).expect("opened for writing");
@@ -245,7 +247,7 @@ fn what_is_written_through_a_chain_qemu_reads() {
 #[test]
 fn chains_compare_as_qemu_compares_them() {
     let Some(qemu) = Qemu::find() else { return };
-    cases("chains compared", 20, |rng| {
+    cases("chains compared", 12, |rng| {
         let images = Images::random(qemu, rng);
         let chain = images.open();
         let copy = images.directory.path().join("copy");
@@ -346,7 +348,7 @@ fn a_chain_is_described() {
     assert_eq!((mid.held.data, mid.held.zero), (128 << 10, 64 << 10));
     assert_eq!((mid.visible.data, mid.visible.zero), (64 << 10, 64 << 10));
     assert_eq!(base.held.total(), 4 << 20);
-    assert_eq!(base.visible.total(), (1 << 20) - (256 << 10));
+    assert_eq!(base.visible.total(), (1 << 20) - (192 << 10));
     let backing = mid.backing.as_ref().expect("a backing file");
     assert_eq!((backing.name.as_str(), backing.format.as_deref()), ("base.raw", Some("raw")));
     assert_eq!(backing.path, directory.path().join("base.raw"));
@@ -486,8 +488,9 @@ fn encrypted_layers_are_described_and_never_read() {
     let iterations = ["-o", "encrypt.iter-time=10"];
     let create = ["create", "-q", "-f", "qcow2"];
     qemu.img(&[&create[..], &secret, &iterations, &[&at("base"), "1M"]].concat());
-    qemu.img(&[&create[..], &["-u", "-b", "base", "-F", "qcow2", &at("top"), "1M"]].concat());
+    qemu.img(&[&create[..], &[&at("top"), "1M"]].concat());
     qemu.io(Path::new(&at("top")), &["write -z 0 64k"]);
+    qemu.img(&["rebase", "-q", "-u", "-f", "qcow2", "-b", "base", "-F", "qcow2", &at("top")]);
     let chain = Chain::open(at("top"), &options(directory.path()).with_writable(1)).expect("it can be looked at");
     let description = chain.describe().expect("described");
     assert!(description.layers[1].flags.encrypted && !description.layers[0].flags.encrypted);

@@ -155,7 +155,8 @@ fn protocols_are_never_followed() {
 #[test]
 fn odd_names_are_refused() {
     let place = Place::new();
-    for policy in [Policy::Any, Policy::Beneath(vec![place.path("allowed")]), Policy::List(vec![place.path("secret")])] {
+    for policy in [Policy::Any, Policy::Beneath(vec![place.path("allowed")]), Policy::List(vec![place.path("secret")])]
+    {
         let options = ChainOptions::default().with_policy(policy);
         let top = place.over("top", Path::new("secret\0x"));
         assert_eq!(place.refused(&top, &options).1, Remedy::Never);
@@ -203,7 +204,8 @@ fn names_within_the_directory_are_followed() {
     let place = Place::new();
     std::fs::create_dir(place.allowed("sub")).expect("a directory");
     std::fs::write(place.allowed("base"), image(None, None)).expect("an image");
-    for name in ["base".into(), "./base".into(), "sub/../base".into(), "../allowed/base".into(), place.allowed("base")] {
+    for name in ["base".into(), "./base".into(), "sub/../base".into(), "../allowed/base".into(), place.allowed("base")]
+    {
         let top = place.over("top", &name);
         Chain::open(&top, &place.options()).unwrap_or_else(|error| panic!("{}: {error}", name.display()));
     }

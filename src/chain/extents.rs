@@ -42,7 +42,7 @@ impl ChainExtent {
         let same = self.end() == next.guest.get()
             && self.layer == next.layer
             && self.depth == next.depth
-            && advanced(self.kind, self.len) == next.kind;
+            && self.kind.advanced(self.len) == next.kind;
         if same {
             self.len += next.len;
         }
@@ -74,7 +74,7 @@ impl<'a> Cursor<'a> {
     /// The extent at a position within the layer's size, from there on. Positions never go back.
     fn at(&mut self, position: u64) -> image::Result<Extent> {
         while let (Some(current), Some(extents)) = (self.current, &mut self.extents) {
-            let end = current.guest.get().saturating_add(current.len);
+            let end = current.end();
             if position < end {
                 return Ok(tail(current, position));
             }
@@ -92,19 +92,10 @@ impl<'a> Cursor<'a> {
     }
 }
 
-/// What lies `count` bytes on in an extent of this kind.
-fn advanced(kind: ExtentKind, count: u64) -> ExtentKind {
-    match kind {
-        ExtentKind::Data { host } => ExtentKind::Data { host: host.saturating_add(count) },
-        ExtentKind::Zero { host: Some(host) } => ExtentKind::Zero { host: Some(host.saturating_add(count)) },
-        same => same,
-    }
-}
-
 /// What an extent holds from a position within it on.
 fn tail(extent: Extent, position: u64) -> Extent {
     let skipped = position - extent.guest.get();
-    Extent { guest: GuestOffset::new(position), len: extent.len - skipped, kind: advanced(extent.kind, skipped) }
+    Extent { guest: GuestOffset::new(position), len: extent.len - skipped, kind: extent.kind.advanced(skipped) }
 }
 
 /// The extents of a guest range over several layers, in order, disjoint, without gaps, and coalesced.

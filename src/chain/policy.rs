@@ -51,7 +51,7 @@ impl Link<'_> {
     }
 
     fn not_followed(&self, names: &dyn Names, target: &Path) -> Error {
-        let remedy = Remedy::Beneath(parent_name(&self.plain_target(names, target)));
+        let remedy = Remedy::Beneath(parent_name(&by_letters(&self.plain_target(names, target))));
         self.refused("backing files are not followed", remedy)
     }
 
@@ -210,12 +210,14 @@ fn open_beneath(
     access: &Access,
 ) -> Result<storage::Result<Arc<dyn Storage>>> {
     let plain = link.plain_target(names, target);
+    let letters = by_letters(&plain);
     let mut refusal = None;
     let mut inside = false;
     for directory in directories {
-        for (path, directory) in [(target, directory.clone()), (&plain, settled(names, directory))] {
-            let within = path.starts_with(&directory);
-            inside |= within;
+        let real = settled(names, directory);
+        let within = letters.starts_with(&real);
+        inside |= within;
+        for (path, directory) in [(target, directory.clone()), (&plain, real)] {
             match names.open(path, &access.clone().with_beneath(directory)) {
                 Err(storage::Error::Refused { why, .. }) if within || refusal.is_none() => refusal = Some(why),
                 Err(storage::Error::Refused { .. }) => {}
@@ -224,7 +226,7 @@ fn open_beneath(
         }
     }
     let why = refusal.unwrap_or_else(|| "no directory is allowed".to_owned());
-    let remedy = if inside { remedy_inside(names, target, plain) } else { Remedy::Beneath(parent_name(&plain)) };
+    let remedy = if inside { remedy_inside(names, target, plain) } else { Remedy::Beneath(parent_name(&letters)) };
     Err(link.refused(why, remedy))
 }
 
@@ -254,4 +256,64 @@ fn join_by_letters(directory: &Path, name: &Path) -> PathBuf {
         }
     }
     path
+}
+
+/// A path without `..`, each taken by its letters: what it most likely stands for, good enough for advice.
+fn by_letters(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for component in path.components() {
+        match component {
+            Component::ParentDir if plain.file_name().is_some() => {
+                plain.pop();
+            }
+            other => plain.push(other),
+        }
+    }
+    plain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn protocols_are_told_from_names() {
+        for name in ["nbd:x", "json:{}", "a.b+c-d:x", ":", "a b:c", "file:x"] {
+            assert!(has_protocol(name.as_bytes()), "{name}");
+        }
+        for name in ["x", "./a:b", "/a:b", "a/b:c", ""] {
+            assert!(!has_protocol(name.as_bytes()), "{name}");
+        }
+    }
+
+    #[test]
+    fn names_are_seen_from_the_image_that_names_them() {
+        let target = |image: &str, name: &str| {
+            let link = Link { image: Path::new(image), name: name.as_bytes() };
+            link.target().map(|path| path.display().to_string()).map_err(|error| error.to_string())
+        };
+        assert_eq!(target("/d/top", "base").as_deref(), Ok("/d/base"));
+        assert_eq!(target("d/top", "../base").as_deref(), Ok("d/../base"));
+        assert_eq!(target("top", "base").as_deref(), Ok("base"));
+        assert_eq!(target("/d/top", "/e/base").as_deref(), Ok("/e/base"));
+        assert!(target("/d/top", "").is_err_and(|error| error.contains("empty")));
+        assert!(target("/d/top", "a\0b").is_err_and(|error| error.contains("NUL")));
+        let error = target("/d/top", "nbd:x").expect_err("a protocol");
+        assert_eq!(
+            error,
+            "/d/top: backing file 'nbd:x' is refused: it names a protocol, not a file; no policy allows it"
+        );
+    }
+
+    #[test]
+    fn only_leading_dots_are_taken_by_their_letters() {
+        let join =
+            |directory: &str, name: &str| join_by_letters(Path::new(directory), Path::new(name)).display().to_string();
+        assert_eq!(join("/a/b", "../c"), "/a/c");
+        assert_eq!(join("/a/b", "./../../../c"), "/c");
+        assert_eq!(join("/a/b", "c/../d"), "/a/b/c/../d");
+        assert_eq!(join("a", "../c"), "a/../c");
+        assert_eq!(join("/a", "/b/../c"), "/b/../c");
+        assert_eq!(by_letters(Path::new("/a/b/../../../c")).display().to_string(), "/../c");
+    }
 }
