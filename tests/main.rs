@@ -2,6 +2,8 @@
 
 mod chain;
 mod check;
+#[cfg(feature = "cli")]
+mod cli;
 mod crash;
 mod create;
 mod devices;

@@ -72,6 +72,10 @@ pub(crate) fn run(args: &Args) -> Outcome {
         Some(Repair::All) => Fix::All,
     };
     let report = image::check(&*storage, &options)?;
+    // A check that did not come to its end found no end of the image either; qemu-img prints nothing of it then.
+    if report.check_errors > 0 && report.image_end_offset == 0 {
+        return Err(Failure::new("Check failed: the refcounts would have to be built anew, which takes -r all"));
+    }
     match args.output {
         Form::Human => say(args.quiet, text(&report).trim_end())?,
         Form::Json => say(args.quiet, &json(&report, &args.file.to_string_lossy()).pretty())?,

@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 
 use crate::failure::{Failure, Outcome};
 use crate::output::emit;
-use crate::{check, compare, create, dump, info, map, resize};
+use crate::{chain, check, compare, create, dump, info, map, resize};
 
 /// qcow2 images and chains of overlays, without QEMU
 ///
@@ -31,6 +31,7 @@ enum Verb {
     Check(check::Args),
     Compare(compare::Args),
     Resize(resize::Args),
+    Chain(chain::Args),
     Dump(dump::Args),
 }
 
@@ -54,6 +55,7 @@ pub(crate) fn run(mut args: Vec<OsString>) -> Outcome {
         Verb::Check(args) => check::run(&args),
         Verb::Compare(args) => compare::run(&args),
         Verb::Resize(args) => resize::run(&args),
+        Verb::Chain(args) => chain::run(&args),
         Verb::Dump(args) => dump::run(&args),
     }
 }

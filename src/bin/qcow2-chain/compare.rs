@@ -1,12 +1,13 @@
 //! `compare`: whether two images read the same.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use qcow2_chain::chain::{Chain, ChainExtent};
+use qcow2_chain::chain::Chain;
 use qcow2_chain::format::GuestOffset;
-use qcow2_chain::image::ExtentKind;
 
 use crate::failure::{Failure, Outcome};
+use crate::layout::{Entry, Layout};
 use crate::open;
 use crate::options::{PolicyArgs, Unserved, cache_mode, looking};
 use crate::output::say;
@@ -76,7 +77,10 @@ fn compare(chains: &[Chain; 2], args: &Args, progress: &Progress) -> Outcome {
     if args.strict && shorter != longer {
         return differs("Strict mode: Image size mismatch!");
     }
-    let [mut one, mut other] = [Walk::new(&chains[0], 0..shorter), Walk::new(&chains[1], 0..shorter)];
+    let layout = |chain| Layout::of(chain).map_err(|failure| failure.with_code(3));
+    let layouts = [layout(&chains[0])?, layout(&chains[1])?];
+    let mut one = Walk::new(&chains[0], &layouts[0], 0..shorter);
+    let mut other = Walk::new(&chains[1], &layouts[1], 0..shorter);
     let mut at = 0;
     while at < shorter {
         let (a, b) = (one.status(at)?, other.status(at)?);
@@ -92,13 +96,14 @@ fn compare(chains: &[Chain; 2], args: &Args, progress: &Progress) -> Outcome {
     }
     if shorter != longer {
         say(args.quiet, "Warning: Image size mismatch!")?;
-        let chain = &chains[usize::from(sizes[1] > sizes[0])];
-        let mut walk = Walk::new(chain, shorter..longer);
+        let index = usize::from(sizes[1] > sizes[0]);
+        let chain = &chains[index];
+        let mut walk = Walk::new(chain, &layouts[index], shorter..longer);
         while at < longer {
             let status = walk.status(at)?;
             if status.kind.allocated
                 && !status.kind.zero
-                && let Some(offset) = first_byte(chain, at..status.end)?
+                && let Some(offset) = first_nonzero(chain, at..status.end)?
             {
                 return differs(&format!("Content mismatch at offset {offset}!"));
             }
@@ -111,80 +116,68 @@ fn compare(chains: &[Chain; 2], args: &Args, progress: &Progress) -> Outcome {
     Ok(0)
 }
 
-/// What is told of a run.
-#[expect(clippy::struct_excessive_bools, reason = "independent flags, as QEMU has them")]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Kind {
-    allocated: bool,
-    zero: bool,
-    compressed: bool,
-    mapped: bool,
-    /// Whether the run ends with the image: QEMU counts that as a difference too.
-    last: bool,
-}
-
 /// A run from where it was asked for to its end.
 struct Status {
     end: u64,
     kind: Kind,
 }
 
+/// What is told of a run: what strict mode compares.
+#[expect(clippy::struct_excessive_bools, reason = "the flags that QEMU has, independent of each other")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Kind {
+    allocated: bool,
+    zero: bool,
+    data: bool,
+    compressed: bool,
+    mapped: bool,
+    /// Whether the run ends with the image: QEMU counts that as a difference too.
+    last: bool,
+}
+
 /// The runs of one chain in order.
 struct Walk<'a> {
-    extents: Box<dyn Iterator<Item = qcow2_chain::chain::Result<ChainExtent>> + 'a>,
-    current: Option<ChainExtent>,
+    entries: Box<dyn Iterator<Item = Result<Entry, Failure>> + 'a>,
+    current: Option<Entry>,
     end: u64,
+    layers: usize,
 }
 
 impl<'a> Walk<'a> {
-    fn new(chain: &'a Chain, range: std::ops::Range<u64>) -> Self {
-        Self { end: range.end, extents: Box::new(chain.extents(range)), current: None }
+    fn new(chain: &Chain, layout: &'a Layout<'_>, range: Range<u64>) -> Self {
+        let end = range.end;
+        Self { end, entries: Box::new(layout.entries(range)), current: None, layers: chain.layers().len() }
     }
 
     fn status(&mut self, at: u64) -> Result<Status, Failure> {
         loop {
-            if let Some(extent) = &self.current {
-                let end = extent.guest.get().saturating_add(extent.len);
-                if at < end {
-                    return Ok(Status { end, kind: kind(extent, end == self.end) });
-                }
+            if let Some(entry) = self.current.as_ref().filter(|entry| at < entry.end()) {
+                // Past the end of a layer that is too short, that layer counts as holding the zeroes.
+                let allocated = entry.present || entry.depth + 1 < self.layers;
+                let Entry { zero, data, compressed, offset, .. } = *entry;
+                let (mapped, last) = (offset.is_some(), entry.end() == self.end);
+                return Ok(Status { end: entry.end(), kind: Kind { allocated, zero, data, compressed, mapped, last } });
             }
-            match self.extents.next() {
-                Some(extent) => self.current = Some(extent.map_err(|error| Failure::from(error).with_code(3))?),
+            match self.entries.next() {
+                Some(entry) => self.current = Some(entry.map_err(|failure| failure.with_code(3))?),
                 None => return Err(Failure::new(format!("no extent covers offset {at}")).with_code(3)),
             }
         }
     }
 }
 
-fn kind(extent: &ChainExtent, last: bool) -> Kind {
-    let allocated = extent.layer.is_some();
-    let (zero, compressed, mapped) = match extent.kind {
-        ExtentKind::Data { .. } => (false, false, true),
-        ExtentKind::Zero { host } => (true, false, host.is_some()),
-        ExtentKind::Compressed => (false, true, false),
-        ExtentKind::Unallocated => (true, false, false),
-    };
-    Kind { allocated, zero, compressed, mapped, last }
-}
-
-/// Where two images differ first in a range: the sector if both hold something there, the byte if only one does.
-fn first_difference(
-    chains: &[Chain; 2],
-    range: std::ops::Range<u64>,
-    a: &Status,
-    b: &Status,
-) -> Result<Option<u64>, Failure> {
+/// The first sector of a range in which two images differ.
+fn first_difference(chains: &[Chain; 2], range: Range<u64>, a: &Status, b: &Status) -> Result<Option<u64>, Failure> {
     match (a.kind, b.kind) {
         (Kind { zero: true, .. }, Kind { zero: true, .. })
         | (Kind { allocated: false, .. }, Kind { allocated: false, .. }) => Ok(None),
-        (Kind { allocated: true, .. }, Kind { allocated: false, .. }) => first_byte(&chains[0], range),
-        (Kind { allocated: false, .. }, Kind { allocated: true, .. }) => first_byte(&chains[1], range),
+        (Kind { allocated: true, .. }, Kind { allocated: false, .. }) => first_nonzero(&chains[0], range),
+        (Kind { allocated: false, .. }, Kind { allocated: true, .. }) => first_nonzero(&chains[1], range),
         _ => first_sector(chains, range),
     }
 }
 
-fn first_sector(chains: &[Chain; 2], range: std::ops::Range<u64>) -> Result<Option<u64>, Failure> {
+fn first_sector(chains: &[Chain; 2], range: Range<u64>) -> Result<Option<u64>, Failure> {
     let (mut one, mut other) = (Vec::new(), Vec::new());
     for part in parts(range) {
         read(&chains[0], &part, &mut one)?;
@@ -197,19 +190,19 @@ fn first_sector(chains: &[Chain; 2], range: std::ops::Range<u64>) -> Result<Opti
     Ok(None)
 }
 
-/// Where the first byte lies that is not zero.
-fn first_byte(chain: &Chain, range: std::ops::Range<u64>) -> Result<Option<u64>, Failure> {
+/// The first sector that is not all zeroes.
+fn first_nonzero(chain: &Chain, range: Range<u64>) -> Result<Option<u64>, Failure> {
     let mut bytes = Vec::new();
     for part in parts(range) {
         read(chain, &part, &mut bytes)?;
-        if let Some(index) = bytes.iter().position(|byte| *byte != 0) {
-            return Ok(Some(part.start + index as u64));
+        if let Some(sector) = bytes.chunks(512).position(|sector| sector.iter().any(|byte| *byte != 0)) {
+            return Ok(Some(part.start + sector as u64 * 512));
         }
     }
     Ok(None)
 }
 
-fn parts(range: std::ops::Range<u64>) -> impl Iterator<Item = std::ops::Range<u64>> {
+fn parts(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     let mut at = range.start;
     std::iter::from_fn(move || {
         let part = at..range.end.min(at.saturating_add(CHUNK));
@@ -218,7 +211,7 @@ fn parts(range: std::ops::Range<u64>) -> impl Iterator<Item = std::ops::Range<u6
     })
 }
 
-fn read(chain: &Chain, range: &std::ops::Range<u64>, bytes: &mut Vec<u8>) -> Result<(), Failure> {
+fn read(chain: &Chain, range: &Range<u64>, bytes: &mut Vec<u8>) -> Result<(), Failure> {
     bytes.resize(usize::try_from(range.end - range.start).unwrap_or(usize::MAX), 0);
     chain.read_at(bytes, GuestOffset::new(range.start)).map_err(|error| Failure::from(error).with_code(4))
 }

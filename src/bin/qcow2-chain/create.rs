@@ -84,15 +84,15 @@ fn create_raw(args: &Args, settings: &Settings) -> Outcome {
         return Err(Failure::new("Backing file not supported for file format 'raw'"));
     }
     let size = settings.size.ok_or_else(|| Failure::new("Image creation needs a size parameter"))?;
-    let preallocation = match settings.get("preallocation") {
-        Some(mode @ "metadata") => return Err(Failure::new(format!("Unsupported preallocation mode: {mode}"))),
-        mode => crate::resize::preallocation(mode)?,
-    };
     let mut line = format!("Formatting '{}', fmt=raw size={size}", args.file.display());
     if let Some(mode) = settings.get("preallocation") {
         let _ = write!(line, " preallocation={mode}");
     }
     say(args.quiet, &line)?;
+    let preallocation = match settings.get("preallocation") {
+        Some(mode @ "metadata") => return Err(Failure::new(format!("Unsupported preallocation mode: {mode}"))),
+        mode => crate::resize::preallocation(mode)?,
+    };
     let size = whole_sectors(size)?;
     let storage = empty_file(&args.file)?;
     if !storage.is_fixed_size() {
@@ -101,22 +101,10 @@ fn create_raw(args: &Args, settings: &Settings) -> Outcome {
     match preallocation {
         Preallocation::Off | Preallocation::Metadata => {}
         Preallocation::Falloc => storage.allocate_range(0..size)?,
-        Preallocation::Full => write_zeroes(&*storage, size)?,
+        Preallocation::Full => crate::resize::write_zeroes(&*storage, 0..size)?,
     }
     storage.sync()?;
     durable_name(&args.file)
-}
-
-/// Writes zeroes rather than asking for a hole: the blocks are wanted.
-fn write_zeroes(storage: &dyn Storage, size: u64) -> Result<(), Failure> {
-    let zeroes = vec![0; 1 << 20];
-    let mut at = 0;
-    while at < size {
-        let len = usize::try_from(size - at).unwrap_or(usize::MAX).min(zeroes.len());
-        storage.write_at(&zeroes[..len], at)?;
-        at += len as u64;
-    }
-    Ok(())
 }
 
 fn create_qcow2(args: &Args, settings: &Settings) -> Outcome {

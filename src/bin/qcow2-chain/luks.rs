@@ -31,13 +31,15 @@ pub(crate) fn describe(storage: &dyn Storage, cluster: &HeaderCluster) -> Result
     let (mode, generator) = mode.split_once('-').unwrap_or((&mode, ""));
     let (generator, generator_hash) = generator.split_once(':').unwrap_or((generator, ""));
     let mut members = vec![("ivgen-alg", Json::from(generator)), ("detached-header", false.into())];
-    if !generator_hash.is_empty() {
-        members.insert(1, ("ivgen-hash-alg", generator_hash.into()));
-    }
     members.extend([
         ("hash-alg", text(&bytes[72..104]).into()),
         ("cipher-alg", cipher(&text(&bytes[8..40]), word(&bytes, 108), mode).into()),
         ("uuid", text(&bytes[168..208]).into()),
+    ]);
+    if !generator_hash.is_empty() {
+        members.push(("ivgen-hash-alg", generator_hash.into()));
+    }
+    members.extend([
         ("format", "luks".into()),
         ("cipher-mode", mode.into()),
         ("slots", Json::List((0..8).map(|index| slot(&bytes, SLOTS + index * SLOT_LEN)).collect())),

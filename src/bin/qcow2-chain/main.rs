@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used, clippy::dbg_macro)]
 
+mod chain;
 mod check;
 mod cli;
 mod compare;
@@ -12,6 +13,7 @@ mod failure;
 mod info;
 mod info_text;
 mod json;
+mod layout;
 mod luks;
 mod map;
 mod open;

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use qcow2_chain::chain::{self, Chain, Format};
+use qcow2_chain::chain::{self, Chain, Format, Remedy};
 use qcow2_chain::storage::{Access, FileStorage, LockMode, Storage};
 
 use crate::failure::Failure;
@@ -56,10 +56,15 @@ pub(crate) fn chain(path: &Path, given: Option<&str>, lock: LockMode, policy: &P
 
 /// The failure, and which option would have allowed what was refused.
 pub(crate) fn explain(error: chain::Error) -> Failure {
-    let refused = matches!(&error, chain::Error::Refused { remedy, .. } if *remedy != chain::Remedy::Never);
-    let failure = Failure::from(error);
-    if refused {
-        return failure.with_hint("Use --allow DIR to follow backing files beneath DIR, or --allow-any");
-    }
-    failure
+    let hint = match &error {
+        chain::Error::Refused { remedy: Remedy::Beneath(directory), .. } => {
+            format!("Use --allow {} to follow it, or --allow-any", directory.display())
+        }
+        chain::Error::Refused { remedy: Remedy::List(_), .. } => "Use --allow-any to follow it".to_owned(),
+        chain::Error::UnknownFormat { .. } => {
+            "Record the format first, with qemu-img rebase -u -F FMT -b NAME".to_owned()
+        }
+        _ => return Failure::from(error),
+    };
+    Failure::from(error).with_hint(&hint)
 }

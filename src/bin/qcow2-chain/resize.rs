@@ -1,10 +1,11 @@
 //! `resize`: a larger or smaller virtual disk.
 
+use std::ops::Range;
 use std::path::PathBuf;
 
 use qcow2_chain::chain::{Chain, Node};
 use qcow2_chain::image::{Preallocation, ResizeOptions};
-use qcow2_chain::storage::LockMode;
+use qcow2_chain::storage::{LockMode, Storage};
 
 use crate::failure::{Failure, Outcome};
 use crate::options::{PolicyArgs, Unserved};
@@ -115,16 +116,41 @@ pub(crate) fn run(args: &Args) -> Outcome {
 }
 
 fn resize(chain: &Chain, size: u64, options: &ResizeOptions) -> Result<(), Failure> {
-    let Some(top) = chain.layers().first() else { return Err(Failure::new("the chain is empty")) };
-    match &top.node {
+    match &chain.top().node {
         Node::Qcow2(image) => {
-            image.resize(size, options)?;
+            // A longer backing file must not show through where the image grows.
+            let below = chain.layers().get(1).map_or(0, |layer| layer.node.virtual_size());
+            image.resize_over(size, options, &chain.below(0), below)?;
             image.flush()?;
         }
         Node::Raw(raw) => {
-            raw.resize(size)?;
+            // The length of the file is what was asked for, whole sectors or not, as qemu-img leaves it.
+            raw.storage().set_len(size)?;
+            preallocate(&**raw.storage(), chain.virtual_size()..size, options.preallocation)?;
             raw.flush()?;
         }
+    }
+    Ok(())
+}
+
+/// Allocates the new part of a raw image.
+fn preallocate(storage: &dyn Storage, range: Range<u64>, preallocation: Preallocation) -> Result<(), Failure> {
+    match preallocation {
+        Preallocation::Off => Ok(()),
+        Preallocation::Metadata => Err(Failure::new("Unsupported preallocation mode 'metadata'")),
+        Preallocation::Falloc => Ok(storage.allocate_range(range)?),
+        Preallocation::Full => write_zeroes(storage, range),
+    }
+}
+
+/// Writes zeroes rather than asking for a hole: the blocks are wanted.
+pub(crate) fn write_zeroes(storage: &dyn Storage, range: Range<u64>) -> Result<(), Failure> {
+    let zeroes = vec![0; 1 << 20];
+    let mut at = range.start;
+    while at < range.end {
+        let len = usize::try_from(range.end - at).unwrap_or(usize::MAX).min(zeroes.len());
+        storage.write_at(&zeroes[..len], at)?;
+        at += len as u64;
     }
     Ok(())
 }
