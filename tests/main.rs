@@ -9,6 +9,7 @@ mod create;
 mod devices;
 mod foreign;
 mod hostile;
+mod headers;
 mod image;
 mod inspection;
 mod layering;
