@@ -14,6 +14,7 @@ mod image;
 mod inspection;
 mod layering;
 mod locks;
+mod merge;
 mod qemu;
 mod support;
 mod tables;

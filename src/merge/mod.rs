@@ -1,1 +1,49 @@
-//! Deltas become one. Tmp.
+//! Deltas become one.
+//!
+//! [`commit`] moves what upper layers hold into a layer beneath them; [`pull`] moves what the layers beneath hold into the
+//! top. All that moves data shares one copy engine, which
+//! works on coalesced extents: data that fills whole clusters of the target goes from file to file in long runs, in the
+//! order in which it lies in the source; the rest goes through the target's write path.
+
+mod commit;
+mod copy;
+mod error;
+mod progress;
+mod pull;
+mod target;
+
+pub use commit::{AfterCommit, CommitOptions, commit};
+pub use copy::Report;
+pub use error::{Error, Result};
+pub use progress::{Phase, Progress, Step};
+pub use pull::{PullOptions, pull};
+
+use crate::chain::Chain;
+use crate::image::ExtentKind;
+
+/// What a merge has to move.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Work {
+    /// Guest bytes that the source layers decide.
+    total: u64,
+    /// Of these, bytes of data.
+    data: u64,
+}
+
+/// Walks the metadata of the layers above `base`; what the layer `except` decides stays where it is.
+fn survey(chain: &Chain, base: usize, except: Option<usize>) -> Result<Work> {
+    let mut work = Work::default();
+    for extent in chain.extents_of(0..base, 0..chain.virtual_size()) {
+        let extent = extent?;
+        match extent.kind {
+            _ if except.is_some() && extent.layer == except => {}
+            ExtentKind::Unallocated => {}
+            ExtentKind::Zero { .. } => work.total += extent.len,
+            ExtentKind::Data { .. } | ExtentKind::Compressed => {
+                work.total += extent.len;
+                work.data += extent.len;
+            }
+        }
+    }
+    Ok(work)
+}

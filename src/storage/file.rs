@@ -134,6 +134,14 @@ pub(super) fn cannot_open(name: String, error: io::Error) -> Error {
     }
 }
 
+impl Drop for FileStorage {
+    /// Gives the locks back, rather than leave that to the closing of the file: a child process that was just forked, and
+    /// has not yet come to its `exec`, holds a copy of the descriptor and with it the locks.
+    fn drop(&mut self) {
+        let _ = self.set_lock(LockMode::None);
+    }
+}
+
 impl Storage for FileStorage {
     fn name(&self) -> &str {
         &self.name

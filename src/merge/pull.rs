@@ -1,0 +1,92 @@
+//! Pull, which QEMU calls stream: the top takes in what it lacks from the layers beneath, then sits on a lower one, or on
+//! none.
+
+use std::path::Path;
+
+use crate::chain::{Chain, Layer, Node};
+
+use super::copy::{Copier, Report};
+use super::progress::{Phase, Progress, Step};
+use super::target::Target;
+use super::{Error, Result, survey};
+
+/// How to pull.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct PullOptions {
+    /// Which layer the top sits on afterwards: 2 is the backing file of its backing file, ...; none makes the top a disk of
+    /// its own.
+    pub base: Option<usize>,
+    /// What the top's header calls that layer. By default its name where both lie in one directory, else its path.
+    pub backing_file: Option<Vec<u8>>,
+}
+
+impl PullOptions {
+    /// The same with another layer to sit on.
+    #[must_use]
+    pub fn with_base(mut self, base: Option<usize>) -> Self {
+        self.base = base;
+        self
+    }
+
+    /// The same with another name for that layer.
+    #[must_use]
+    pub fn with_backing_file(mut self, name: impl Into<Vec<u8>>) -> Self {
+        self.backing_file = Some(name.into());
+        self
+    }
+}
+
+/// Moves what the layers between the top and `options.base` hold into the top, as far as it lacks it, and points the top's
+/// header at the base. The chain must have been opened with its top writable.
+///
+/// Nothing but the top is written. It reads the same at every instant; until the one header write at the end a pull can be
+/// dropped, and running it again completes it. `Ok` means durable. The chain must be opened again afterwards: this one still
+/// holds the layers that were pulled.
+///
+/// # Errors
+/// [`Error::Refused`] where the chain has no such layer or the top is raw or not writable, [`Error::NoSpace`] before the first
+/// write, [`Error::Cancelled`], and what reading and writing the images give.
+pub fn pull(chain: &Chain, options: &PullOptions, progress: &dyn Progress) -> Result<Report> {
+    let target = Target::of(chain, 0)?;
+    let depth = chain.layers().len();
+    let base = options.base.unwrap_or(depth);
+    let top = &chain.layers()[0];
+    let refused = |why: &str| Err(Error::Refused { file: top.path.display().to_string(), why: why.to_owned() });
+    let Node::Qcow2(image) = &top.node else { return refused("a raw image has no backing file") };
+    if base == 0 || base > depth || options.base == Some(depth) {
+        return refused("there is no such layer to sit on");
+    }
+    for layer in &chain.layers()[..base] {
+        layer.node.data_access()?;
+    }
+    let work = survey(chain, base, Some(0))?;
+    target.check_space(&work)?;
+
+    let mut copier = Copier::new(chain, &target, work.total, progress);
+    for extent in chain.extents_of(0..base, 0..chain.virtual_size()) {
+        let extent = extent?;
+        if extent.layer != Some(0) {
+            copier.take(extent)?;
+        }
+    }
+    let report = copier.finish()?;
+    progress.step(&Step { phase: Phase::Publishing, done: work.total, total: work.total });
+    target.flush()?; // barrier: all that the top takes in, before it stops looking beneath
+
+    match chain.layers().get(base) {
+        None => image.set_backing_file(None, None)?,
+        Some(layer) => {
+            let name = options.backing_file.clone().unwrap_or_else(|| name_of(layer, &top.path));
+            image.set_backing_file(Some(&name), Some(layer.format().name().as_bytes()))?;
+        }
+    }
+    Ok(report)
+}
+
+/// The name of a layer as seen from an image beside it or elsewhere.
+fn name_of(layer: &Layer, from: &Path) -> Vec<u8> {
+    let beside = layer.path.parent() == from.parent();
+    let name = layer.path.file_name().filter(|_| beside).unwrap_or(layer.path.as_os_str());
+    name.as_encoded_bytes().to_vec()
+}
