@@ -69,7 +69,7 @@ fn new_image(rng: &mut Rng, size: u64) -> Vec<u8> {
 }
 
 fn content(bytes: &[u8]) -> Vec<u8> {
-    let storage = Arc::new(MemoryStorage::with_bytes("state", bytes.to_vec()));
+    let storage = Arc::new(MemoryStorage::with_bytes("state", bytes));
     let image = Image::open(storage, &OpenOptions::default()).expect("a crash leaves an image that opens");
     let mut content = vec![0; usize::try_from(image.virtual_size()).unwrap()];
     image.read_at(&mut content, GuestOffset::ZERO).expect("a crash leaves an image that reads");
@@ -78,7 +78,7 @@ fn content(bytes: &[u8]) -> Vec<u8> {
 
 /// At worst leaks; with `-r leaks`, nothing.
 fn assert_sound(bytes: &[u8], what: &str) {
-    let storage = MemoryStorage::with_bytes("state", bytes.to_vec());
+    let storage = MemoryStorage::with_bytes("state", bytes);
     let report = check(&storage, &CheckOptions::default()).expect("check");
     assert_eq!((report.corruptions, report.check_errors), (0, 0), "{what}: {report:?}");
 }

@@ -70,7 +70,7 @@ pub struct Image {
     geometry: Geometry,
     writable: bool,
     poisoned: AtomicBool,
-    state: RwLock<State>,
+    state: Box<RwLock<State>>,
 }
 
 impl fmt::Debug for Image {

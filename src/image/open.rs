@@ -66,7 +66,7 @@ impl Image {
         let geometry = header.header.geometry();
         let state = State::load(Arc::clone(&storage), header, bytes, options.limits.clone())?;
         let poisoned = AtomicBool::new(false);
-        Ok(Self { storage, geometry, writable: options.write, poisoned, state: RwLock::new(state) })
+        Ok(Self { storage, geometry, writable: options.write, poisoned, state: Box::new(RwLock::new(state)) })
     }
 
     /// Opens the image at a path, with the locks that QEMU would take.
@@ -96,8 +96,7 @@ fn read_header(storage: &dyn Storage, limits: &Limits) -> Result<(HeaderCluster,
 
 /// Rebuilds the refcounts of an image that was not closed, as its dirty bit asks for.
 fn repair_dirty(storage: &dyn Storage, limits: &Limits) -> Result<(HeaderCluster, Vec<u8>)> {
-    let options = CheckOptions { fix: Fix::All, limits: limits.clone(), ..CheckOptions::default() };
-    check(storage, &options)?;
+    check(storage, &CheckOptions { fix: Fix::All, limits: limits.clone() })?;
     let (header, bytes) = read_header(storage, limits)?;
     let features = header.header.incompatible_features;
     if features.has(IncompatibleFeatures::DIRTY) || features.has(IncompatibleFeatures::CORRUPT) {

@@ -79,10 +79,10 @@ impl Metadata {
     /// The structure that a run of clusters touches, and where.
     pub(super) fn hit(&self, run: ClusterRun) -> Option<(HostCluster, Structure)> {
         let (start, end) = (run.start.get(), run.start.get().saturating_add(run.count));
-        if let Some((&at, &(count, structure))) = self.runs.range(..end).next_back() {
-            if at.saturating_add(count) > start {
-                return Some((HostCluster::new(at.max(start)), structure));
-            }
+        if let Some((&at, &(count, structure))) = self.runs.range(..end).next_back()
+            && at.saturating_add(count) > start
+        {
+            return Some((HostCluster::new(at.max(start)), structure));
         }
         let single = self.added.range(start..end).next().copied().or_else(|| {
             let from = self.singles.partition_point(|&cluster| cluster < start);

@@ -81,15 +81,14 @@ impl State {
                 self.decompress(descriptor, part)?;
                 continue;
             }
-            let cluster = match self.memory.get(descriptor.offset) {
-                Some(cluster) => cluster,
-                None => {
-                    let mut cluster = vec![0; self.geometry.cluster_len()];
-                    self.decompress(descriptor, &mut cluster)?;
-                    let cluster: Arc<[u8]> = cluster.into();
-                    self.memory.put(descriptor.offset, Arc::clone(&cluster));
-                    cluster
-                }
+            let cluster = if let Some(cluster) = self.memory.get(descriptor.offset) {
+                cluster
+            } else {
+                let mut cluster = vec![0; self.geometry.cluster_len()];
+                self.decompress(descriptor, &mut cluster)?;
+                let cluster: Arc<[u8]> = cluster.into();
+                self.memory.put(descriptor.offset, Arc::clone(&cluster));
+                cluster
             };
             part.copy_from_slice(&cluster[in_cluster..in_cluster + len]);
         }

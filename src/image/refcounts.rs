@@ -73,7 +73,7 @@ impl Refcounts {
         storage.read_at(&mut bytes, header.refcount_table_offset.get())?;
         let table = bytes.chunks_exact(8).map(|entry| RefcountTableEntry(super::be_u64(entry))).collect();
         let fixed_end = if storage.is_fixed_size() { Some(storage.len()?) } else { None };
-        let capacity = super::as_len(limits.cache_bytes / 2 >> geometry.cluster_bits().get());
+        let capacity = super::as_len((limits.cache_bytes / 2) >> geometry.cluster_bits().get());
         Ok(Self {
             storage,
             geometry,

@@ -1,5 +1,7 @@
 //! Growing and shrinking the virtual disk.
 
+use std::cmp::Ordering;
+
 use crate::format::{GuestOffset, HostCluster, L1Entry, L2Entry, Version};
 use crate::storage;
 
@@ -65,7 +67,7 @@ impl Image {
     ) -> Result<()> {
         self.check_write(GuestOffset::ZERO, 0)?;
         let old = self.virtual_size();
-        if size % 512 != 0 {
+        if !size.is_multiple_of(512) {
             return Err(Error::refused(self.name(), format!("the new size {size} is no multiple of 512")));
         }
         if size < old && !options.shrink {
@@ -83,12 +85,10 @@ impl Image {
                 return Err(Error::refused(file, "a version 2 image with internal snapshots cannot be resized"));
             }
             state.invalidate_bitmaps(true)?;
-            if size < old {
-                state.shrink(size)
-            } else if size > old {
-                state.grow(size, options.preallocation, backing, backing_size)
-            } else {
-                Ok(())
+            match size.cmp(&old) {
+                Ordering::Less => state.shrink(size),
+                Ordering::Equal => Ok(()),
+                Ordering::Greater => state.grow(size, options.preallocation, backing, backing_size),
             }
         })
     }

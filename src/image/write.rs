@@ -146,12 +146,11 @@ impl State {
         let touched = touched_subclusters(geometry.subcluster_bits(), from, to);
         let keep = if own.is_some() { 0 } else { old.subclusters.allocated };
         self.writable_l2(offset)?;
-        let (host, run, fresh) = match own {
-            Some(host) => (host, None, false),
-            None => {
-                let (run, fresh) = self.allocate(1)?;
-                (self.host_offset(run.start), Some(run), fresh)
-            }
+        let (host, run, fresh) = if let Some(host) = own {
+            (host, None, false)
+        } else {
+            let (run, fresh) = self.allocate(1)?;
+            (self.host_offset(run.start), Some(run), fresh)
         };
         let zero_fill = self.header.backing_file.is_none() || touched & !old.subclusters.zero == 0;
         let hull = if fresh && keep == 0 && zero_fill {

@@ -155,7 +155,7 @@ impl<'a> Copier<'a> {
         let mut placements = Vec::with_capacity(moves.len());
         let mut runs: Vec<Run> = Vec::with_capacity(moves.len());
         let placed = self.place(&moves, &mut placements, &mut runs);
-        let copied = placed.and_then(|()| runs.chunk_by(|a, b| follows(a, b)).try_for_each(|runs| self.copy(runs)));
+        let copied = placed.and_then(|()| runs.chunk_by(follows).try_for_each(|runs| self.copy(runs)));
         if let Err(error) = copied {
             self.target.abandon(&placements)?;
             return Err(error);

@@ -7,7 +7,6 @@
 //! have reached the medium in any order, or not at all, by aligned sectors of 512 bytes that are old or new, never mixed.
 //! Changes of length and holes are pieces of their own.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -103,7 +102,9 @@ impl Recorder {
                     let (synced, rest) = pending.into_iter().partition(|(of, _)| of == file);
                     pending = rest;
                     let synced: Vec<(usize, Piece)> = synced;
-                    synced.iter().for_each(|(file, piece)| apply(&mut durable[*file], piece));
+                    for (file, piece) in &synced {
+                        apply(&mut durable[*file], piece);
+                    }
                 }
             }
         }
@@ -241,7 +242,7 @@ fn index(value: u64) -> usize {
 /// How often each file appears in a group's states, for tests of the recorder itself.
 #[cfg(test)]
 fn distinct(states: &[CrashState]) -> usize {
-    states.iter().map(|state| (state.clone(), ())).collect::<BTreeMap<_, ()>>().len()
+    states.iter().collect::<std::collections::BTreeSet<_>>().len()
 }
 
 #[cfg(test)]
