@@ -502,3 +502,79 @@ fn encrypted_layers_are_described_and_never_read() {
     assert!(chain.write_zeroes_at(GuestOffset::ZERO, 512).is_err());
     assert!(chain.discard_at(GuestOffset::ZERO, 65536).is_err());
 }
+
+#[test]
+fn extents_of_an_enormous_chain_come_at_once() {
+    let Some(qemu) = Qemu::find() else { return };
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let at = |name: &str| directory.path().join(name).display().to_string();
+    let size = "60T";
+    qemu.img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", &at("base"), size]);
+    qemu.io(Path::new(&at("base")), &["write -P 1 30T 64k", "write -P 1 59T 64k"]);
+    qemu.img(&[
+        "create",
+        "-q",
+        "-u",
+        "-f",
+        "qcow2",
+        "-o",
+        "cluster_size=2M",
+        "-b",
+        "base",
+        "-F",
+        "qcow2",
+        &at("top"),
+        size,
+    ]);
+    qemu.io(Path::new(&at("top")), &["write -z 59T 2M", "write -P 2 60800G 64k"]);
+    let chain = open(Path::new(&at("top")));
+    let start = std::time::Instant::now();
+    let found: Vec<_> = chain.extents(0..u64::MAX).map(|extent| extent.expect("an extent")).collect();
+    let held: Vec<_> = found.iter().filter_map(|e| e.layer.map(|layer| (layer, e.guest.get() >> 30))).collect();
+    assert_eq!(held, [(1, 30 << 10), (0, 59 << 10), (0, 60800)]);
+    assert_eq!(found.last().expect("an end").end(), 60 << 40);
+    chain.describe().expect("described");
+    assert!(start.elapsed() < std::time::Duration::from_secs(5), "{:?}", start.elapsed());
+}
+
+/// Chains need no files: any [`storage::Names`] will do, and the rules stay.
+#[test]
+fn a_chain_in_memory() {
+    use qcow2_chain::image::{CreateOptions, Image};
+    use std::sync::Arc;
+    let names = Arc::new(storage::MemoryNames::new());
+    let create = |path: &str, backing: Option<&str>| {
+        let bytes = Arc::new(storage::MemoryStorage::new(path));
+        let mut options = CreateOptions::default();
+        options.size = 1 << 20;
+        options.backing = backing.map(|name| (name.as_bytes().to_vec(), b"qcow2".to_vec()));
+        let shared: Arc<dyn storage::Storage> = Arc::clone(&bytes) as _;
+        Image::create(shared, &options).expect("created").close().expect("closed");
+        names.insert(path, bytes);
+    };
+    create("/vm/base", None);
+    create("/vm/top", Some("base"));
+    create("/vm/out", Some("../base"));
+    create("/vm/one", Some("two"));
+    create("/vm/two", Some("./one"));
+    let shared: Arc<dyn storage::Names> = Arc::clone(&names) as _;
+    let beneath = options(Path::new("/vm"));
+
+    let base = Chain::open_in(&shared, Path::new("/vm/base"), &beneath.clone().with_writable(1)).expect("opened");
+    base.write_at(b"below", GuestOffset::new(70_000)).expect("written");
+    base.close().expect("closed");
+    let chain = Chain::open_in(&shared, Path::new("/vm/top"), &beneath.clone().with_writable(1)).expect("opened");
+    chain.write_at(b"above", GuestOffset::new(70_005)).expect("written");
+    let mut buf = [0; 12];
+    chain.read_at(&mut buf, GuestOffset::new(69_999)).expect("read");
+    assert_eq!(&buf, b"\0belowabove\0");
+    chain.discard_at(GuestOffset::ZERO, 1 << 20).expect("discarded");
+    chain.read_at(&mut buf, GuestOffset::new(69_999)).expect("read");
+    assert_eq!(buf, [0; 12]);
+    chain.close().expect("closed");
+
+    let result = Chain::open_in(&shared, Path::new("/vm/one"), &beneath);
+    assert!(matches!(result, Err(Error::Loop { .. })), "{result:?}");
+    let result = Chain::open_in(&shared, Path::new("/vm/out"), &beneath);
+    assert!(matches!(result, Err(Error::Refused { .. })), "{result:?}");
+}
