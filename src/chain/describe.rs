@@ -1,7 +1,7 @@
 //! A chain described, for people and as JSON.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::format::IncompatibleFeatures;
 use crate::image::{ExtentKind, Image};
@@ -132,7 +132,7 @@ pub struct Description {
 }
 
 #[cfg(feature = "json")]
-fn path_as_text<S: serde::Serializer>(path: &Path, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+fn path_as_text<S: serde::Serializer>(path: &std::path::Path, serializer: S) -> std::result::Result<S::Ok, S::Error> {
     serializer.collect_str(&path.display())
 }
 

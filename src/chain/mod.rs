@@ -2,8 +2,8 @@
 //!
 //! A chain is opened from its top ([`Chain::open`]) by a [`Policy`] that says which of the backing files that images
 //! name are followed, and by formats that are told, never guessed. It is then read and written like one image
-//! ([`Chain::read_at`], [`Chain::write_at`], [`ChainReader`]), asked which layer decides what ([`Chain::extents`],
-//! [`Chain::map`]), described ([`Chain::describe`]) and compared ([`compare`]).
+//! ([`Chain::read_at`], [`Chain::write_at`], [`ChainReader`]), asked which layer decides what ([`Chain::extents`]),
+//! described ([`Chain::describe`]) and compared ([`compare`](compare())).
 //!
 //! A layer that is shorter than the one above it reads as zeroes beyond its end: what deeper layers hold there stays
 //! hidden. A longer one is cut.
