@@ -468,6 +468,37 @@ fn resize_does_the_same() {
 }
 
 #[test]
+fn commit_does_the_same() {
+    let Some(lab) = Lab::new() else { return };
+    zoo(&lab);
+    let images = ["base.q", "mid.q", "top.q", "flat", "onraw.q", "plain.q"];
+    for (line, merged) in [
+        ("top.q", vec!["mid.q", "top.q"]),
+        ("-q top.q", vec!["mid.q", "top.q"]),
+        ("-d -f qcow2 top.q", vec!["mid.q", "top.q"]),
+        ("-b base.q top.q", vec!["base.q"]),
+        ("-t none mid.q", vec!["base.q", "mid.q"]),
+        ("onraw.q", vec!["flat", "onraw.q"]),
+        ("plain.q", vec![]),
+        ("-b nothing.q top.q", vec![]),
+        ("-t sometimes top.q", vec![]),
+        ("nothing.q", vec![]),
+    ] {
+        let [ours, theirs] = lab.agree_changing(&format!("commit {line}"), &images);
+        for image in merged {
+            let format = if image == "flat" { "raw" } else { "qcow2" };
+            let (a, b) = (ours.join(image), theirs.join(image));
+            let [a, b] = [&a, &b].map(|path| path.to_str().expect("a path in UTF-8"));
+            let run = lab.theirs(&["compare", "-f", format, "-F", format, a, b]);
+            assert_eq!((run.stdout.as_str(), run.code), ("Images are identical.\n", 0), "commit {line}: {image}");
+            if format == "qcow2" {
+                lab.qemu.assert_clean(&ours.join(image));
+            }
+        }
+    }
+}
+
+#[test]
 fn chain_draws_every_layer() {
     let Some(lab) = Lab::new() else { return };
     zoo(&lab);
@@ -501,6 +532,8 @@ fn what_is_not_served_is_refused_before_anything_is_done() {
         "create -f qcow2 -o data_file=d new 1M",
         "check --image-opts -r all driver=qcow2,file.filename=a.q",
         "resize --image-opts driver=qcow2,file.filename=a.q 2M",
+        "commit --image-opts driver=qcow2,file.filename=a.q",
+        "commit -r 10M a.q",
     ] {
         let run = lab.ours(&line.split_whitespace().collect::<Vec<_>>());
         assert_eq!((run.code, run.stdout.as_str()), (1, ""), "{line}");

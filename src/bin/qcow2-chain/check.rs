@@ -1,6 +1,7 @@
 //! `check`: finds what is wrong in an image, and repairs it if asked.
 
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::path::PathBuf;
 
 use qcow2_chain::chain::Format;
@@ -72,6 +73,7 @@ pub(crate) fn run(args: &Args) -> Outcome {
         Some(Repair::All) => Fix::All,
     };
     let report = image::check(&*storage, &options)?;
+    tell_findings(&report);
     // A check that did not come to its end found no end of the image either; qemu-img prints nothing of it then.
     if report.check_errors > 0 && report.image_end_offset == 0 {
         return Err(Failure::new("Check failed: the refcounts would have to be built anew, which takes -r all"));
@@ -88,6 +90,17 @@ pub(crate) fn run(args: &Args) -> Outcome {
         CheckReport { leaks: 1.., .. } => 3,
         _ => 0,
     })
+}
+
+/// The single findings go to standard error, whatever the form of the output, as qemu-img's do.
+fn tell_findings(report: &CheckReport) {
+    let mut out = std::io::stderr().lock();
+    for finding in &report.findings {
+        let _ = writeln!(out, "{finding}");
+    }
+    if report.findings_omitted > 0 {
+        let _ = writeln!(out, "... and {} more", report.findings_omitted);
+    }
 }
 
 fn text(report: &CheckReport) -> String {

@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 
 use crate::failure::{Failure, Outcome};
 use crate::output::emit;
-use crate::{chain, check, compare, create, dump, info, map, resize};
+use crate::{chain, check, commit, compare, create, dump, info, map, resize};
 
 /// qcow2 images and chains of overlays, without QEMU
 ///
@@ -30,6 +30,7 @@ enum Verb {
     Map(map::Args),
     Check(check::Args),
     Compare(compare::Args),
+    Commit(commit::Args),
     Resize(resize::Args),
     Chain(chain::Args),
     Dump(dump::Args),
@@ -54,6 +55,7 @@ pub(crate) fn run(mut args: Vec<OsString>) -> Outcome {
         Verb::Map(args) => map::run(&args),
         Verb::Check(args) => check::run(&args),
         Verb::Compare(args) => compare::run(&args),
+        Verb::Commit(args) => commit::run(&args),
         Verb::Resize(args) => resize::run(&args),
         Verb::Chain(args) => chain::run(&args),
         Verb::Dump(args) => dump::run(&args),

@@ -129,7 +129,8 @@ fn of_storage(
     let protocol = if storage.is_fixed_size() { "host_device" } else { "file" };
     // QEMU counts whole sectors.
     let file_length = storage.len()?.next_multiple_of(512);
-    Ok(ImageInfo { filename, virtual_size, file_length, actual_size: storage.allocated_len()?, protocol, qcow2 })
+    let actual_size = storage.allocated_len()?.or(storage.is_fixed_size().then_some(0));
+    Ok(ImageInfo { filename, virtual_size, file_length, actual_size, protocol, qcow2 })
 }
 
 fn of_qcow2(image: &Image, filename: String) -> Result<ImageInfo, Failure> {
@@ -222,10 +223,9 @@ impl ImageInfo {
             ("filename", self.filename.as_str().into()),
             ("format", self.protocol.into()),
         ];
-        let file_specific =
-            ("format-specific", Json::Object(vec![("type", self.protocol.into()), ("data", Json::Object(Vec::new()))]));
-        let file = self.with_actual_size(file).into_iter();
-        let file = file.chain((self.protocol == "file").then_some(file_specific));
+        // QEMU calls what it knows of a block device "file" too.
+        let specific = Json::Object(vec![("type", "file".into()), ("data", Json::Object(Vec::new()))]);
+        let file = self.with_actual_size(file).into_iter().chain([("format-specific", specific)]);
         let file = file.chain([("dirty-flag", false.into())]).collect();
         let child = Json::Object(vec![("name", "file".into()), ("info", Json::Object(file))]);
         let mut members = vec![("children", Json::List(vec![child]))];

@@ -5,6 +5,7 @@
 mod chain;
 mod check;
 mod cli;
+mod commit;
 mod compare;
 mod create;
 mod dump;

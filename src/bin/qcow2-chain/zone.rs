@@ -5,8 +5,19 @@ use std::path::PathBuf;
 /// `2026-11-23 19:26:28` in the zone that `TZ` or `/etc/localtime` names, else in UTC.
 pub(crate) fn local_time(seconds: i64) -> String {
     let zone = zone_file().and_then(|path| std::fs::read(path).ok());
-    let offset = zone.and_then(|bytes| offset_at(&bytes, seconds)).unwrap_or(0);
-    date(seconds + offset)
+    let offset = zone.and_then(|bytes| offset_at(&bytes, seconds));
+    let offset = offset.or_else(|| plain_offset(&std::env::var("TZ").ok()?));
+    date(seconds + offset.unwrap_or(0))
+}
+
+/// The offset of a zone given as in POSIX, a name and the hours west of Greenwich: `CET-1`, `IST-5:30`.
+fn plain_offset(zone: &str) -> Option<i64> {
+    let west = zone.trim_start_matches(|c: char| c.is_ascii_alphabetic());
+    let (hours, minutes) = west.split_once(':').unwrap_or((west, "0"));
+    let sign = if hours.starts_with('-') { 1 } else { -1 };
+    let hours: i64 = hours.trim_start_matches(['+', '-']).parse().ok().filter(|hours| *hours <= 24)?;
+    let minutes: i64 = minutes.parse().ok().filter(|minutes| (0..60).contains(minutes))?;
+    Some(sign * (hours * 3600 + minutes * 60))
 }
 
 fn zone_file() -> Option<PathBuf> {
@@ -93,6 +104,15 @@ mod tests {
             (4_107_542_400, "2100-03-01 00:00:00"),
         ] {
             assert_eq!(date(seconds), text);
+        }
+    }
+
+    #[test]
+    fn plain_zones_have_offsets() {
+        for (zone, offset) in
+            [("UTC-3", Some(10_800)), ("EST5", Some(-18_000)), ("IST-5:30", Some(19_800)), ("UTC", None)]
+        {
+            assert_eq!(plain_offset(zone), offset, "{zone}");
         }
     }
 

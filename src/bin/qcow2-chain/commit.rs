@@ -1,0 +1,112 @@
+//! `commit`: what an overlay holds goes into its backing file.
+
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use qcow2_chain::chain::{Chain, Layer};
+use qcow2_chain::merge::{self, AfterCommit, CommitOptions, Step};
+use qcow2_chain::storage::LockMode;
+
+use crate::failure::{Failure, Outcome};
+use crate::open;
+use crate::options::{PolicyArgs, Unserved, cache_mode};
+use crate::output::say;
+use crate::progress::Progress;
+
+/// Merge an image into its backing file
+///
+/// The image is empty afterwards (unless -d or -b is given), and reads as before. Whatever interrupts it, running it again
+/// completes it.
+#[derive(clap::Args, Debug)]
+#[command(args_override_self = true)]
+pub(crate) struct Args {
+    /// The image's format (qcow2)
+    #[arg(short, long, value_name = "FMT")]
+    format: Option<String>,
+    /// Merge into BASE, an image of the chain, instead of the backing file; implies --drop
+    #[arg(short, long, value_name = "BASE")]
+    base: Option<PathBuf>,
+    /// Do not empty the image: it will be removed
+    #[arg(short, long)]
+    drop: bool,
+    /// Say nothing
+    #[arg(short, long)]
+    quiet: bool,
+    /// Show how far it is
+    #[arg(short, long)]
+    progress: bool,
+    /// Accepted and without effect
+    #[arg(short = 't', long, value_name = "CACHE")]
+    cache: Option<String>,
+    #[arg(short, long, hide = true, value_name = "RATE")]
+    rate: Option<String>,
+    #[command(flatten)]
+    policy: PolicyArgs,
+    #[command(flatten)]
+    unserved: Unserved,
+    /// The image
+    file: PathBuf,
+}
+
+/// Does it.
+pub(crate) fn run(args: &Args) -> Outcome {
+    args.unserved.refuse()?;
+    cache_mode(args.cache.as_deref())?;
+    if args.rate.is_some() {
+        return Err(Failure::unserved("--rate", "the I/O limits of a control group"));
+    }
+    let format = open::format(&args.file, args.format.as_deref())?;
+    let base = match &args.base {
+        None => 1,
+        // Which layer it is must be known before any is opened for writing.
+        Some(base) => {
+            let looked = args.policy.chain_options(&args.file, format, LockMode::Read);
+            let chain = Chain::open(&args.file, &looked).map_err(open::explain)?;
+            find(chain.layers(), base, &args.file)?
+        }
+    };
+    let mut options = args.policy.chain_options(&args.file, format, LockMode::Read);
+    options.writable = base + 1;
+    let chain = Chain::open(&args.file, &options).map_err(open::explain)?;
+    if chain.layers().len() < 2 {
+        return Err(Failure::new("Image does not have a backing file"));
+    }
+    let keep = args.drop || args.base.is_some();
+    let options = CommitOptions::default().with_base(base);
+    let options = options.with_after(if keep { AfterCommit::Keep } else { AfterCommit::Empty });
+    let face = Face(Mutex::new(Progress::new(args.progress && !args.quiet)));
+    let merged = merge::commit(&chain, &options, &face);
+    if let Ok(progress) = face.0.lock() {
+        if merged.is_ok() {
+            progress.set(1, 1);
+        }
+        progress.end();
+    }
+    merged?;
+    say(args.quiet, "Image committed.")?;
+    Ok(0)
+}
+
+/// The layer of this name: by its path, or as the same file.
+fn find(layers: &[Layer], base: &Path, top: &Path) -> Result<usize, Failure> {
+    let real = std::fs::canonicalize(base).ok();
+    let is_it =
+        |layer: &Layer| layer.path == base || (real.is_some() && std::fs::canonicalize(&layer.path).ok() == real);
+    layers.iter().skip(1).position(is_it).map(|index| index + 1).ok_or_else(|| {
+        let (base, top) = (base.display(), top.display());
+        Failure::new(format!("Did not find '{base}' in the backing chain of '{top}'"))
+    })
+}
+
+/// Draws the steps of a merge.
+struct Face(Mutex<Progress>);
+
+impl merge::Progress for Face {
+    fn step(&self, step: &Step) {
+        if step.total > 0
+            && let Ok(progress) = self.0.lock()
+        {
+            progress.set(step.done, step.total);
+        }
+    }
+}
