@@ -65,7 +65,6 @@ impl Layer {
 
 /// One image of a chain.
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "a chain has few layers, and they stay where they are")]
 pub enum Node {
     /// A qcow2 image.
     Qcow2(Image),
