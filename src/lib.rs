@@ -4,7 +4,7 @@
 //!
 //! | floor | module | what it owns |
 //! |---|---|---|
-//! | 1 | [`format`] | bytes of the format to typed values and back; no I/O |
+//! | 1 | [`mod@format`] | bytes of the format to typed values and back; no I/O |
 //! | 1 | [`storage`] | files, memory, names, locks; knows nothing of qcow2 |
 //! | 2 | [`image`] | one image file |
 //! | 3 | [`chain`] | several images as one disk |
