@@ -71,7 +71,7 @@ fn write_snapshot(out: &mut String, entry: &SnapshotEntry) -> std::fmt::Result {
             &size::human(entry.vm_state()),
             &zone::local_time(entry.date_sec.into()),
             &format!("{hours:04}:{:02}:{:02}.{:03}", minutes % 60, seconds % 60, milliseconds % 1000),
-            &entry.icount().map(|icount| icount.to_string()).unwrap_or_default(),
+            &entry.icount().map_or_else(|| "--".to_owned(), |icount| icount.to_string()),
         ],
     )
 }

@@ -92,6 +92,10 @@ impl<'a> Layout<'a> {
                 Some(image) => reserved(image, &Entry { zero: true, ..entry }),
                 None => Ok(vec![Entry { zero: true, ..entry }]),
             },
+            // Where encrypted clusters lie, or clusters of a data file that was not opened, helps nobody to read them.
+            ExtentKind::Data { .. } if image.is_some_and(|image| image.data_access().is_err()) => {
+                Ok(vec![Entry { data: true, ..entry }])
+            }
             ExtentKind::Data { host } => {
                 let data = Entry { data: true, offset: Some(host.get()), ..entry };
                 match self.holes.get(depth).copied().flatten() {
