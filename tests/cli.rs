@@ -166,6 +166,7 @@ fn zoo(lab: &Lab) -> Vec<&'static str> {
     lab.make("bitmap --disable bits.q b1");
     lab.io("bits.q", &["write -P 1 0 256k"]);
     chains(lab);
+    lab.settle();
     vec![
         "plain.q",
         "v2.q",
@@ -210,7 +211,6 @@ fn chains(lab: &Lab) {
 fn info_says_the_same() {
     let Some(lab) = Lab::new() else { return };
     let images = zoo(&lab);
-    lab.settle();
     for image in &images {
         lab.agree(&format!("info {image}"));
         lab.agree(&format!("info --output=json {image}"));
