@@ -16,5 +16,6 @@ mod layering;
 mod locks;
 mod merge;
 mod qemu;
+mod rebase;
 mod support;
 mod tables;

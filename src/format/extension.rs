@@ -41,6 +41,9 @@ impl Extension {
     pub const BITMAPS: u32 = 0x2385_2875;
     /// The type of [`Extension::Crypto`].
     pub const CRYPTO: u32 = 0x0537_be77;
+    /// The type of a gap, "QCGP", of this library's own: its data means nothing. It stands in an image only while the
+    /// extensions are rewritten, and after a crash in that moment; other programs pass it over.
+    pub(crate) const GAP: u32 = 0x5143_4750;
 
     /// The type, bytes 0-3.
     #[must_use]

@@ -378,7 +378,7 @@ impl Header {
     }
 
     /// The length that [`Header::encode`] gives: `header_length`, or more where additional fields need more.
-    pub(super) fn encoded_len(&self) -> usize {
+    pub(crate) fn encoded_len(&self) -> usize {
         if self.version == Version::V2 {
             return 72;
         }

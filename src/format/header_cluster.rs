@@ -264,6 +264,30 @@ impl HeaderCluster {
         Ok(bytes)
     }
 
+    /// The bytes of the encoded first cluster that a reader looks at: the header and the extensions with their end marker,
+    /// then the name. The data of a gap is none of them.
+    ///
+    /// # Errors
+    /// As [`HeaderCluster::encode`].
+    pub(crate) fn meaningful(&self) -> Result<Vec<Range<usize>>, FormatError> {
+        let (bytes, end) = self.encode_parts()?;
+        let mut ranges = Vec::new();
+        let (mut start, mut at) = (0, self.header.encoded_len());
+        for extension in &self.extensions {
+            let data_at = at.saturating_add(EXTENSION_HEADER);
+            let next = data_at.saturating_add(extension.data().len().next_multiple_of(8));
+            if extension.kind() == Extension::GAP {
+                ranges.push(start..data_at);
+                start = next;
+            }
+            at = next;
+        }
+        ranges.push(start..end);
+        let name = self.backing_file.as_ref().map_or(0, Vec::len);
+        ranges.push(bytes.len().saturating_sub(name)..bytes.len());
+        Ok(ranges)
+    }
+
     /// Which bytes of `new` must be written over `old` at the start of the file: whole sectors of 512 bytes (the last one
     /// perhaps shorter) in which they differ, neighbours joined, in order. Writing only these keeps a rewrite small: a
     /// sector is what a disk writes at once.

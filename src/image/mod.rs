@@ -11,6 +11,7 @@ mod create;
 mod error;
 mod extents;
 mod flush;
+mod header_change;
 mod open;
 mod overlap;
 mod raw;
@@ -265,17 +266,17 @@ impl Image {
     }
 
     /// Points the image at another backing file, or at none, without looking at either (`rebase -u`). `format` is the
-    /// backing format extension's value. Durable on return.
+    /// backing format extension's value. Durable on return; a crash leaves the old name and format or the new ones.
     ///
     /// # Errors
-    /// [`Error::Limit`] where the name does not fit the first cluster.
+    /// [`Error::Limit`] where the name does not fit the first cluster, [`Error::Refused`] where it does not fit beside the
+    /// old one and more than one sector would have to change at once (clusters of up to 2 KiB with very long names).
     pub fn set_backing_file(&self, name: Option<&[u8]>, format: Option<&[u8]>) -> Result<()> {
         self.check_write(GuestOffset::ZERO, 0)?;
         self.changing(|state| {
             let mut header = state.header.clone();
             header.set_backing(name, format);
-            state.write_header(header)?;
-            Ok(state.storage.sync()?)
+            state.change_header(header)
         })
     }
 
