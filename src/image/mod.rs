@@ -146,7 +146,7 @@ impl Image {
     /// The virtual size in bytes.
     #[must_use]
     pub fn virtual_size(&self) -> u64 {
-        self.peek(|state| state.header.header.size)
+        self.peek(|state| state.header.header.virtual_size())
     }
 
     /// Whether writes are refused.

@@ -45,7 +45,7 @@ impl State {
         offset: GuestOffset,
         holes: &mut Vec<(usize, usize)>,
     ) -> Result<()> {
-        let end = offset.saturating_add(buf.len() as u64).get().min(self.header.header.size);
+        let end = offset.saturating_add(buf.len() as u64).get().min(self.header.header.virtual_size());
         let mut at = 0;
         while at < buf.len() {
             let position = offset.saturating_add(at as u64);

@@ -339,7 +339,10 @@ impl Refcounts {
     pub(super) fn apply_pending(&mut self) -> Result<Vec<ClusterRun>> {
         let mut punched: Vec<ClusterRun> = Vec::new();
         let mut missing = None;
-        for free in std::mem::take(&mut self.pending) {
+        let mut pending = std::mem::take(&mut self.pending);
+        // In file order, so that each refcount block is touched once and holes are punched in long strokes.
+        pending.sort_unstable_by_key(|free| free.start);
+        for free in pending {
             for cluster in free.start.get()..free.start.get() + free.count {
                 let cluster = HostCluster::new(cluster);
                 let Some(left) = self.get(cluster)?.checked_sub(1) else {

@@ -117,7 +117,7 @@ impl State {
         backing: &dyn Backing,
         backing_size: u64,
     ) -> Result<()> {
-        let old = self.header.header.size;
+        let old = self.header.header.virtual_size();
         // An earlier shrink that did not finish, or another program, may have left mappings behind the end.
         self.drop_mappings(old)?;
         self.grow_l1(size)?;

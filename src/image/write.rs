@@ -224,7 +224,7 @@ impl State {
                 _ if self.header.backing_file.is_none() => {}
                 _ => {
                     // Behind the virtual size nothing of the backing file may show, should the disk grow.
-                    let visible = as_len(self.header.header.size.saturating_sub(guest.get())).min(part.len());
+                    let visible = as_len(self.header.header.virtual_size().saturating_sub(guest.get())).min(part.len());
                     if visible > 0 {
                         backing.read_at(&mut part[..visible], guest)?;
                     }

@@ -26,7 +26,7 @@ impl State {
             let in_cluster = self.geometry.offset_in_cluster(position);
             let until = (position.get() - in_cluster).saturating_add(self.geometry.cluster_size());
             // The last cluster is whole where the range reaches the end of the disk in it.
-            let whole = in_cluster == 0 && (until <= end || end == self.header.header.size);
+            let whole = in_cluster == 0 && (until <= end || end == self.header.header.virtual_size());
             let until = until.min(end);
             if whole {
                 self.zero_cluster(position, until, space, backing)?;
@@ -133,7 +133,7 @@ impl State {
         }
         let size = self.geometry.cluster_size();
         let start = offset.get().next_multiple_of(size);
-        let end = if end == self.header.header.size { end } else { end & !(size - 1) };
+        let end = if end == self.header.header.virtual_size() { end } else { end & !(size - 1) };
         if start >= end {
             return Ok(());
         }

@@ -62,7 +62,7 @@ impl CommitOptions {
 pub fn commit(chain: &Chain, options: &CommitOptions, progress: &dyn Progress) -> Result<Report> {
     refuse_unfit(chain, options)?;
     let target = Target::of(chain, options.base)?;
-    let work = survey(chain, options.base, None)?;
+    let work = survey(chain, options.base, |_| true)?;
     target.check_space(&work)?;
     target.grow_to(chain.virtual_size())?;
 

@@ -18,7 +18,7 @@ pub use error::{Error, Result};
 pub use progress::{Phase, Progress, Step};
 pub use pull::{PullOptions, pull};
 
-use crate::chain::Chain;
+use crate::chain::{Chain, ChainExtent};
 use crate::image::ExtentKind;
 
 /// What a merge has to move.
@@ -30,13 +30,13 @@ struct Work {
     data: u64,
 }
 
-/// Walks the metadata of the layers above `base`; what the layer `except` decides stays where it is.
-fn survey(chain: &Chain, base: usize, except: Option<usize>) -> Result<Work> {
+/// Walks the metadata of the layers above `base`; counts what is `wanted`.
+fn survey(chain: &Chain, base: usize, wanted: impl Fn(&ChainExtent) -> bool) -> Result<Work> {
     let mut work = Work::default();
     for extent in chain.extents_of(0..base, 0..chain.virtual_size()) {
         let extent = extent?;
         match extent.kind {
-            _ if except.is_some() && extent.layer == except => {}
+            _ if !wanted(&extent) => {}
             ExtentKind::Unallocated => {}
             ExtentKind::Zero { .. } => work.total += extent.len,
             ExtentKind::Data { .. } | ExtentKind::Compressed => {

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::chain::{Chain, Layer, Node};
+use crate::chain::{Chain, ChainExtent, Layer, Node};
 
 use super::copy::{Copier, Report};
 use super::progress::{Phase, Progress, Step};
@@ -60,13 +60,13 @@ pub fn pull(chain: &Chain, options: &PullOptions, progress: &dyn Progress) -> Re
     for layer in &chain.layers()[..base] {
         layer.node.data_access()?;
     }
-    let work = survey(chain, base, Some(0))?;
+    let work = survey(chain, base, |extent| wanted(extent, base < depth))?;
     target.check_space(&work)?;
 
     let mut copier = Copier::new(chain, &target, work.total, progress);
     for extent in chain.extents_of(0..base, 0..chain.virtual_size()) {
         let extent = extent?;
-        if extent.layer != Some(0) {
+        if wanted(&extent, base < depth) {
             copier.take(extent)?;
         }
     }
@@ -82,6 +82,12 @@ pub fn pull(chain: &Chain, options: &PullOptions, progress: &dyn Progress) -> Re
         }
     }
     Ok(report)
+}
+
+/// Whether the top must take an extent in: it lacks it, and would read something else without it. Where it will sit on
+/// nothing, what no layer holds reads as zeroes by itself.
+fn wanted(extent: &ChainExtent, on_something: bool) -> bool {
+    extent.layer.map_or(on_something, |layer| layer != 0)
 }
 
 /// The name of a layer as seen from an image beside it or elsewhere.
