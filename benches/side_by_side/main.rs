@@ -3,6 +3,9 @@
 //! ```text
 //! cargo bench --bench side_by_side -- [--quick] [--size MIB] [--runs N] [--dir DIRECTORY] [WORK ...]
 //! ```
+//! `--make WORK DIRECTORY MIB` leaves the images of a work in a directory, `--job JOB DIRECTORY` does our side's job on them,
+//! both for a profiler.
+//!
 //! Both are whole processes, started anew for each run, and both end durably. Images are made with fixed seeds, so that two
 //! runs of the harness do the same. A run that fails ends the harness: nothing is dropped.
 
@@ -91,6 +94,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut args: Vec<String> = std::env::args().skip(1).collect();
     if args.first().is_some_and(|first| first == "--job") {
         return jobs::run(&args[1], Path::new(&args[2]));
+    }
+    if args.first().is_some_and(|first| first == "--make") {
+        let work = WORKS.iter().find(|work| work.name.contains(&args[1])).ok_or("no such work")?;
+        return (work.make)(Path::new(&args[2]), args[3].parse()?);
     }
     args.retain(|arg| arg != "--bench");
     let request = parse(args)?;

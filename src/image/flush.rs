@@ -10,6 +10,15 @@ use super::refcounts::ClusterRun;
 use super::state::{State, Writer};
 use super::{Error, Result};
 
+/// What becomes of the end of the file when clusters are freed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum After {
+    /// It stays where it is.
+    Keep,
+    /// The file is cut behind its last used cluster.
+    Cut,
+}
+
 impl State {
     /// Whether the file lacks some metadata.
     pub(super) fn is_dirty(&self) -> bool {
@@ -24,6 +33,11 @@ impl State {
     /// Writes all metadata and makes everything durable. At every crash point in between, the file holds for each cluster
     /// the old or the new mapping, its data, and refcounts that are at worst too high.
     pub(super) fn flush(&mut self) -> Result<()> {
+        self.flush_and(After::Keep)
+    }
+
+    /// As [`State::flush`], with the end of the file as the caller wants it.
+    pub(super) fn flush_and(&mut self, after: After) -> Result<()> {
         if self.writer.is_none() {
             return Ok(self.storage.sync()?);
         }
@@ -34,7 +48,7 @@ impl State {
         if self.write_mappings()? {
             self.storage.sync()?; // barrier: mappings before anything they named before is freed
         }
-        if self.free_pending()? {
+        if self.free_pending(after)? {
             self.write_refcounts()?;
             self.storage.sync()?; // not an order, a promise: what was freed stays free
         }
@@ -115,16 +129,18 @@ impl State {
     }
 
     /// Lowers the refcounts that waited for the mappings, and gives space back. Tells whether there were any.
-    fn free_pending(&mut self) -> Result<bool> {
+    fn free_pending(&mut self, after: After) -> Result<bool> {
         let cluster_bits = self.geometry.cluster_bits().get();
         let Some(writer) = self.writer.as_mut() else { return Ok(false) };
         if !writer.refcounts.has_pending() {
             return Ok(false);
         }
         self.memory.clear();
-        for ClusterRun { start, count } in writer.refcounts.apply_pending()? {
+        let freed = writer.refcounts.apply_pending()?;
+        let end = if after == After::Cut { self.cut_file()? } else { writer.file_end };
+        for ClusterRun { start, count } in freed {
             let from = start.get() << cluster_bits;
-            let to = (from + (count << cluster_bits)).min(writer.file_end);
+            let to = (from + (count << cluster_bits)).min(end);
             if from < to {
                 // A storage without holes keeps the space; a failure costs space, not content.
                 let _ = self.storage.punch_range(from..to);

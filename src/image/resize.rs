@@ -5,6 +5,7 @@ use std::cmp::Ordering;
 use crate::format::{GuestOffset, HostCluster, L1Entry, L2Entry, Version};
 use crate::storage;
 
+use super::flush::After;
 use super::overlap::Structure;
 use super::refcounts::ClusterRun;
 use super::state::State;
@@ -106,8 +107,7 @@ impl State {
         self.write_size(size)?;
         self.storage.sync()?; // barrier: the new size before anything behind it is given up
         self.drop_mappings(size)?;
-        self.flush()?;
-        self.cut_file()
+        self.flush_and(After::Cut)
     }
 
     fn grow(
@@ -176,8 +176,7 @@ impl State {
     /// Unmaps everything.
     pub(super) fn make_empty(&mut self) -> Result<()> {
         self.drop_mappings(0)?;
-        self.flush()?; // barriers: no mapping is left before what it named is freed
-        self.cut_file()
+        self.flush_and(After::Cut) // barriers: no mapping is left before what it named is freed
     }
 
     /// Unmaps every whole cluster at or behind `size`.
@@ -264,18 +263,20 @@ impl State {
         Ok(())
     }
 
-    /// Cuts the file behind its last used cluster. A storage that cannot be cut stays as it is.
-    fn cut_file(&mut self) -> Result<()> {
+    /// Cuts the file behind its last used cluster, where the storage can be cut, and tells where it ends. What refcounts the
+    /// file has for the part that goes are at worst too high, so that a crash leaks clusters past the end.
+    pub(super) fn cut_file(&mut self) -> Result<u64> {
         let cluster_bits = self.geometry.cluster_bits().get();
+        let fixed = self.storage.is_fixed_size();
+        let len = self.storage.len()?;
         let writer = self.writer()?;
         let used = writer.refcounts.last_used()?.map_or(0, HostCluster::get);
         let end = used.saturating_add(1) << cluster_bits;
-        if used == 0 || self.storage.is_fixed_size() || self.storage.len()? <= end {
-            return Ok(());
+        if used == 0 || fixed || len <= end {
+            return Ok(writer.file_end);
         }
+        writer.file_end = end;
         self.storage.set_len(end)?;
-        self.storage.sync()?;
-        self.writer()?.file_end = end;
-        Ok(())
+        Ok(end)
     }
 }
