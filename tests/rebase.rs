@@ -1,13 +1,19 @@
 //! Rebase, against `qemu-img rebase` on copies of the same chains, and at every instant of a crash.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use qcow2_chain::format::{ClusterBits, Extension, HeaderCluster, Limits, Version};
-use qcow2_chain::image::{CreateOptions, Image, OpenOptions};
+use qcow2_chain::chain::{Chain, ChainOptions, Format, Layer, Node, Policy};
+use qcow2_chain::format::{ClusterBits, Extension, GuestOffset, HeaderCluster, Limits, Version};
+use qcow2_chain::image::{Backing as _, CheckOptions, CreateOptions, Image, OpenOptions, RawImage, check};
+use qcow2_chain::merge::{Error, Onto, RebaseOptions, rebase, rebase_unsafe};
 use qcow2_chain::storage::crash::{CrashState, Recorder};
 use qcow2_chain::storage::{MemoryStorage, Storage};
 
-use crate::support::rng::{Rng, cases};
+use crate::support::ours::Bytes;
+use crate::support::qemu::Qemu;
+use crate::support::recipe::{RandomImage, Shape};
+use crate::support::rng::{Rng, cases, trace};
 
 /// A backing file's name and format.
 type Backing = Option<(Vec<u8>, Option<Vec<u8>>)>;
@@ -115,4 +121,390 @@ fn every_crash_of_a_header_change_leaves_the_old_backing_file_or_the_new() {
     let [changed, refused, torn] = [changed, refused, torn].map(std::sync::atomic::AtomicUsize::into_inner);
     println!("{changed} changes, {torn} of them over several sectors; {refused} refused");
     assert!(torn > 300 && refused < 100);
+}
+
+/// A layer in a directory, over another one that it names relatively.
+fn layer(qemu: Qemu, path: PathBuf, rng: &mut Rng, shape: Shape, over: Option<&RandomImage>) -> RandomImage {
+    let Some(over) = over else {
+        if !rng.chance(1, 4) {
+            let mut base = RandomImage::create(qemu, path, shape);
+            base.apply_random(qemu, rng, 10);
+            return base;
+        }
+        let mut model = vec![0; usize::try_from(shape.size).unwrap()];
+        for _ in 0..4 {
+            let range = rng.range(shape.size, 512);
+            model[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()].fill(rng.pattern());
+        }
+        let path = path.with_extension("raw");
+        std::fs::write(&path, &model).unwrap();
+        return RandomImage::from_model(path, shape, false, model);
+    };
+    let shape = Shape { preallocation: "off", ..shape };
+    let (size, options, name) = (shape.size.to_string(), shape.options(), name_of(over));
+    let file = path.to_string_lossy().into_owned();
+    qemu.img(&["create", "-q", "-f", "qcow2", "-b", &name, "-F", format_of(over), "-o", &options, &file, &size]);
+    let mut image = RandomImage::from_model(path, shape, true, over.model.clone());
+    image.apply_random(qemu, rng, 10);
+    image
+}
+
+fn name_of(image: &RandomImage) -> String {
+    image.path.file_name().unwrap().to_string_lossy().into_owned()
+}
+
+fn format_of(image: &RandomImage) -> &'static str {
+    if image.path.extension().is_some_and(|extension| extension == "raw") { "raw" } else { "qcow2" }
+}
+
+/// Layers from the base up, in a directory.
+fn layers(qemu: Qemu, dir: &Path, rng: &mut Rng, prefix: &str, shapes: Vec<Shape>) -> Vec<RandomImage> {
+    let mut images: Vec<RandomImage> = Vec::new();
+    for (number, shape) in shapes.into_iter().enumerate() {
+        let path = dir.join(format!("{prefix}{number}.qcow2"));
+        let image = layer(qemu, path, rng, shape, images.last());
+        images.push(image);
+    }
+    images
+}
+
+fn open(path: &Path, format: &str, writable: usize) -> Chain {
+    let policy = Policy::Beneath(vec![path.parent().unwrap().to_owned()]);
+    let format = if format == "raw" { Format::Raw } else { Format::Qcow2 };
+    let options = ChainOptions::default().with_policy(policy).with_writable(writable).with_format(format);
+    Chain::open(path, &options).expect("the chain opens")
+}
+
+/// Rebases one random chain with our rebase and with QEMU's, and compares everything that can be compared.
+fn check_rebase(qemu: Qemu, rng: &mut Rng, shapes: Vec<Shape>, other_shapes: Vec<Shape>) {
+    let dir = tempfile::tempdir().unwrap();
+    let (ours, theirs) = (dir.path().join("ours"), dir.path().join("theirs"));
+    std::fs::create_dir(&ours).unwrap();
+    std::fs::create_dir(&theirs).unwrap();
+    let old = layers(qemu, &ours, rng, "old", shapes);
+    let mut new = layers(qemu, &ours, rng, "new", other_shapes);
+    if rng.chance(1, 3) {
+        // A sibling: the other chain shares a layer with this one.
+        let shared = &old[usize::try_from(rng.within(0..old.len() as u64 - 1)).unwrap()];
+        let shape = Shape::random(rng);
+        new.push(layer(qemu, ours.join("sibling.qcow2"), rng, shape, Some(shared)));
+    }
+    let top = old.last().unwrap();
+    old.iter().chain(&new).for_each(trace);
+    for file in std::fs::read_dir(&ours).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), theirs.join(file.file_name())).unwrap();
+    }
+    let index = usize::try_from(rng.within(1..old.len() as u64)).unwrap();
+    let drop_equal = rng.chance(1, 3);
+    let options = RebaseOptions::default().with_drop_equal(drop_equal);
+    let chain = open(&top.path, "qcow2", 1);
+    let before = chain.top().node.as_qcow2().unwrap().header();
+    if !top.snapshots.is_empty() {
+        let refused = rebase(&chain, Onto::Nothing, &options, &());
+        assert!(matches!(refused, Err(Error::Refused { .. })), "{refused:?}");
+        assert_eq!(chain.top().node.as_qcow2().unwrap().header(), before);
+    }
+    let options = options.with_ignore_snapshots(true);
+    let (base, done) = match rng.within(0..3) {
+        0 => (None, rebase(&chain, Onto::Nothing, &options, &())),
+        1 => (Some(&old[old.len() - 1 - index]), rebase(&chain, Onto::Layer(index), &options, &())),
+        _ => {
+            let base = new.last().unwrap();
+            let onto = open(&base.path, format_of(base), 0);
+            (Some(base), rebase(&chain, Onto::Chain(&onto), &options, &()))
+        }
+    };
+    done.expect("our rebase");
+    chain.close().expect("the chain closes");
+
+    let their_top = theirs.join(name_of(top));
+    let (name, their_name) = (base.map_or(String::new(), name_of), their_top.to_string_lossy().into_owned());
+    let mut args = vec!["rebase", "-q", "-f", "qcow2", "-b", &name];
+    args.extend(base.into_iter().flat_map(|base| ["-F", format_of(base)]));
+    args.push(&their_name);
+    let run = qemu.try_img(&args);
+    assert_eq!(run.code, 0, "QEMU's rebase: {}{}", run.stderr, top);
+
+    let what = || format!("{top}onto {:?}, drop {drop_equal}", base.map(name_of));
+    assert!(qemu.content(&top.path, None) == top.model, "the top reads as before: {}", what());
+    qemu.assert_clean(&top.path);
+    let run = qemu.try_img(&["compare", "-f", "qcow2", "-F", "qcow2", &top.path.to_string_lossy(), &their_name]);
+    assert_eq!(run.code, 0, "{}{}{}", run.stdout, run.stderr, what());
+    let [a, b] = [&top.path, &their_top].map(|path| qemu.info(path));
+    for key in ["backing-filename", "backing-filename-format"] {
+        assert_eq!(a[key], b[key], "{key}: {}", what());
+    }
+    // An internal snapshot shows the new backing file where it holds nothing itself, here as there.
+    for (name, _) in &top.snapshots {
+        let [ours, theirs] = [&top.path, &their_top].map(|path| qemu.content(path, Some(name)));
+        assert!(ours == theirs, "{name}: {}", what());
+    }
+}
+
+#[test]
+fn rebase_agrees_with_qemu() {
+    let Some(qemu) = Qemu::find() else { return };
+    cases("rebase", 60, |rng| {
+        let mut shapes = |range: std::ops::Range<u64>| {
+            let count = rng.within(range);
+            (0..count).map(|_| Shape::random(rng)).collect::<Vec<_>>()
+        };
+        let (old, new) = (shapes(2..5), shapes(1..3));
+        check_rebase(qemu, rng, old, new);
+    });
+}
+
+/// Chains whose sides are almost the same: most data is compared, and little differs.
+#[test]
+fn rebase_onto_a_copy_writes_only_what_differs() {
+    let Some(qemu) = Qemu::find() else { return };
+    cases("rebase onto a copy", 40, |rng| {
+        let dir = tempfile::tempdir().unwrap();
+        let shapes = vec![Shape::random(rng), Shape::random(rng)];
+        let old = layers(qemu, dir.path(), rng, "old", shapes);
+        let (base, top) = (&old[0], &old[1]);
+        if !top.snapshots.is_empty() {
+            return;
+        }
+        let copy = dir.path().join("copy.raw");
+        let mut bytes = base.model.clone();
+        let changed = if rng.chance(1, 2) { rng.range(base.shape.size, 512) } else { 0..0 };
+        bytes[usize::try_from(changed.start).unwrap()..usize::try_from(changed.end).unwrap()].fill(rng.pattern());
+        std::fs::write(&copy, bytes).unwrap();
+        let chain = open(&top.path, "qcow2", 1);
+        let report = rebase(&chain, Onto::Chain(&open(&copy, "raw", 0)), &RebaseOptions::default(), &()).unwrap();
+        chain.close().unwrap();
+        let written = report.copied + report.copied_in_kernel;
+        let unit = if top.shape.extended_l2 { top.shape.cluster_size / 32 } else { top.shape.cluster_size };
+        let most = if changed.is_empty() { 0 } else { (changed.end - changed.start).next_multiple_of(unit) + unit };
+        assert!(written <= most, "{report:?} for {changed:?}: {top}");
+        qemu.assert_clean(&top.path);
+        assert!(qemu.content(&top.path, None) == top.model, "{top}");
+    });
+}
+
+/// An image in memory with random content; what it shows is returned too.
+fn memory_image(rng: &mut Rng, size: u64, over: Option<(&str, &[u8])>) -> (Vec<u8>, Vec<u8>) {
+    let version = if rng.chance(1, 4) { Version::V2 } else { Version::V3 };
+    let extended = version == Version::V3 && rng.chance(1, 4);
+    let bits = if extended { 14 } else { rng.pick(&[9, 10, 12]) };
+    let mut options = CreateOptions::new(size)
+        .with_version(version)
+        .with_cluster_bits(ClusterBits::new(bits).unwrap())
+        .with_extended_l2(extended);
+    let mut model = over.map_or(Vec::new(), |(_, below)| below.to_vec());
+    model.resize(usize::try_from(size).unwrap(), 0);
+    let below = Bytes(model.clone());
+    options.backing = over.map(|(name, _)| (name.as_bytes().to_vec(), b"qcow2".to_vec()));
+    let storage = Arc::new(MemoryStorage::new("new"));
+    let image = Image::create(storage.clone(), &options).unwrap();
+    for _ in 0..rng.within(0..6) {
+        let range = rng.range(size, 512);
+        let (at, len) = (GuestOffset::new(range.start), range.end - range.start);
+        let byte = if rng.chance(1, 4) { 0 } else { rng.within(1..4).try_into().unwrap() };
+        if byte == 0 {
+            image.write_zeroes_at_over(at, len, &below).unwrap();
+        } else {
+            image.write_at_over(&vec![byte; usize::try_from(len).unwrap()], at, &below).unwrap();
+        }
+        model[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()].fill(byte);
+    }
+    image.close().unwrap();
+    (storage.to_vec(), model)
+}
+
+fn memory_layer(name: &str, bytes: Vec<u8>) -> Layer {
+    let storage = Arc::new(MemoryStorage::with_bytes(name, bytes));
+    let node = Node::Qcow2(Image::open(storage, &OpenOptions::default()).unwrap());
+    Layer { node, path: PathBuf::from(name) }
+}
+
+/// What an image shows over the given bytes, if it can be read.
+fn try_shown(image: &Image, below: &[u8]) -> Option<Vec<u8>> {
+    let mut content = vec![0; usize::try_from(image.virtual_size()).unwrap()];
+    Bytes(below.to_vec()).read_at(&mut content, GuestOffset::ZERO).unwrap();
+    image.read_present(&mut content, GuestOffset::ZERO, &mut Vec::new()).ok()?;
+    Some(content)
+}
+
+#[test]
+fn every_crash_of_a_rebase_leaves_a_disk_that_reads_as_before() {
+    let [seen, switched] = [const { std::sync::atomic::AtomicUsize::new(0) }; 2];
+    let count = |counter: &std::sync::atomic::AtomicUsize| counter.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    cases("crashed rebases", 300, |rng| {
+        let sizes: [u64; 4] = std::array::from_fn(|_| rng.within(8..96) * 512);
+        let (base, base_model) = memory_image(rng, sizes[0], None);
+        let (middle, middle_model) = memory_image(rng, sizes[1], Some(("base", &base_model)));
+        let (other, other_model) = memory_image(rng, sizes[2], None);
+        let (top, model) = memory_image(rng, sizes[3], Some(("middle", &middle_model)));
+        let recorder = Recorder::new();
+        let storage = Arc::new(recorder.storage("top", top));
+        let image = Image::open(storage, &OpenOptions::default().with_write(true)).unwrap();
+        let top = Layer { node: Node::Qcow2(image), path: PathBuf::from("top") };
+        let chain = Chain::from_layers(top, [memory_layer("middle", middle), memory_layer("base", base)]);
+        let onto_other = Chain::from_layers(memory_layer("other", other), []);
+        let onto = rng.pick(&[Onto::Nothing, Onto::Layer(2), Onto::Chain(&onto_other)]);
+        let options = RebaseOptions::default().with_drop_equal(rng.chance(1, 2));
+        rebase(&chain, onto, &options, &()).unwrap();
+        let new = match onto {
+            Onto::Nothing => None,
+            Onto::Layer(_) => Some(&b"base"[..]),
+            Onto::Chain(_) => Some(&b"other"[..]),
+        };
+        let mut last = None;
+        let states = recorder.crash_states(rng.next_u64(), 24, |state: &CrashState| {
+            let storage = Arc::new(MemoryStorage::with_bytes("state", state[0].clone()));
+            let report = check(&*storage, &CheckOptions::default()).unwrap();
+            assert_eq!((report.corruptions, report.check_errors), (0, 0), "{report:?}");
+            let image = Image::open(storage, &OpenOptions::default()).unwrap();
+            let backing = image.header().backing_file;
+            let below = match backing.as_deref() {
+                None => &[][..],
+                Some(b"middle") => &middle_model,
+                Some(b"base") => &base_model,
+                Some(b"other") => &other_model,
+                name => panic!("a name that nobody gave: {name:?}"),
+            };
+            assert!(try_shown(&image, below).unwrap() == model, "over {backing:?} in {onto:?}");
+            count(if backing.as_deref() == new { &switched } else { &seen });
+            last = Some((backing, report.leaks));
+            Ok::<(), ()>(())
+        });
+        assert!(states.unwrap() > 1);
+        assert_eq!(last, Some((new.map(<[u8]>::to_vec), 0)), "rebase did not make itself durable");
+    });
+    let [seen, switched] = [seen, switched].map(std::sync::atomic::AtomicUsize::into_inner);
+    println!("{seen} states over the old backing file, {switched} over the new");
+    assert!(seen > 1000 && switched > 1000);
+}
+
+/// The harness sees a missing barrier: without the sync of the data, the header can be ahead of it.
+#[test]
+fn a_rebase_without_its_barriers_is_found() {
+    let fails_without = |number: usize| {
+        (0..20).any(|seed| {
+            let mut rng = Rng::new(0x5eba + seed);
+            let (base, base_model) = memory_image(&mut rng, 20 << 10, None);
+            let (top, model) = memory_image(&mut rng, 20 << 10, Some(("base", &base_model)));
+            let recorder = Recorder::without_sync(number);
+            let storage = Arc::new(recorder.storage("top", top));
+            let image = Image::open(storage, &OpenOptions::default().with_write(true)).unwrap();
+            let top = Layer { node: Node::Qcow2(image), path: PathBuf::from("top") };
+            let chain = Chain::from_layers(top, [memory_layer("base", base)]);
+            rebase(&chain, Onto::Nothing, &RebaseOptions::default(), &()).unwrap();
+            let found = recorder.crash_states(seed, 24, |state: &CrashState| {
+                let storage = Arc::new(MemoryStorage::with_bytes("state", state[0].clone()));
+                let Ok(image) = Image::open(storage, &OpenOptions::default()) else { return Err(()) };
+                let below = if image.header().backing_file.is_some() { &base_model[..] } else { &[] };
+                if try_shown(&image, below).is_some_and(|content| content == model) { Ok(()) } else { Err(()) }
+            });
+            found.is_err()
+        })
+    };
+    assert!(fails_without(0) && fails_without(1), "the barrier before the header is not proved");
+}
+
+/// The size of a sparse disk costs nothing.
+#[test]
+fn a_sparse_disk_is_rebased_by_what_it_holds() {
+    let sparse = |name: &str, size: u64, backing: Option<&str>, byte: u8| {
+        let storage = Arc::new(MemoryStorage::new(name));
+        let mut options = CreateOptions::new(size).with_cluster_bits(ClusterBits::new(21).unwrap());
+        options.backing = backing.map(|name| (name.as_bytes().to_vec(), b"qcow2".to_vec()));
+        let image = Image::create(storage.clone(), &options).unwrap();
+        for at in [0, size / 2, size - (4 << 20)] {
+            image.write_at(&vec![byte; 2 << 20], GuestOffset::new(at)).unwrap();
+        }
+        image.close().unwrap();
+        storage.to_vec()
+    };
+    for onto_nothing in [true, false] {
+        let size = 64 << 40;
+        let top = Arc::new(MemoryStorage::new("top"));
+        let mut options = CreateOptions::new(size).with_cluster_bits(ClusterBits::new(21).unwrap());
+        options.backing = Some((b"base".to_vec(), b"qcow2".to_vec()));
+        let image = Image::create(top, &options).unwrap();
+        let top = Layer { node: Node::Qcow2(image), path: PathBuf::from("top") };
+        let chain = Chain::from_layers(top, [memory_layer("base", sparse("base", size, None, 1))]);
+        let other = Chain::from_layers(memory_layer("other", sparse("other", size / 2, None, 2)), []);
+        let onto = if onto_nothing { Onto::Nothing } else { Onto::Chain(&other) };
+        let report = rebase(&chain, onto, &RebaseOptions::default(), &()).unwrap();
+        let (copied, zeroed) = (report.copied + report.copied_in_kernel, report.zeroed);
+        assert_eq!((copied, zeroed), (6 << 20, if onto_nothing { 0 } else { 4 << 20 }), "{report:?}");
+    }
+}
+
+/// What both sides share is not read, and what equals the new backing file can be dropped.
+#[test]
+fn what_is_the_same_is_neither_read_nor_kept() {
+    let size = 1 << 20;
+    let image = |name: &str, backing: Option<&str>, fill: &[(u64, u8)]| {
+        let storage = Arc::new(MemoryStorage::new(name));
+        let mut options = CreateOptions::new(size).with_cluster_bits(ClusterBits::new(12).unwrap());
+        options.backing = backing.map(|name| (name.as_bytes().to_vec(), b"qcow2".to_vec()));
+        let image = Image::create(storage.clone(), &options).unwrap();
+        for (at, byte) in fill {
+            image.write_at(&[*byte; 8192], GuestOffset::new(*at)).unwrap();
+        }
+        image.close().unwrap();
+        storage
+    };
+    let open = |storage: &Arc<MemoryStorage>, write: bool| {
+        let image = Image::open(storage.clone(), &OpenOptions::default().with_write(write)).unwrap();
+        Layer { node: Node::Qcow2(image), path: PathBuf::from(storage.name()) }
+    };
+    let base = image("base", None, &[(0, 1), (65536, 2), (131_072, 3)]);
+    let old = image("old", Some("base"), &[(0, 4)]);
+    let new = image("new", Some("base"), &[(4096, 4), (196_608, 5)]);
+    let top = image("top", Some("old"), &[(196_608, 5), (262_144, 6)]);
+    let chain = Chain::from_layers(open(&top, true), [open(&old, false), open(&base, false)]);
+    let onto = Chain::from_layers(open(&new, false), [open(&base, false)]);
+    let mut before = vec![0; 1 << 20];
+    chain.read_at(&mut before, GuestOffset::ZERO).unwrap();
+    let report = rebase(&chain, Onto::Chain(&onto), &RebaseOptions::default().with_drop_equal(true), &()).unwrap();
+    // Of the first three clusters the old chain holds two and the new one the last two; the second reads the same in both.
+    assert_eq!((report.compared, report.copied, report.zeroed), (8192, 4096, 4096), "{report:?}");
+    assert_eq!(report.dropped, 8192, "{report:?}");
+    let chain = Chain::from_layers(open(&top, false), [open(&new, false), open(&base, false)]);
+    let mut after = vec![0; 1 << 20];
+    chain.read_at(&mut after, GuestOffset::ZERO).unwrap();
+    assert!(after == before);
+    assert_eq!(check(&*top, &CheckOptions::default()).unwrap().leaks, 0);
+}
+
+#[test]
+fn what_cannot_be_rebased_is_refused() {
+    let mut rng = Rng::new(1);
+    let (base, _) = memory_image(&mut rng, 8192, None);
+    let chain = |writable: bool| {
+        let mut rng = Rng::new(2);
+        let (top, _) = memory_image(&mut rng, 8192, Some(("base", &[])));
+        let storage = Arc::new(MemoryStorage::with_bytes("top", top));
+        let image = Image::open(storage, &OpenOptions::default().with_write(writable)).unwrap();
+        let top = Layer { node: Node::Qcow2(image), path: PathBuf::from("top") };
+        Chain::from_layers(top, [memory_layer("base", base.clone())])
+    };
+    let refused = |chain: &Chain, onto: Onto<'_>, why: &str| {
+        let done = rebase(chain, onto, &RebaseOptions::default(), &());
+        let Err(Error::Refused { why: found, .. }) = done else { panic!("{done:?}") };
+        assert!(found.contains(why), "{found}");
+    };
+    refused(&chain(false), Onto::Nothing, "not open for writing");
+    refused(&chain(true), Onto::Layer(0), "no such layer");
+    refused(&chain(true), Onto::Layer(2), "no such layer");
+    let raw = Layer {
+        node: Node::Raw(RawImage::open(Arc::new(MemoryStorage::with_bytes("raw", [1; 512]))).unwrap()),
+        path: PathBuf::from("raw"),
+    };
+    refused(&Chain::from_layers(raw, []), Onto::Nothing, "raw");
+    let top = chain(true);
+    refused(&top, Onto::Chain(&top), "its own backing file");
+
+    let image = top.top().node.as_qcow2().unwrap();
+    assert!(matches!(rebase_unsafe(image, Some(b"x"), None), Err(Error::Refused { .. })));
+    rebase_unsafe(image, Some(b"elsewhere/x"), Some(b"raw")).unwrap();
+    assert_eq!(backing_of(&image.header()), Some((b"elsewhere/x".to_vec(), Some(b"raw".to_vec()))));
+    rebase_unsafe(image, None, None).unwrap();
+    assert_eq!(backing_of(&image.header()), None);
 }

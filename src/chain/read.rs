@@ -96,6 +96,11 @@ impl Chain {
         Ok(self.top().node.discard(offset, len)?)
     }
 
+    /// All layers as what lies beneath another image.
+    pub(crate) fn beneath_another(&self) -> Below<'_> {
+        Below(&self.layers)
+    }
+
     /// What lies beneath the layer of this index; nothing beneath the last one and for an index that is none.
     #[must_use]
     pub fn below(&self, index: usize) -> Below<'_> {

@@ -1,6 +1,6 @@
 //! What a merge needs: space for many clusters at once, reserved before and mapped after their data is there.
 
-use crate::format::{GuestOffset, HostCluster, HostOffset};
+use crate::format::{GuestOffset, HostCluster, HostOffset, L2Entry};
 
 use super::refcounts::ClusterRun;
 use super::state::State;
@@ -53,6 +53,28 @@ impl Image {
     pub(crate) fn make_empty(&self) -> Result<()> {
         self.check_write(GuestOffset::ZERO, 0)?;
         self.changing(State::make_empty)
+    }
+
+    /// Gives up the whole guest clusters from `guest` on, the last of which may be cut by the disk's end: the image reads
+    /// through to its backing file there. Durable with the next [`Image::flush`].
+    ///
+    /// # Errors
+    /// As [`Image::write_at`].
+    pub(crate) fn unmap(&self, guest: GuestOffset, len: u64) -> Result<()> {
+        self.check_write(guest, len)?;
+        self.changing(|state| {
+            let mut position = guest;
+            while position < guest.saturating_add(len) {
+                let old = state.entry(position)?;
+                if old != L2Entry::UNALLOCATED {
+                    state.set_entry(position, &L2Entry::UNALLOCATED)?;
+                    state.free_entry(&old, true)?;
+                    state.flush_if_crowded()?;
+                }
+                position = position.saturating_add(state.geometry.cluster_size());
+            }
+            Ok(())
+        })
     }
 
     /// Gives back what was placed but will not be published.

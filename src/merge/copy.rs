@@ -19,6 +19,10 @@ pub struct Report {
     pub copied_in_kernel: u64,
     /// Ranges that were made zero.
     pub zeroed: u64,
+    /// Data that was read on both sides of a rebase and compared.
+    pub compared: u64,
+    /// What a rebase dropped from the top, as it equals the new backing file.
+    pub dropped: u64,
 }
 
 /// Bytes of data moves that are gathered, sorted and carried out together.
@@ -55,7 +59,7 @@ pub(super) struct Copier<'a> {
     progress: &'a dyn Progress,
     total: u64,
     done: u64,
-    report: Report,
+    pub(super) report: Report,
     moves: Vec<Move>,
     gathered: u64,
     buffer: Vec<u8>,
@@ -252,7 +256,8 @@ impl<'a> Copier<'a> {
         &**self.chain.layers()[layer].node.storage()
     }
 
-    fn advance(&mut self, len: u64) -> Result<()> {
+    /// So many bytes more are merged: tells of it, and stops where the caller wants that.
+    pub(super) fn advance(&mut self, len: u64) -> Result<()> {
         self.done += len;
         self.progress.step(&Step { phase: Phase::Copying, done: self.done, total: self.total });
         if self.progress.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }

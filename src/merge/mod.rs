@@ -1,7 +1,7 @@
 //! Deltas become one.
 //!
 //! [`commit`] moves what upper layers hold into a layer beneath them; [`pull`] moves what the layers beneath hold into the
-//! top. All that moves data shares one copy engine, which
+//! top; [`rebase`] moves into the top what another backing file would show otherwise. All that moves data shares one copy engine, which
 //! works on coalesced extents: data that fills whole clusters of the target goes from file to file in long runs, in the
 //! order in which it lies in the source; the rest goes through the target's write path.
 
@@ -10,6 +10,7 @@ mod copy;
 mod error;
 mod progress;
 mod pull;
+mod rebase;
 mod target;
 
 pub use commit::{AfterCommit, CommitOptions, commit};
@@ -17,6 +18,7 @@ pub use copy::Report;
 pub use error::{Error, Result};
 pub use progress::{Phase, Progress, Step};
 pub use pull::{PullOptions, pull};
+pub use rebase::{Onto, RebaseOptions, rebase, rebase_unsafe};
 
 use crate::chain::{Chain, ChainExtent};
 use crate::image::ExtentKind;

@@ -91,7 +91,7 @@ fn wanted(extent: &ChainExtent, on_something: bool) -> bool {
 }
 
 /// The name of a layer as seen from an image beside it or elsewhere.
-fn name_of(layer: &Layer, from: &Path) -> Vec<u8> {
+pub(super) fn name_of(layer: &Layer, from: &Path) -> Vec<u8> {
     let beside = layer.path.parent() == from.parent();
     let name = layer.path.file_name().filter(|_| beside).unwrap_or(layer.path.as_os_str());
     name.as_encoded_bytes().to_vec()

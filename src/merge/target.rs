@@ -59,6 +59,14 @@ impl<'a> Target<'a> {
         if need > have { Err(Error::NoSpace { file: self.file.clone(), need, have }) } else { Ok(()) }
     }
 
+    /// Refuses a merge for which new clusters of `need` bytes do not fit.
+    pub(super) fn check_room(&self, need: u64) -> Result<()> {
+        match self.storage().free_space()? {
+            Some(have) if need > have => Err(Error::NoSpace { file: self.file.clone(), need, have }),
+            _ => Ok(()),
+        }
+    }
+
     /// Grows the target where it is smaller; the new part reads as zeroes.
     pub(super) fn grow_to(&self, size: u64) -> Result<()> {
         if size <= self.node.virtual_size() {
