@@ -56,7 +56,7 @@ fn build(directory: &Path) -> Result<PathBuf, Box<dyn Error>> {
 fn merge(overlay: &Path) -> Result<(), Box<dyn Error>> {
     let chain = Chain::open(overlay, &open_options(overlay, 2))?;
     println!("Before:\n{}", chain.describe()?);
-    let before = contents(&chain)?;
+    let before = chain.digest(&|| false)?;
 
     let started = std::time::Instant::now();
     let report = commit(&chain, &CommitOptions::default().with_after(AfterCommit::Empty), &())?;
@@ -69,7 +69,7 @@ fn merge(overlay: &Path) -> Result<(), Box<dyn Error>> {
     );
     println!("After:\n{}", chain.describe()?);
 
-    let after = contents(&chain)?;
+    let after = chain.digest(&|| false)?;
     let size = chain.virtual_size();
     chain.close()?;
     if after != before {
@@ -83,20 +83,6 @@ fn merge(overlay: &Path) -> Result<(), Box<dyn Error>> {
 fn open_options(overlay: &Path, writable: usize) -> ChainOptions {
     let directory = overlay.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     ChainOptions::default().with_policy(Policy::Beneath(vec![directory.to_owned()])).with_writable(writable)
-}
-
-/// A digest of every byte that the guest would read.
-fn contents(chain: &Chain) -> Result<u32, Box<dyn Error>> {
-    let mut digest = crc32fast::Hasher::new();
-    let mut buf = vec![0; 1 << 20];
-    let mut at = 0;
-    while at < chain.virtual_size() {
-        let len = usize::try_from((chain.virtual_size() - at).min(MIB))?;
-        chain.read_at(&mut buf[..len], GuestOffset::new(at))?;
-        digest.update(&buf[..len]);
-        at += len as u64;
-    }
-    Ok(digest.finalize())
 }
 
 /// Bytes that no other `number` has.

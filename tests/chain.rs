@@ -578,3 +578,18 @@ fn a_chain_in_memory() {
     let result = Chain::open_in(&shared, Path::new("/vm/out"), &beneath);
     assert!(matches!(result, Err(Error::Refused { .. })), "{result:?}");
 }
+
+/// The digest is that of the bytes, however they are mapped and whatever layer holds them.
+#[test]
+fn a_digest_is_of_what_the_guest_reads() {
+    let Some(qemu) = Qemu::find() else { return };
+    cases("digests", 12, |rng| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut base = RandomImage::create(qemu, dir.path().join("base.qcow2"), Shape::random(rng));
+        base.apply_random(qemu, rng, 8);
+        let mut top = RandomImage::create_over(qemu, dir.path().join("top.qcow2"), Shape::random(rng), &base);
+        top.apply_random(qemu, rng, 8);
+        let chain = Chain::open(&top.path, &ChainOptions::default().beneath(dir.path())).unwrap();
+        assert_eq!(chain.digest(&|| false).unwrap(), crc32fast::hash(&top.model), "{top}");
+    });
+}

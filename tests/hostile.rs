@@ -380,21 +380,29 @@ fn what_is_not_there_is_named() {
     assert_eq!(std::io::Error::from(error).kind(), std::io::ErrorKind::NotFound);
 }
 
+/// Cluster bits and L1 sizes for [`claim`].
+const CLAIMS: [(u32, u32); 6] = [(9, u32::MAX), (16, 1), (16, 1 << 22), (21, 1 << 17), (21, 1 << 22), (21, 1)];
+
+/// A file of 1 KiB that claims a disk of 2^56 bytes.
+fn claim(cluster_bits: u32, l1_size: u32) -> Vec<u8> {
+    let mut bytes = image(None, None);
+    bytes.truncate(1024);
+    bytes[20..24].copy_from_slice(&cluster_bits.to_be_bytes());
+    bytes[24..32].copy_from_slice(&(1_u64 << 56).to_be_bytes());
+    bytes[36..40].copy_from_slice(&l1_size.to_be_bytes());
+    bytes[40..48].copy_from_slice(&(3_u64 << cluster_bits).to_be_bytes());
+    bytes[48..56].copy_from_slice(&(1_u64 << cluster_bits).to_be_bytes());
+    bytes
+}
+
 /// A file of 1 KiB that claims a disk of 2^56 bytes: it opens or fails at once, and nothing that is done with it takes
 /// memory or time by its claims.
 #[test]
 fn a_small_file_with_a_large_claim() {
     let place = Place::new();
-    for (cluster_bits, l1_size) in [(9_u32, u32::MAX), (16, 1), (16, 1 << 22), (21, 1 << 17), (21, 1 << 22), (21, 1)] {
-        let mut bytes = image(None, None);
-        bytes.truncate(1024);
-        bytes[20..24].copy_from_slice(&cluster_bits.to_be_bytes());
-        bytes[24..32].copy_from_slice(&(1_u64 << 56).to_be_bytes());
-        bytes[36..40].copy_from_slice(&l1_size.to_be_bytes());
-        bytes[40..48].copy_from_slice(&(3_u64 << cluster_bits).to_be_bytes());
-        bytes[48..56].copy_from_slice(&(1_u64 << cluster_bits).to_be_bytes());
+    for (cluster_bits, l1_size) in CLAIMS {
         let path = place.allowed("claim");
-        std::fs::write(&path, &bytes).expect("an image");
+        std::fs::write(&path, claim(cluster_bits, l1_size)).expect("an image");
         let start = Instant::now();
         if let Ok(chain) = Chain::open(&path, &place.options()) {
             let mut buf = [1; 4096];
@@ -403,5 +411,28 @@ fn a_small_file_with_a_large_claim() {
             let _ = chain.describe();
         }
         assert!(start.elapsed() < Duration::from_secs(5), "{cluster_bits} {l1_size}");
+    }
+}
+
+/// What the program does with such files fits into an address space of 64 MiB, its own code and stack included.
+#[cfg(all(feature = "cli", target_os = "linux"))]
+#[test]
+fn large_claims_fit_into_64_mib() {
+    let place = Place::new();
+    for (cluster_bits, l1_size) in CLAIMS {
+        let path = place.allowed("claim");
+        std::fs::write(&path, claim(cluster_bits, l1_size)).expect("an image");
+        for verb in ["info", "check", "map", "chain", "dump"] {
+            let mut shell = std::process::Command::new("sh");
+            shell.args(["-c", "ulimit -v 65536; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_qcow2-chain"), verb]);
+            let out = shell.arg(&path).output().expect("the program runs");
+            // An exit code, not a signal: an allocation that failed would have aborted it.
+            let said = String::from_utf8_lossy(&out.stderr);
+            assert!(
+                out.status.code().is_some_and(|code| code <= 3 || code == 63),
+                "{verb} {cluster_bits} {l1_size}: {said}"
+            );
+            assert!(out.status.success() || !said.trim().is_empty(), "{verb} fails without a word");
+        }
     }
 }

@@ -10,6 +10,7 @@
 
 mod compare;
 mod describe;
+mod digest;
 mod error;
 mod extents;
 mod node;
