@@ -4,6 +4,7 @@ mod chain;
 mod check;
 #[cfg(feature = "cli")]
 mod cli;
+mod convert;
 mod crash;
 mod create;
 mod devices;

@@ -109,7 +109,6 @@ fn zstd_frame_len(input: &[u8]) -> Option<usize> {
 }
 
 /// Compresses one cluster, or `None` where the result would not be smaller: it is then stored as it is.
-#[cfg_attr(not(test), expect(dead_code, reason = "until compressed writes are here"))]
 pub(crate) fn compress(kind: CompressionType, cluster: &[u8]) -> Option<Vec<u8>> {
     let mut stream = vec![0; cluster.len().checked_sub(1)?];
     let len = match kind {

@@ -68,6 +68,13 @@ impl CreateOptions {
         Self { size, ..Self::default() }
     }
 
+    /// The same with another size.
+    #[must_use]
+    pub fn with_size(mut self, size: u64) -> Self {
+        self.size = size;
+        self
+    }
+
     /// The same with another version. Version 2 (`compat=0.10`) has 16-bit refcounts, deflate, and no extended L2
     /// entries or lazy refcounts.
     #[must_use]

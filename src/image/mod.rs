@@ -7,6 +7,7 @@ mod bulk;
 mod cache;
 mod check;
 mod compressed;
+mod compressed_write;
 mod create;
 mod error;
 mod extents;
@@ -35,6 +36,7 @@ use crate::storage::Storage;
 
 pub(crate) use bulk::Placement;
 pub use check::{CheckOptions, CheckReport, Finding, Fix, Severity, check};
+pub(crate) use compressed::compress;
 pub use create::{CreateOptions, Preallocation};
 pub use error::{Error, Result};
 pub use extents::{Extent, ExtentKind, Extents};

@@ -40,7 +40,7 @@ pub(super) struct ClusterRun {
 #[derive(Debug)]
 pub(super) struct Refcounts {
     storage: Arc<dyn Storage>,
-    geometry: Geometry,
+    pub(super) geometry: Geometry,
     max_table_bytes: u64,
     /// Where the table lies, and how many clusters it fills; the header's words once it is written.
     pub(super) table_offset: HostOffset,
@@ -54,6 +54,8 @@ pub(super) struct Refcounts {
     /// No cluster before this one is free.
     hint: HostCluster,
     pending: Vec<PendingFree>,
+    /// Where the next compressed stream goes: into a cluster that others have begun to fill.
+    pub(super) partial: Option<HostOffset>,
     /// Where the container ends, if it cannot grow.
     fixed_end: Option<u64>,
 }
@@ -86,6 +88,7 @@ impl Refcounts {
             blocks: Cache::new(capacity),
             hint: HostCluster::ZERO,
             pending: Vec::new(),
+            partial: None,
             fixed_end,
         })
     }
@@ -110,6 +113,11 @@ impl Refcounts {
         Ok(Some((at, block)))
     }
 
+    /// The file, for messages.
+    pub(super) fn name(&self) -> &str {
+        self.storage.name()
+    }
+
     /// The table index of a cluster.
     fn table_index(&self, cluster: HostCluster) -> usize {
         super::as_len(self.geometry.refcount_table_index(cluster))
@@ -122,7 +130,11 @@ impl Refcounts {
     }
 
     /// Replaces the refcount of a cluster whose block exists.
-    fn set(&mut self, cluster: HostCluster, value: u64) -> Result<()> {
+    pub(super) fn set(&mut self, cluster: HostCluster, value: u64) -> Result<()> {
+        if value == 0 && self.partial.is_some_and(|at| self.geometry.host_cluster(at) == cluster) {
+            // All that began to fill it is gone, and it may become anything.
+            self.partial = None;
+        }
         let Some((at, _)) = self.block(self.table_index(cluster))? else {
             let offset = self.table_offset.get();
             let found =

@@ -17,12 +17,14 @@ pub struct Report {
     pub copied: u64,
     /// Data that the kernel copied, sharing blocks where the file system can.
     pub copied_in_kernel: u64,
-    /// Ranges that were made zero.
+    /// Ranges that were made zero, or found to be.
     pub zeroed: u64,
     /// Data that was read on both sides of a rebase and compared.
     pub compared: u64,
     /// What a rebase dropped from the top, as it equals the new backing file.
     pub dropped: u64,
+    /// Of what was copied, what is stored compressed.
+    pub compressed: u64,
 }
 
 /// Bytes of data moves that are gathered, sorted and carried out together.

@@ -1,21 +1,26 @@
 //! Deltas become one.
 //!
 //! [`commit`] moves what upper layers hold into a layer beneath them; [`pull`] moves what the layers beneath hold into the
-//! top; [`rebase`] moves into the top what another backing file would show otherwise. All that moves data shares one copy engine, which
-//! works on coalesced extents: data that fills whole clusters of the target goes from file to file in long runs, in the
+//! top; [`rebase`] moves into the top what another backing file would show otherwise. [`convert`](convert()) writes a chain
+//! into a new image, [`measure`](measure()) tells how large that becomes. All that moves data works on coalesced extents:
+//! data that fills whole clusters of the target goes from file to file in long runs, in the
 //! order in which it lies in the source; the rest goes through the target's write path.
 
 mod commit;
+mod convert;
 mod copy;
 mod error;
+mod measure;
 mod progress;
 mod pull;
 mod rebase;
 mod target;
 
 pub use commit::{AfterCommit, CommitOptions, commit};
+pub use convert::{ConvertOptions, ConvertTarget, convert};
 pub use copy::Report;
 pub use error::{Error, Result};
+pub use measure::{Measurement, measure};
 pub use progress::{Phase, Progress, Step};
 pub use pull::{PullOptions, pull};
 pub use rebase::{Onto, RebaseOptions, rebase, rebase_unsafe};
