@@ -528,6 +528,72 @@ fn commit_does_the_same() {
 }
 
 #[test]
+fn rebase_does_the_same() {
+    let Some(lab) = Lab::new() else { return };
+    zoo(&lab);
+    let images = ["base.q", "mid.q", "top.q", "flat", "onraw.q", "plain.q", "v2.q", "snap.q"];
+    for (line, changed) in [
+        ("-b base.q -F qcow2 top.q", "top.q"),
+        ("-q -f qcow2 -b flat -F raw top.q", "top.q"),
+        ("-b ./mid.q -F qcow2 -t none -T none onraw.q", "onraw.q"),
+        ("-b v2.q -F qcow2 plain.q", "plain.q"),
+        ("-b plain.q -F qcow2 v2.q", "v2.q"),
+        ("-u -b nothing.q -F qcow2 top.q", ""),
+        ("-u -b nothing.q -F vmdk top.q", ""),
+        ("-u top.q", "top.q"),
+        ("-b v2.q top.q", ""),
+        ("-u -b v2.q top.q", ""),
+        ("-b v2.q -F bogus top.q", ""),
+        ("-b nothing.q -F qcow2 top.q", ""),
+        ("-b top.q -F qcow2 top.q", ""),
+        ("-T sometimes -b v2.q -F qcow2 top.q", ""),
+        ("-f raw -b v2.q -F qcow2 top.q", ""),
+        ("-F qcow2 top.q", ""),
+        ("top.q", ""),
+        ("-b v2.q -F qcow2", ""),
+    ] {
+        let [ours, theirs] = lab.agree_changing(&format!("rebase {line}"), &images);
+        let [a, b] = [&ours, &theirs].map(|dir| lab.qemu.info(&dir.join("top.q")));
+        for key in ["backing-filename", "backing-filename-format"] {
+            assert_eq!(a[key], b[key], "rebase {line}: {key}");
+        }
+        if !changed.is_empty() {
+            let (a, b) = (ours.join(changed), theirs.join(changed));
+            let [a, b] = [&a, &b].map(|path| path.to_str().expect("a path in UTF-8"));
+            let run = lab.theirs(&["compare", a, b]);
+            assert_eq!((run.stdout.as_str(), run.code), ("Images are identical.\n", 0), "rebase {line}");
+            lab.qemu.assert_clean(&ours.join(changed));
+        }
+    }
+    // No words to split: an empty name, which is none.
+    let run = lab.ours(&["rebase", "-b", "", "top.q"]);
+    assert_eq!((run.code, run.stdout.as_str()), (0, ""), "{}", run.stderr);
+    assert!(lab.qemu.info(&lab.path("top.q"))["backing-filename"].is_null());
+    let run = lab.ours(&["rebase", "-b", "v2.q", "-F", "qcow2", "snap.q"]);
+    assert!(run.code == 1 && run.stderr.contains("--ignore-snapshots"), "{}", run.stderr);
+}
+
+#[test]
+fn pull_takes_in_what_lies_beneath() {
+    let Some(lab) = Lab::new() else { return };
+    zoo(&lab);
+    let before = lab.qemu.content(&lab.path("top.q"), None);
+    for (args, text, backing) in [
+        (&["pull", "--base", "base.q", "top.q"][..], "Image pulled.\n", Some("base.q")),
+        (&["pull", "-q", "top.q"][..], "", None),
+    ] {
+        let run = lab.ours(args);
+        assert_eq!((run.code, run.stdout.as_str()), (0, text), "{}", run.stderr);
+        let info = lab.qemu.info(&lab.path("top.q"));
+        assert_eq!(info["backing-filename"].as_str(), backing, "{info}");
+        lab.qemu.assert_clean(&lab.path("top.q"));
+        assert!(lab.qemu.content(&lab.path("top.q"), None) == before, "{args:?}");
+    }
+    let run = lab.ours(&["pull", "top.q"]);
+    assert!(run.code == 1 && run.stderr.contains("does not have a backing file"), "{}", run.stderr);
+}
+
+#[test]
 fn chain_draws_every_layer() {
     let Some(lab) = Lab::new() else { return };
     zoo(&lab);
@@ -563,6 +629,8 @@ fn what_is_not_served_is_refused_before_anything_is_done() {
         "resize --image-opts driver=qcow2,file.filename=a.q 2M",
         "commit --image-opts driver=qcow2,file.filename=a.q",
         "commit -r 10M a.q",
+        "rebase -c -b b.q -F qcow2 a.q",
+        "rebase -U -b b.q -F qcow2 a.q",
     ] {
         let run = lab.ours(&line.split_whitespace().collect::<Vec<_>>());
         assert_eq!((run.code, run.stdout.as_str()), (1, ""), "{line}");

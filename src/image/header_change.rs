@@ -26,13 +26,7 @@ impl State {
     /// # Errors
     /// [`Error::Limit`] where they do not fit the first cluster, [`Error::Refused`] where there is no safe way.
     pub(super) fn change_header(&mut self, mut header: HeaderCluster) -> Result<()> {
-        header.remove_extension(Extension::GAP);
-        let whole = header.encode_over(&self.header_bytes).map_err(|error| self.corrupt(error))?;
-        let Some(stops) = route(&self.header, &self.header_bytes, &header, whole) else {
-            let why =
-                "the backing file's new name does not fit beside the old one: the header cannot be changed safely";
-            return Err(Error::refused(self.storage.name(), why));
-        };
+        let stops = self.route_to(&mut header)?;
         for bytes in stops {
             let changes = HeaderCluster::changed_sectors(&self.header_bytes, &bytes);
             for sectors in &changes {
@@ -46,6 +40,21 @@ impl State {
         let len = self.storage.len()?;
         self.header = HeaderCluster::decode(&self.header_bytes, len, &self.limits).map_err(|e| self.corrupt(e))?;
         Ok(())
+    }
+
+    /// The stops on the way to a header, from which a gap that an earlier crash left is taken.
+    ///
+    /// # Errors
+    /// As [`State::change_header`].
+    pub(super) fn route_to(&self, header: &mut HeaderCluster) -> Result<Vec<Vec<u8>>> {
+        header.remove_extension(Extension::GAP);
+        let whole =
+            header.encode_over(&self.header_bytes).map_err(|error| Error::format(self.storage.name(), error))?;
+        route(&self.header, &self.header_bytes, header, whole).ok_or_else(|| {
+            let why =
+                "the backing file's new name does not fit beside the old one: the header cannot be changed safely";
+            Error::refused(self.storage.name(), why)
+        })
     }
 }
 

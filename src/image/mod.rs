@@ -282,6 +282,15 @@ impl Image {
         })
     }
 
+    /// Whether [`Image::set_backing_file`] can be done as far as the header goes, without doing it.
+    pub(crate) fn check_backing_file(&self, name: Option<&[u8]>, format: Option<&[u8]>) -> Result<()> {
+        self.shared(|state| {
+            let mut header = state.header.clone();
+            header.set_backing(name, format);
+            state.route_to(&mut header).map(|_| ())
+        })
+    }
+
     /// The internal snapshots.
     ///
     /// # Errors

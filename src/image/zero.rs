@@ -12,6 +12,8 @@ pub(crate) enum Space {
     Keep,
     /// They are given back.
     Free,
+    /// They are given back, and the range says that it is zero even where nothing lies beneath: something will.
+    Hide,
 }
 
 impl State {
@@ -19,7 +21,9 @@ impl State {
     pub(super) fn zero(&mut self, offset: GuestOffset, end: u64, space: Space, backing: &dyn Backing) -> Result<()> {
         let mut position = offset;
         while position.get() < end {
-            if let Some(next) = self.zero_gap(position, end)? {
+            if space != Space::Hide
+                && let Some(next) = self.zero_gap(position, end)?
+            {
                 position = next;
                 continue;
             }
@@ -49,7 +53,7 @@ impl State {
 
     /// Zeroes a whole cluster, or the last one as far as the disk goes.
     fn zero_cluster(&mut self, position: GuestOffset, end: u64, space: Space, backing: &dyn Backing) -> Result<()> {
-        let has_backing = self.header.backing_file.is_some();
+        let has_backing = self.header.backing_file.is_some() || space == Space::Hide;
         let all = Subclusters::mask(self.geometry.subclusters());
         let old = self.entry(position)?;
         if let L2Entry::Normal(NormalCluster { host, subclusters, .. }) = old {
@@ -71,7 +75,7 @@ impl State {
         };
         self.set_entry(position, &new)?;
         let kept = matches!(new, L2Entry::Normal(NormalCluster { host: Some(_), .. }));
-        if kept { Ok(()) } else { self.free_entry(&old, space == Space::Free) }
+        if kept { Ok(()) } else { self.free_entry(&old, space != Space::Keep) }
     }
 
     /// Zeroes a part of a cluster: whole subclusters by their bits, the rest by data.
@@ -84,7 +88,7 @@ impl State {
             let until = boundary.min(end);
             let is_zero = match extent.kind {
                 super::ExtentKind::Zero { .. } => true,
-                super::ExtentKind::Unallocated => self.header.backing_file.is_none(),
+                super::ExtentKind::Unallocated => self.header.backing_file.is_none() && space != Space::Hide,
                 _ => false,
             };
             if is_zero {
@@ -110,7 +114,7 @@ impl State {
         let mut new = old;
         new.subclusters.allocated &= !bit;
         new.subclusters.zero |= bit;
-        let give_up = space == Space::Free && new.subclusters.allocated == 0;
+        let give_up = space != Space::Keep && new.subclusters.allocated == 0;
         if give_up {
             new.host = None;
             new.copied = false;

@@ -1,7 +1,7 @@
 //! Pull, which QEMU calls stream: the top takes in what it lacks from the layers beneath, then sits on a lower one, or on
 //! none.
 
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 
 use crate::chain::{Chain, ChainExtent, Layer, Node};
 
@@ -90,9 +90,15 @@ fn wanted(extent: &ChainExtent, on_something: bool) -> bool {
     extent.layer.map_or(on_something, |layer| layer != 0)
 }
 
-/// The name of a layer as seen from an image beside it or elsewhere.
+/// The name of a layer as seen from an image beside it or elsewhere. A relative one would be taken as relative to that
+/// image, so that only a layer beside it has one.
 pub(super) fn name_of(layer: &Layer, from: &Path) -> Vec<u8> {
-    let beside = layer.path.parent() == from.parent();
-    let name = layer.path.file_name().filter(|_| beside).unwrap_or(layer.path.as_os_str());
-    name.as_encoded_bytes().to_vec()
+    let directory = |path: &Path| -> PathBuf {
+        let parts = path.parent().into_iter().flat_map(Path::components);
+        parts.filter(|part| *part != Component::CurDir).collect()
+    };
+    let beside = directory(&layer.path) == directory(from);
+    let name = layer.path.file_name().filter(|_| beside).map(PathBuf::from);
+    let name = name.or_else(|| std::path::absolute(&layer.path).ok()).unwrap_or_else(|| layer.path.clone());
+    name.into_os_string().into_encoded_bytes()
 }

@@ -88,8 +88,14 @@ impl RebaseOptions {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn rebase(chain: &Chain, onto: Onto<'_>, options: &RebaseOptions, progress: &dyn Progress) -> Result<Report> {
-    let target = Target::of(chain, 0)?;
+    let target = Target::of(chain, 0)?.hiding();
     let sides = Sides::new(chain, onto, options)?;
+    let base = sides.base().map(|layer| {
+        let name = options.backing_file.clone().unwrap_or_else(|| name_of(layer, &chain.top().path));
+        (name, layer.format().name().as_bytes())
+    });
+    let (name, format) = base.as_ref().map(|(name, format)| (name.as_slice(), *format)).unzip();
+    sides.image.check_backing_file(name, format)?;
     let work = sides.survey()?;
     target.check_room(work.moved)?;
 
@@ -102,13 +108,7 @@ pub fn rebase(chain: &Chain, onto: Onto<'_>, options: &RebaseOptions, progress: 
     progress.step(&Step { phase: Phase::Publishing, done: work.total, total: work.total });
     target.flush()?; // barrier: all in which old and new differ, before the header names the new one
 
-    match sides.base() {
-        None => sides.image.set_backing_file(None, None)?,
-        Some(layer) => {
-            let name = options.backing_file.clone().unwrap_or_else(|| name_of(layer, &chain.top().path));
-            sides.image.set_backing_file(Some(&name), Some(layer.format().name().as_bytes()))?;
-        }
-    }
+    sides.image.set_backing_file(name, format)?;
     if options.drop_equal {
         progress.step(&Step { phase: Phase::Emptying, done: work.total, total: work.total });
         report.dropped = sides.drop_equal(progress)?; // after the header is durable: until here they covered the old one

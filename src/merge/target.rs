@@ -13,6 +13,7 @@ pub(super) struct Target<'a> {
     node: &'a Node,
     below: Below<'a>,
     file: String,
+    space: Space,
 }
 
 impl<'a> Target<'a> {
@@ -24,12 +25,18 @@ impl<'a> Target<'a> {
             return refused(file, "there is no such layer to merge into");
         };
         let file = layer.path.display().to_string();
-        let target = Self { node: &layer.node, below: chain.below(index), file };
+        let target = Self { node: &layer.node, below: chain.below(index), file, space: Space::Free };
         if target.node.is_read_only() {
             refused(target.file, "the layer to merge into is not open for writing")
         } else {
             Ok(target)
         }
+    }
+
+    /// The same, saying of zeroes that they are zeroes even where nothing lies beneath yet.
+    pub(super) fn hiding(mut self) -> Self {
+        self.space = Space::Hide;
+        self
     }
 
     /// The qcow2 image, if it is one.
@@ -93,7 +100,7 @@ impl<'a> Target<'a> {
     /// Makes a range read as zeroes and frees its space.
     pub(super) fn zero(&self, offset: GuestOffset, len: u64) -> Result<()> {
         match self.node {
-            Node::Qcow2(image) => image.zero_range(offset, len, Space::Free, &self.below)?,
+            Node::Qcow2(image) => image.zero_range(offset, len, self.space, &self.below)?,
             Node::Raw(raw) => raw.write_zeroes_at(offset, len)?,
         }
         Ok(())

@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 
 use crate::failure::{Failure, Outcome};
 use crate::output::emit;
-use crate::{chain, check, commit, compare, create, dump, info, map, resize};
+use crate::{chain, check, commit, compare, create, dump, info, map, pull, rebase, resize};
 
 /// qcow2 images and chains of overlays, without QEMU
 ///
@@ -31,6 +31,8 @@ enum Verb {
     Check(check::Args),
     Compare(compare::Args),
     Commit(commit::Args),
+    Rebase(rebase::Args),
+    Pull(pull::Args),
     Resize(resize::Args),
     Chain(chain::Args),
     Dump(dump::Args),
@@ -56,6 +58,8 @@ pub(crate) fn run(mut args: Vec<OsString>) -> Outcome {
         Verb::Check(args) => check::run(&args),
         Verb::Compare(args) => compare::run(&args),
         Verb::Commit(args) => commit::run(&args),
+        Verb::Rebase(args) => rebase::run(&args),
+        Verb::Pull(args) => pull::run(&args),
         Verb::Resize(args) => resize::run(&args),
         Verb::Chain(args) => chain::run(&args),
         Verb::Dump(args) => dump::run(&args),

@@ -74,21 +74,13 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let keep = args.drop || args.base.is_some();
     let options = CommitOptions::default().with_base(base);
     let options = options.with_after(if keep { AfterCommit::Keep } else { AfterCommit::Empty });
-    let face = Face(Mutex::new(Progress::new(args.progress && !args.quiet)));
-    let merged = merge::commit(&chain, &options, &face);
-    if let Ok(progress) = face.0.lock() {
-        if merged.is_ok() {
-            progress.set(1, 1);
-        }
-        progress.end();
-    }
-    merged?;
+    with_progress(args.progress && !args.quiet, |face| merge::commit(&chain, &options, face))?;
     say(args.quiet, "Image committed.")?;
     Ok(0)
 }
 
 /// The layer of this name: by its path, or as the same file.
-fn find(layers: &[Layer], base: &Path, top: &Path) -> Result<usize, Failure> {
+pub(crate) fn find(layers: &[Layer], base: &Path, top: &Path) -> Result<usize, Failure> {
     let real = std::fs::canonicalize(base).ok();
     let is_it =
         |layer: &Layer| layer.path == base || (real.is_some() && std::fs::canonicalize(&layer.path).ok() == real);
@@ -96,6 +88,22 @@ fn find(layers: &[Layer], base: &Path, top: &Path) -> Result<usize, Failure> {
         let (base, top) = (base.display(), top.display());
         Failure::new(format!("Did not find '{base}' in the backing chain of '{top}'"))
     })
+}
+
+/// Runs a merge and draws its steps, where that is `wanted`.
+pub(crate) fn with_progress<T>(
+    wanted: bool,
+    merge: impl FnOnce(&dyn merge::Progress) -> merge::Result<T>,
+) -> merge::Result<T> {
+    let face = Face(Mutex::new(Progress::new(wanted)));
+    let merged = merge(&face);
+    if let Ok(progress) = face.0.lock() {
+        if merged.is_ok() {
+            progress.set(1, 1);
+        }
+        progress.end();
+    }
+    merged
 }
 
 /// Draws the steps of a merge.

@@ -22,6 +22,8 @@ mod options;
 mod output;
 mod preallocated;
 mod progress;
+mod pull;
+mod rebase;
 mod resize;
 mod settings;
 mod size;
