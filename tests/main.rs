@@ -6,13 +6,17 @@ mod check;
 mod cli;
 mod convert;
 mod crash;
+mod crash_merge;
 mod create;
 mod devices;
+mod faults;
 mod foreign;
 mod headers;
 mod hostile;
 mod image;
 mod inspection;
+#[cfg(feature = "cli")]
+mod kill;
 mod layering;
 mod locks;
 mod merge;

@@ -111,6 +111,24 @@ impl Recorder {
         Ok(count)
     }
 
+    /// The state in which nothing survived but what was synced: what a promise of durability is measured by.
+    #[must_use]
+    pub fn durable(&self) -> CrashState {
+        let mut durable = lock(&self.started).clone();
+        let mut pending: Vec<(usize, Piece)> = Vec::new();
+        for event in lock(&self.events).iter() {
+            match event {
+                Event::Piece(file, piece) => pending.push((*file, piece.clone())),
+                Event::Sync(file) => {
+                    for (_, piece) in pending.extract_if(.., |(of, _)| of == file) {
+                        apply(&mut durable[*file], &piece);
+                    }
+                }
+            }
+        }
+        durable
+    }
+
     fn record(&self, event: Event) {
         lock(&self.events).push(event);
     }
@@ -272,6 +290,7 @@ mod tests {
         // Two sectors before the sync: four states. One after it: two.
         assert_eq!(states.len(), 6);
         assert_eq!(distinct(&states), 5);
+        assert_eq!(recorder.durable(), [[1; 1024]]);
         assert!(states[4..].iter().all(|state| state[0][..512] == [1; 512]));
     }
 

@@ -90,6 +90,8 @@ mod beneath;
 #[cfg(feature = "test-utils")]
 pub mod crash;
 mod error;
+#[cfg(feature = "test-utils")]
+pub mod fault;
 mod file;
 mod lock;
 mod map;

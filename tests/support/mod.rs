@@ -6,6 +6,7 @@ pub mod ours;
 pub mod qemu;
 pub mod recipe;
 pub mod rng;
+pub mod stack;
 
 use std::io::Write;
 

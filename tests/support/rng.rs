@@ -98,6 +98,12 @@ pub fn trace(what: &impl std::fmt::Display) {
     }
 }
 
+/// How many cases to run: `usual`, or what the environment variable of this name says.
+pub fn count(variable: &str, usual: u64) -> u64 {
+    let Ok(text) = std::env::var(variable) else { return usual };
+    text.parse().unwrap_or_else(|_| panic!("{variable}={text}: not a number"))
+}
+
 /// Runs `case` once for each of `count` cases, on as many threads as there are processors, each with a generator of its
 /// own. A case that fails says how it is run again alone: its number in `QCOW2_CHAIN_CASE`, with the same seed.
 pub fn cases(what: &str, count: u64, case: impl Fn(&mut Rng) + Sync) {

@@ -1,0 +1,253 @@
+//! A storage that fails when it is told to.
+//!
+//! Feature `test-utils`. Let an operation run on [`FaultyStorage`]s of one [`Faults`], first without a fault to count its
+//! calls, then once for each call with that call failing: what is left must be as good as after a crash.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use qcow2_chain::storage::fault::{Fault, Faults, FaultyStorage};
+//! use qcow2_chain::storage::{Error, MemoryStorage, Storage};
+//!
+//! let faults = Faults::new(Fault::NoSpace.at(1));
+//! let disk = FaultyStorage::new(Arc::new(MemoryStorage::new("disk")), &faults);
+//! disk.write_at(b"first", 0)?;
+//! assert!(matches!(disk.write_at(b"second", 5), Err(Error::NoSpace { .. })));
+//! disk.write_at(b"there is room again", 5)?;
+//! assert_eq!(faults.calls(), 3);
+//! # Ok::<(), Error>(())
+//! ```
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use super::{Error, FileId, LockMode, Result, Storage};
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Fault {
+    /// Any call fails as a broken medium does. After a sync that failed so, the storage is of no more use.
+    Io,
+    /// A call that may need room finds none. Only such calls count.
+    NoSpace,
+}
+
+impl Fault {
+    /// A plan: this fault at the call with this number, counted from 0, and not again.
+    #[must_use]
+    pub fn at(self, call: u64) -> Plan {
+        Plan { fault: self, from: call, ever_after: false, reach: Reach::Nothing }
+    }
+}
+
+/// How much of a write that fails has reached the file all the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum Reach {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// The first half, by whole sectors of 512 bytes.
+    Half,
+    /// All of it: only the answer was lost.
+    All,
+}
+
+/// When which fault happens, and how.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    fault: Fault,
+    from: u64,
+    ever_after: bool,
+    reach: Reach,
+}
+
+impl Plan {
+    /// The same, with all calls from then on failing.
+    #[must_use]
+    pub fn ever_after(mut self) -> Self {
+        self.ever_after = true;
+        self
+    }
+
+    /// The same, with another part of the failing writes done.
+    #[must_use]
+    pub fn with_reach(mut self, reach: Reach) -> Self {
+        self.reach = reach;
+        self
+    }
+}
+
+/// The calls to a group of storages, and which of them fail.
+#[derive(Debug)]
+pub struct Faults {
+    plan: Plan,
+    calls: AtomicU64,
+    healed: AtomicBool,
+}
+
+impl Faults {
+    /// A group with this plan.
+    #[must_use]
+    pub fn new(plan: Plan) -> Arc<Self> {
+        Arc::new(Self { plan, calls: AtomicU64::new(0), healed: AtomicBool::new(false) })
+    }
+
+    /// How many calls there were of the kind that can fail.
+    #[must_use]
+    pub fn calls(&self) -> u64 {
+        self.calls.load(Ordering::SeqCst)
+    }
+
+    /// No call fails from now on, except on a storage whose sync has failed.
+    pub fn heal(&self) {
+        self.healed.store(true, Ordering::SeqCst);
+    }
+
+    /// Counts a call and tells whether it fails.
+    fn strikes(&self, takes_room: bool) -> bool {
+        if self.plan.fault == Fault::NoSpace && !takes_room {
+            return false;
+        }
+        let number = self.calls.fetch_add(1, Ordering::SeqCst);
+        let planned = if self.plan.ever_after { number >= self.plan.from } else { number == self.plan.from };
+        planned && !self.healed.load(Ordering::SeqCst)
+    }
+}
+
+/// A storage that fails when its group's plan says so.
+#[derive(Debug)]
+pub struct FaultyStorage {
+    inner: Arc<dyn Storage>,
+    faults: Arc<Faults>,
+    poisoned: AtomicBool,
+}
+
+impl FaultyStorage {
+    /// A storage over another, in this group.
+    #[must_use]
+    pub fn new(inner: Arc<dyn Storage>, faults: &Arc<Faults>) -> Self {
+        Self { inner, faults: Arc::clone(faults), poisoned: AtomicBool::new(false) }
+    }
+
+    fn check(&self, action: &str, takes_room: bool, len: u64) -> Result<()> {
+        if self.faults.strikes(takes_room) { Err(self.error(action, len)) } else { Ok(()) }
+    }
+
+    fn error(&self, action: &str, len: u64) -> Error {
+        let kind = match self.faults.plan.fault {
+            Fault::Io => io::ErrorKind::Other,
+            Fault::NoSpace => io::ErrorKind::StorageFull,
+        };
+        Error::io(self.inner.name(), action, len, io::Error::new(kind, "injected"))
+    }
+
+    /// Whether a sync has failed before: then nothing that changes the file is accepted.
+    fn check_poison(&self) -> Result<()> {
+        if self.poisoned.load(Ordering::SeqCst) {
+            return Err(Error::Poisoned { name: self.inner.name().to_owned() });
+        }
+        Ok(())
+    }
+}
+
+impl Storage for FaultyStorage {
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.check("read", false, 0)?;
+        self.inner.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.check_poison()?;
+        if !self.faults.strikes(true) {
+            return self.inner.write_at(buf, offset);
+        }
+        let reached = match self.faults.plan.reach {
+            Reach::Nothing => 0,
+            Reach::Half => buf.len() / 1024 * 512,
+            Reach::All => buf.len(),
+        };
+        self.inner.write_at(&buf[..reached], offset)?;
+        Err(self.error("write", buf.len() as u64))
+    }
+
+    fn len(&self) -> Result<u64> {
+        self.inner.len()
+    }
+
+    fn set_len(&self, len: u64) -> Result<()> {
+        self.check_poison()?;
+        self.check("set the length", true, len)?;
+        self.inner.set_len(len)
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.check_poison()?;
+        let done = self.check("sync", false, 0).and_then(|()| self.inner.sync());
+        if done.is_err() {
+            self.poisoned.store(true, Ordering::SeqCst);
+        }
+        done
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.inner.is_read_only()
+    }
+
+    fn is_fixed_size(&self) -> bool {
+        self.inner.is_fixed_size()
+    }
+
+    fn file_id(&self) -> Option<FileId> {
+        self.inner.file_id()
+    }
+
+    fn zero_range(&self, range: Range<u64>) -> Result<()> {
+        self.check_poison()?;
+        self.check("zero", true, range.end.saturating_sub(range.start))?;
+        self.inner.zero_range(range)
+    }
+
+    fn punch_range(&self, range: Range<u64>) -> Result<()> {
+        self.check_poison()?;
+        self.check("punch", false, 0)?;
+        self.inner.punch_range(range)
+    }
+
+    fn allocate_range(&self, range: Range<u64>) -> Result<()> {
+        self.check_poison()?;
+        self.check("allocate", true, range.end.saturating_sub(range.start))?;
+        self.inner.allocate_range(range)
+    }
+
+    fn copy_from(&self, source: &dyn Storage, from: u64, to: u64, len: u64) -> Result<u64> {
+        self.check_poison()?;
+        self.check("copy", true, len)?;
+        self.inner.copy_from(source, from, to, len)
+    }
+
+    fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {
+        self.check("look for data", false, 0)?;
+        self.inner.next_data(offset)
+    }
+
+    fn allocated_len(&self) -> Result<Option<u64>> {
+        self.inner.allocated_len()
+    }
+
+    fn free_space(&self) -> Result<Option<u64>> {
+        self.inner.free_space()
+    }
+
+    fn set_lock(&self, wanted: LockMode) -> Result<()> {
+        self.inner.set_lock(wanted)
+    }
+
+    fn as_file(&self) -> Option<&std::fs::File> {
+        self.inner.as_file()
+    }
+}
