@@ -157,6 +157,7 @@ fn a_rebase_that_is_killed_leaves_the_disk_and_is_completed() {
     let Some(qemu) = tools() else { return };
     let help = program(&["rebase", "--help"], Path::new(".")).status();
     if !help.is_ok_and(|status| status.success()) {
+        say("SKIPPED: the program has no rebase");
         return;
     }
     let scene = Scene::delta(qemu, "rebase", V3);

@@ -10,6 +10,7 @@ mod crash_merge;
 mod create;
 mod devices;
 mod faults;
+mod filesystems;
 mod foreign;
 mod headers;
 mod hostile;
