@@ -7,6 +7,7 @@ use crate::storage::{self, Storage};
 
 use super::progress::{Phase, Progress, Step};
 use super::target::Target;
+use super::writeback::Writeback;
 use super::{Error, Result};
 
 /// What a merge did, in guest bytes.
@@ -66,6 +67,7 @@ pub(super) struct Copier<'a> {
     gathered: u64,
     buffer: Vec<u8>,
     in_kernel: bool,
+    writeback: Writeback,
 }
 
 impl<'a> Copier<'a> {
@@ -83,6 +85,7 @@ impl<'a> Copier<'a> {
             gathered: 0,
             buffer,
             in_kernel: true,
+            writeback: Writeback::new(target.storage(), total),
         }
     }
 
@@ -228,6 +231,7 @@ impl<'a> Copier<'a> {
         self.target.storage().write_at(&self.buffer[..len], *to)?;
         *to += len as u64;
         self.report.copied += len as u64;
+        self.writeback.written(len as u64);
         self.advance(len as u64)
     }
 
@@ -242,6 +246,7 @@ impl<'a> Copier<'a> {
                 Ok(count) => {
                     copied += count;
                     self.report.copied_in_kernel += count;
+                    self.writeback.written(count);
                     self.advance(count)?;
                 }
                 Err(storage::Error::Unsupported { .. }) => {

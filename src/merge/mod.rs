@@ -15,6 +15,7 @@ mod progress;
 mod pull;
 mod rebase;
 mod target;
+mod writeback;
 
 pub use commit::{AfterCommit, CommitOptions, commit};
 pub use convert::{ConvertOptions, ConvertTarget, convert};

@@ -1,5 +1,7 @@
 //! The layer that receives, qcow2 or raw.
 
+use std::sync::Arc;
+
 use crate::chain::{Below, Chain, Node};
 use crate::format::{GuestOffset, HostOffset};
 use crate::image::{ExtentKind, Image, Placement, ResizeOptions, Space};
@@ -45,8 +47,8 @@ impl<'a> Target<'a> {
     }
 
     /// Where its bytes lie.
-    pub(super) fn storage(&self) -> &'a dyn Storage {
-        &**self.node.storage()
+    pub(super) fn storage(&self) -> &'a Arc<dyn Storage> {
+        self.node.storage()
     }
 
     /// Runs that are a multiple of this, and start at one, can be copied from file to file.
