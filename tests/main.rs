@@ -5,6 +5,8 @@ mod check;
 #[cfg(feature = "cli")]
 mod cli;
 mod convert;
+#[cfg(feature = "cli")]
+mod convert_program;
 mod crash;
 mod crash_merge;
 mod create;

@@ -23,10 +23,10 @@ pub struct Measurement {
 
 impl Measurement {
     /// The measure of a new qcow2 image of `options.size` bytes in which these guest ranges, sorted and disjoint, are
-    /// data.
+    /// data. Over a backing file, all may have to be copied.
     ///
     /// # Errors
-    /// [`Error::Image`] with [`image::Error::Refused`] for a geometry that there is not and [`image::Error::Limit`] for a
+    /// [`super::Error::Image`] with [`image::Error::Refused`] for a geometry that there is not and [`image::Error::Limit`] for a
     /// disk that is too large for it; an error among the ranges.
     pub fn of_qcow2(options: &CreateOptions, data: impl IntoIterator<Item = Result<Range<u64>>>) -> Result<Self> {
         let geometry = Geometry::new(options.cluster_bits, options.refcount_order, options.extended_l2);
@@ -75,7 +75,10 @@ impl Measurement {
 /// # Errors
 /// As [`Measurement::of_qcow2`], and what reading the source's metadata gives.
 pub fn measure(source: Option<&Chain>, options: &CreateOptions) -> Result<Measurement> {
-    let Some(source) = source else { return Measurement::of_qcow2(options, []) };
+    let Some(source) = source else {
+        // What an empty overlay shows of its backing file, it does not hold.
+        return Measurement::of_qcow2(&CreateOptions { backing: None, ..options.clone() }, []);
+    };
     let options = CreateOptions { size: source.virtual_size(), ..options.clone() };
     let extents = source.extents(0..options.size).filter_map(|extent| match extent {
         Ok(extent) if extent.is_zero() => None,

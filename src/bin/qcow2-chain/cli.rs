@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 
 use crate::failure::{Failure, Outcome};
 use crate::output::emit;
-use crate::{chain, check, commit, compare, create, dump, info, map, pull, rebase, resize};
+use crate::{chain, check, commit, compare, convert, create, dump, info, map, measure, pull, rebase, resize};
 
 /// qcow2 images and chains of overlays, without QEMU
 ///
@@ -33,6 +33,8 @@ enum Verb {
     Commit(commit::Args),
     Rebase(rebase::Args),
     Pull(pull::Args),
+    Convert(convert::Args),
+    Measure(measure::Args),
     Resize(resize::Args),
     Chain(chain::Args),
     Dump(dump::Args),
@@ -60,6 +62,8 @@ pub(crate) fn run(mut args: Vec<OsString>) -> Outcome {
         Verb::Commit(args) => commit::run(&args),
         Verb::Rebase(args) => rebase::run(&args),
         Verb::Pull(args) => pull::run(&args),
+        Verb::Convert(args) => convert::run(&args),
+        Verb::Measure(args) => measure::run(&args),
         Verb::Resize(args) => resize::run(&args),
         Verb::Chain(args) => chain::run(&args),
         Verb::Dump(args) => dump::run(&args),

@@ -65,7 +65,8 @@ pub(crate) fn run(args: &Args) -> Outcome {
     }
 }
 
-fn parse_size(text: &str) -> Result<u64, Failure> {
+/// The size that a command line gives, in qemu-img's bounds.
+pub(crate) fn parse_size(text: &str) -> Result<u64, Failure> {
     let size = match text.strip_prefix('-') {
         Some(digits) => size::parse(digits).map(|_| u64::MAX),
         None => size::parse(text),
@@ -156,7 +157,8 @@ fn backing_size(path: &Path, format: Format) -> Result<u64, Failure> {
     })
 }
 
-fn create_options(settings: &Settings, size: u64) -> Result<CreateOptions, Failure> {
+/// What the new image looks like.
+pub(crate) fn create_options(settings: &Settings, size: u64) -> Result<CreateOptions, Failure> {
     let mut options = CreateOptions::default();
     options.size = size;
     options.version = match settings.get("compat") {
@@ -198,7 +200,7 @@ fn whole_sectors(size: u64) -> Result<u64, Failure> {
 }
 
 /// The file at `path`, made anew or emptied under a writer's locks. A block device cannot be emptied: its beginning is.
-fn empty_file(path: &Path) -> Result<Arc<dyn Storage>, Failure> {
+pub(crate) fn empty_file(path: &Path) -> Result<Arc<dyn Storage>, Failure> {
     if !HostNames.exists(path)? {
         return Ok(HostNames.create_new(path)?);
     }
@@ -212,7 +214,8 @@ fn empty_file(path: &Path) -> Result<Arc<dyn Storage>, Failure> {
     Ok(storage)
 }
 
-fn durable_name(path: &Path) -> Outcome {
+/// Makes the name of a new file durable.
+pub(crate) fn durable_name(path: &Path) -> Outcome {
     HostNames.sync_dir(directory(path))?;
     Ok(0)
 }
