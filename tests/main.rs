@@ -25,5 +25,6 @@ mod locks;
 mod merge;
 mod qemu;
 mod rebase;
+mod review;
 mod support;
 mod tables;

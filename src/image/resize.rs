@@ -275,8 +275,9 @@ impl State {
         if used == 0 || fixed || len <= end {
             return Ok(writer.file_end);
         }
-        writer.file_end = end;
         self.storage.set_len(end)?;
+        // Only now: clusters behind are taken for zeroes from here on.
+        self.writer()?.file_end = end;
         Ok(end)
     }
 }
