@@ -5,9 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use qcow2_chain::format::{ClusterBits, GuestOffset, RefcountOrder, Version};
-use qcow2_chain::image::{
-    CheckOptions, CreateOptions, Error, Image, OpenOptions, Preallocation, ResizeOptions, check,
-};
+use qcow2_chain::image::{CheckOptions, CreateOptions, Error, Image, OpenOptions, Preallocation, ResizeOptions, check};
 use qcow2_chain::storage::{self, MemoryStorage, Storage};
 
 use crate::support::rng::{Rng, cases, trace};
@@ -64,7 +62,11 @@ fn mutate(bytes: &mut [u8], cluster: usize, rng: &mut Rng) {
         })
         .collect();
     for _ in 0..rng.within(1..4) {
-        let word = if rng.chance(3, 4) { rng.pick(&metadata) } else { usize::try_from(rng.within(0..bytes.len() as u64 / 8)).unwrap() };
+        let word = if rng.chance(3, 4) {
+            rng.pick(&metadata)
+        } else {
+            usize::try_from(rng.within(0..bytes.len() as u64 / 8)).unwrap()
+        };
         let flags = rng.pick(&[0, 1, 1 << 63, 1 << 63, 1 << 63 | 1, 1 << 62, 3 << 62]);
         let value = match rng.within(0..8) {
             0..4 => flags | (rng.within(0..clusters + 2) * cluster as u64),

@@ -2,7 +2,7 @@
 
 use std::sync::PoisonError;
 
-use crate::format::{HostOffset, encode_l1};
+use crate::format::HostOffset;
 use crate::storage::{self, Storage};
 
 use super::cache::{Dirty, Table};
@@ -160,11 +160,6 @@ impl State {
     pub(super) fn writer(&mut self) -> Result<&mut Writer> {
         let file = self.storage.name();
         self.writer.as_deref_mut().ok_or_else(|| Error::Poisoned { file: file.to_owned() })
-    }
-
-    /// Replaces the whole L1 table of the file, for its growth. Nothing names the new one before the header does.
-    pub(super) fn write_l1_at(&self, at: HostOffset) -> Result<()> {
-        Ok(self.storage.write_at(&encode_l1(&self.l1), at.get())?)
     }
 }
 

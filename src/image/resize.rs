@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 
-use crate::format::{GuestOffset, HostCluster, L1Entry, L2Entry, Version};
+use crate::format::{GuestOffset, HostCluster, L1Entry, L2Entry, Version, encode_l1};
 use crate::storage;
 
 use super::flush::After;
@@ -85,6 +85,11 @@ impl Image {
                 let file = state.storage.name();
                 return Err(Error::refused(file, "a version 2 image with internal snapshots cannot be resized"));
             }
+            // Another thread may have changed it meanwhile.
+            let old = state.header.header.virtual_size();
+            if size < old && !options.shrink {
+                return Err(Error::refused(state.storage.name(), format!("the disk has grown to {old} bytes")));
+            }
             state.invalidate_bitmaps(true)?;
             match size.cmp(&old) {
                 Ordering::Less => state.shrink(size),
@@ -138,6 +143,10 @@ impl State {
         if needed <= self.l1.len() as u64 {
             return Ok(());
         }
+        let old_run = ClusterRun {
+            start: self.geometry.host_cluster(self.header.header.l1_table_offset),
+            count: self.geometry.clusters_for(8 * u64::from(self.header.header.l1_size)),
+        };
         let entries = u32::try_from(needed).ok().filter(|_| 8 * needed <= self.limits.max_l1_bytes);
         let entries = entries.ok_or_else(|| Error::Limit {
             file: self.storage.name().to_owned(),
@@ -146,22 +155,24 @@ impl State {
         self.flush()?;
         let run = self.allocate_adjacent(self.geometry.clusters_for(8 * needed))?;
         let at = self.host_offset(run.start);
-        self.l1.resize(as_len(needed), L1Entry::default());
         self.flush()?; // barrier: refcounts of the new table before anything points at it
-        self.write_l1_at(at)?;
+        let mut table = self.l1.clone();
+        table.resize(as_len(needed), L1Entry::default());
+        self.storage.write_at(&encode_l1(&table), at.get())?;
         self.storage.sync()?; // barrier: the new table before the header names it
         let mut header = self.header.clone();
-        let old = (self.geometry.host_cluster(header.header.l1_table_offset), header.header.l1_size);
         header.header.l1_table_offset = at;
         header.header.l1_size = entries;
         self.write_header(header)?;
-        self.storage.sync()?; // barrier: the header before the old table is free
-        let count = self.geometry.clusters_for(8 * u64::from(old.1));
+        self.l1 = table;
         let writer = self.writer()?;
-        writer.metadata.remove(old.0, count);
         writer.metadata.add(run.start, run.count, Structure::L1Table);
-        writer.refcounts.free(old.0, count, false);
-        Ok(())
+        if old_run.count > 0 {
+            // An empty table may be said to lie anywhere, such as in the header's cluster.
+            writer.metadata.remove(old_run.start, old_run.count);
+            writer.refcounts.free(old_run.start, old_run.count, false);
+        }
+        Ok(self.storage.sync()?) // barrier: the header before the old table is free
     }
 
     /// Allocates exactly `count` adjacent clusters.
