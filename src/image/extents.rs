@@ -78,8 +78,12 @@ impl State {
 
     /// The unallocated extent from `from` to the next L2 table.
     fn gap_at(&self, from: GuestOffset, end: u64) -> Extent {
-        let next = self.next_l1(super::as_len(self.geometry.l1_index(from)));
-        let next = next.map_or(end, |index| (index as u64) << self.geometry.l1_entry_bits());
+        let first = super::as_len(self.geometry.l1_index(from));
+        // No further than asked: a table of millions of entries would else be walked for every small read.
+        let last = super::as_len(self.geometry.l1_index(GuestOffset::new(end.saturating_sub(1))));
+        let asked = self.l1.get(first..=last.min(self.l1.len().saturating_sub(1))).unwrap_or_default();
+        let next = asked.iter().position(|entry| entry.l2_table().is_some());
+        let next = next.map_or(end, |skipped| ((first + skipped) as u64) << self.geometry.l1_entry_bits());
         Extent { guest: from, len: next.min(end) - from.get(), kind: ExtentKind::Unallocated }
     }
 
