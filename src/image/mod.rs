@@ -321,6 +321,9 @@ impl Image {
     /// Uses the state alone.
     fn exclusive<T>(&self, operation: impl FnOnce(&mut State) -> Result<T>) -> Result<T> {
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        // Whoever waited for the state while metadata was found in the way of data does not write either: not even the
+        // header, whose corrupt bit it does not know of.
+        self.check_poison()?;
         self.guard(|| operation(&mut state))
     }
 

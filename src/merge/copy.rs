@@ -166,7 +166,8 @@ impl<'a> Copier<'a> {
         let placed = self.place(&moves, &mut placements, &mut runs);
         let copied = placed.and_then(|()| runs.chunk_by(follows).try_for_each(|runs| self.copy(runs)));
         if let Err(error) = copied {
-            self.target.abandon(&placements)?;
+            // What went wrong first is what the caller must hear of; at worst, clusters leak.
+            let _ = self.target.abandon(&placements);
             return Err(error);
         }
         self.target.publish(&placements)
