@@ -12,7 +12,7 @@ use crate::storage::Storage;
 use super::cache::Cache;
 use super::overlap::{Metadata, Structure};
 use super::read::Decompressed;
-use super::refcounts::Refcounts;
+use super::refcounts::{ClusterRun, Refcounts};
 use super::{Error, Result, as_len, tables};
 
 /// Everything that a lock protects. Readers hold it shared while they read data, so that nothing they were told can be
@@ -114,8 +114,9 @@ impl State {
         if self.writer.is_some() {
             return Ok(());
         }
-        let metadata = self.survey_metadata()?;
+        let mut metadata = self.survey_metadata()?;
         let refcounts = Refcounts::load(Arc::clone(&self.storage), &self.header.header, &self.limits)?;
+        self.survey_tables(&mut metadata, &refcounts)?;
         let file_end = if self.storage.is_fixed_size() { u64::MAX } else { self.storage.len()? };
         self.invalidate_bitmaps(false)?;
         let known = AutoclearFeatures(self.header.header.autoclear_features.0 & AutoclearFeatures::KNOWN);
@@ -125,10 +126,6 @@ impl State {
             self.write_header(header)?;
             self.storage.sync()?; // barrier: the bits are gone before what they vouch for is written
         }
-        let mut metadata = metadata;
-        let blocks = refcounts.table.iter().filter_map(|entry| entry.block());
-        let tables = self.l1.iter().filter_map(|entry| entry.l2_table());
-        metadata.set_singles(blocks.chain(tables).map(|at| self.geometry.host_cluster(at).get()).collect());
         self.writer = Some(Box::new(Writer { refcounts, metadata, file_end }));
         Ok(())
     }
@@ -158,16 +155,36 @@ impl State {
             snapshots.iter().map(|s| (s.l1_table_offset, 8 * u64::from(s.l1_size), Structure::SnapshotL1));
         let directory = bitmaps.into_iter().map(|(at, len)| (at, len, Structure::BitmapDirectory));
         for (at, len, structure) in runs.into_iter().chain(snapshot_l1).chain(directory) {
-            let run = super::refcounts::ClusterRun {
-                start: self.geometry.host_cluster(at),
-                count: self.geometry.clusters_for(len),
-            };
+            let run = ClusterRun { start: self.geometry.host_cluster(at), count: self.geometry.clusters_for(len) };
             if run.count > 0 {
                 metadata.check(run, self.storage.name(), self.geometry)?;
                 metadata.add(run.start, run.count, structure);
             }
         }
         Ok(metadata)
+    }
+
+    /// The clusters of L2 tables and refcount blocks.
+    ///
+    /// # Errors
+    /// [`Error::Overlap`] where one lies in other metadata, which writing it would destroy.
+    fn survey_tables(&self, metadata: &mut Metadata, refcounts: &Refcounts) -> Result<()> {
+        let geometry = self.geometry;
+        let cluster = |at| geometry.host_cluster(at);
+        let blocks = refcounts.table.iter().filter_map(|entry| entry.block()).map(cluster);
+        let tables = self.l1.iter().filter_map(|entry| entry.l2_table()).map(cluster);
+        let mut singles = Vec::new();
+        for start in blocks {
+            metadata.check(ClusterRun { start, count: 1 }, self.storage.name(), geometry)?;
+            singles.push(start.get());
+        }
+        metadata.set_singles(singles.clone());
+        for start in tables {
+            metadata.check(ClusterRun { start, count: 1 }, self.storage.name(), geometry)?;
+            singles.push(start.get());
+        }
+        metadata.set_singles(singles);
+        Ok(())
     }
 
     /// Writes the sectors of the first cluster in which `header` differs from the file.

@@ -147,6 +147,9 @@ impl State {
         let keep = if own.is_some() { 0 } else { old.subclusters.allocated };
         self.writable_l2(offset)?;
         let (host, run, fresh) = if let Some(host) = own {
+            let own = ClusterRun { start: geometry.host_cluster(host), count: 1 };
+            let file = self.storage.clone();
+            self.writer()?.metadata.check(own, file.name(), geometry)?;
             (host, None, false)
         } else {
             let (run, fresh) = self.allocate(1)?;
