@@ -27,6 +27,7 @@ impl State {
     /// [`Error::Limit`] where they do not fit the first cluster, [`Error::Refused`] where there is no safe way.
     pub(super) fn change_header(&mut self, mut header: HeaderCluster) -> Result<()> {
         let stops = self.route_to(&mut header)?;
+        self.header_in_doubt = true;
         for bytes in stops {
             let changes = HeaderCluster::changed_sectors(&self.header_bytes, &bytes);
             for sectors in &changes {
@@ -37,6 +38,7 @@ impl State {
             }
             self.header_bytes = bytes;
         }
+        self.header_in_doubt = false;
         let len = self.storage.len()?;
         self.header = HeaderCluster::decode(&self.header_bytes, len, &self.limits).map_err(|e| self.corrupt(e))?;
         Ok(())

@@ -324,7 +324,11 @@ impl Image {
         // Whoever waited for the state while metadata was found in the way of data does not write either: not even the
         // header, whose corrupt bit it does not know of.
         self.check_poison()?;
-        self.guard(|| operation(&mut state))
+        let done = self.guard(|| operation(&mut state));
+        if state.header_in_doubt {
+            self.poisoned.store(true, Ordering::SeqCst);
+        }
+        done
     }
 
     /// Changes the image, alone, after what must precede the first change.

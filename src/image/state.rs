@@ -7,7 +7,7 @@ use crate::format::{
     AutoclearFeatures, FormatError, Geometry, GuestOffset, HeaderCluster, HostOffset, L1Entry, L2Entry, L2Table,
     Limits, Version, decode_l1,
 };
-use crate::storage::Storage;
+use crate::storage::{self, Storage};
 
 use super::cache::Cache;
 use super::overlap::{Metadata, Structure};
@@ -26,6 +26,8 @@ pub(super) struct State {
     pub(super) header: HeaderCluster,
     /// The first cluster's bytes as the file has them, as long as they are used.
     pub(super) header_bytes: Vec<u8>,
+    /// A write of the header failed: the file may have the old one or the new one. Nothing more is written.
+    pub(super) header_in_doubt: bool,
     pub(super) l1: Vec<L1Entry>,
     pub(super) l1_dirty: BTreeSet<usize>,
     /// Shared readers fill it too.
@@ -60,7 +62,20 @@ impl State {
         let l2 = Mutex::new(Cache::new(capacity));
         let l1_dirty = BTreeSet::new();
         let memory = Decompressed::default();
-        Ok(Self { storage, geometry, version, limits, header, header_bytes, l1, l1_dirty, l2, memory, writer: None })
+        Ok(Self {
+            storage,
+            geometry,
+            version,
+            limits,
+            header,
+            header_in_doubt: false,
+            header_bytes,
+            l1,
+            l1_dirty,
+            l2,
+            memory,
+            writer: None,
+        })
     }
 
     /// A format error of this image.
@@ -190,8 +205,12 @@ impl State {
     /// Writes the sectors of the first cluster in which `header` differs from the file.
     pub(super) fn write_header(&mut self, header: HeaderCluster) -> Result<()> {
         let bytes = header.encode_over(&self.header_bytes).map_err(|e| self.corrupt(e))?;
-        for sectors in HeaderCluster::changed_sectors(&self.header_bytes, &bytes) {
-            self.storage.write_at(&bytes[sectors.clone()], sectors.start as u64)?;
+        for (number, sectors) in HeaderCluster::changed_sectors(&self.header_bytes, &bytes).into_iter().enumerate() {
+            let written = self.storage.write_at(&bytes[sectors.clone()], sectors.start as u64);
+            // Without space nothing is written, and the first sector still stands.
+            let nothing = number == 0 && matches!(written, Err(storage::Error::NoSpace { .. }));
+            self.header_in_doubt = written.is_err() && !nothing;
+            written?;
         }
         self.header = header;
         self.header_bytes = bytes;
