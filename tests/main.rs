@@ -23,6 +23,7 @@ mod kill;
 mod layering;
 mod locks;
 mod merge;
+mod plan;
 mod qemu;
 mod rebase;
 mod review;

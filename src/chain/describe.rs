@@ -193,7 +193,7 @@ impl Layer {
 }
 
 /// A number of bytes for people, exact where it is a whole number of units.
-struct Bytes(u64);
+pub(crate) struct Bytes(pub(crate) u64);
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -20,6 +20,7 @@ mod read;
 mod reader;
 
 pub use compare::{CompareOptions, Comparison, compare};
+pub(crate) use describe::Bytes;
 pub use describe::{BackingDescription, Description, Flags, Held, LayerDescription};
 pub use error::{Error, Remedy, Result};
 pub use extents::{ChainExtent, ChainExtents};

@@ -1,5 +1,7 @@
 //! What a merge needs: space for many clusters at once, reserved before and mapped after their data is there.
 
+use std::ops::Range;
+
 use crate::format::{GuestOffset, HostCluster, HostOffset, L2Entry};
 
 use super::refcounts::ClusterRun;
@@ -17,6 +19,15 @@ pub(crate) struct Placement {
     pub(crate) len: u64,
     /// The clusters are mapped there already and are overwritten in place.
     pub(crate) mapped: bool,
+}
+
+/// What writing a guest range would take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Needs {
+    /// Bytes that are overwritten where they lie.
+    pub(crate) in_place: u64,
+    /// Clusters that must be allocated.
+    pub(crate) clusters: u64,
 }
 
 impl Image {
@@ -77,6 +88,27 @@ impl Image {
         })
     }
 
+    /// How much of a guest range would be overwritten where it lies, and how many clusters it would newly need. Counts
+    /// from the start of the cluster that it starts in.
+    ///
+    /// # Errors
+    /// As [`Image::read_present`].
+    pub(crate) fn needs(&self, range: Range<u64>) -> Result<Needs> {
+        self.shared(|state| state.needs(range))
+    }
+
+    /// The bytes that can still be allocated in a container that cannot grow; none where it can, or where the image is not
+    /// open for writing.
+    ///
+    /// # Errors
+    /// [`super::Error::Storage`] where a refcount block cannot be read.
+    pub(crate) fn room_inside(&self) -> Result<Option<u64>> {
+        if !self.writable || !self.storage.is_fixed_size() {
+            return Ok(None);
+        }
+        self.exclusive(|state| state.writer()?.refcounts.room_inside())
+    }
+
     /// Gives back what was placed but will not be published.
     ///
     /// # Errors
@@ -94,6 +126,33 @@ impl Image {
 }
 
 impl State {
+    fn needs(&self, range: Range<u64>) -> Result<Needs> {
+        let size = self.geometry.cluster_size();
+        let mut needs = Needs::default();
+        let mut position = range.start - range.start % size;
+        while position < range.end {
+            let at = GuestOffset::new(position);
+            let whole = range.end.checked_next_multiple_of(size).unwrap_or(range.end);
+            if self.l2_table(at)?.is_none() {
+                let end = (self.geometry.l1_index(at) + 1) << self.geometry.l1_entry_bits();
+                needs.clusters += (end.min(whole) - position).div_ceil(size);
+                position = end;
+                continue;
+            }
+            let run = self.in_place_at(at, whole)?.map_or(0, |(_, len)| len);
+            let kept = run - run % size;
+            if kept == 0 {
+                needs.clusters += 1;
+            }
+            let end = (position + kept.max(size)).min(range.end);
+            if kept > 0 {
+                needs.in_place += end.saturating_sub(position.max(range.start));
+            }
+            position += kept.max(size);
+        }
+        Ok(needs)
+    }
+
     fn place(&mut self, guest: GuestOffset, len: u64, out: &mut Vec<Placement>) -> Result<()> {
         let cluster_bits = self.geometry.cluster_bits().get();
         let end = guest.saturating_add(len).get();

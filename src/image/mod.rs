@@ -34,7 +34,7 @@ use crate::format::{
 };
 use crate::storage::Storage;
 
-pub(crate) use bulk::Placement;
+pub(crate) use bulk::{Needs, Placement};
 pub use check::{CheckOptions, CheckReport, Finding, Fix, Severity, check};
 pub(crate) use compressed::compress;
 pub use create::{CreateOptions, Preallocation};

@@ -224,6 +224,23 @@ impl Refcounts {
         Ok(None)
     }
 
+    /// The bytes that are free in a container that cannot grow.
+    pub(super) fn room_inside(&mut self) -> Result<Option<u64>> {
+        let Some(end) = self.fixed_end else { return Ok(None) };
+        let clusters = end >> self.geometry.cluster_bits().get();
+        let mut used = 0;
+        for index in 0..self.table.len() {
+            let base = (index as u64) << self.geometry.refcount_block_bits();
+            if base >= clusters {
+                break;
+            }
+            let Some((_, block)) = self.block(index)? else { continue };
+            let inside = block.len().min(super::as_len(clusters - base));
+            used += (0..inside).filter(|&entry| block.get(entry) > 0).count() as u64;
+        }
+        Ok(Some((clusters - used) << self.geometry.cluster_bits().get()))
+    }
+
     /// Refuses clusters that no entry can name or that lie past the end of a container that cannot grow.
     fn check_room(&self, run: ClusterRun) -> Result<()> {
         let end = (run.start.get() + run.count).saturating_mul(self.geometry.cluster_size());

@@ -1,11 +1,14 @@
 //! Commit: what the upper layers of a chain hold goes into a layer beneath them.
 
+use std::path::PathBuf;
+
 use crate::chain::{Chain, Node};
 
 use super::copy::{Copier, Report};
 use super::progress::{Phase, Progress, Step};
+use super::refuse::{Bitmaps, refuse_dependents, refuse_stale_snapshots};
 use super::target::Target;
-use super::{Error, Result, survey};
+use super::{Error, Result, weigh};
 
 /// What becomes of the top after its content has reached the base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -25,11 +28,25 @@ pub struct CommitOptions {
     pub base: usize,
     /// What becomes of the top. Only a top that sits directly on the base can be emptied.
     pub after: AfterCommit,
+    /// Directories in which no image may be over a layer that the commit changes: over the base, or over one between base
+    /// and top. Of the images there, those that belong to the chain do not count. None by default: nobody looks.
+    pub dependents_in: Vec<PathBuf>,
+    /// Whether internal snapshots of the top, or of a layer between, may change (off: a chain with some is refused). Where
+    /// they hold nothing themselves they show the base. Internal snapshots of the base never change.
+    pub allow_stale_snapshots: bool,
+    /// The most bytes of data to copy in a second; none does not limit.
+    pub rate_limit: Option<u64>,
 }
 
 impl Default for CommitOptions {
     fn default() -> Self {
-        Self { base: 1, after: AfterCommit::Keep }
+        Self {
+            base: 1,
+            after: AfterCommit::Keep,
+            dependents_in: Vec::new(),
+            allow_stale_snapshots: false,
+            rate_limit: None,
+        }
     }
 }
 
@@ -47,6 +64,27 @@ impl CommitOptions {
         self.after = after;
         self
     }
+
+    /// The same, looking for dependents of the changed layers in one more directory.
+    #[must_use]
+    pub fn with_dependents_in(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.dependents_in.push(directory.into());
+        self
+    }
+
+    /// The same, letting internal snapshots change, or not.
+    #[must_use]
+    pub fn with_allow_stale_snapshots(mut self, allow: bool) -> Self {
+        self.allow_stale_snapshots = allow;
+        self
+    }
+
+    /// The same with another limit of bytes in a second.
+    #[must_use]
+    pub fn with_rate_limit(mut self, limit: Option<u64>) -> Self {
+        self.rate_limit = limit;
+        self
+    }
 }
 
 /// Merges all that the layers above the base hold into the base, which grows where the top is larger. The chain must have
@@ -57,29 +95,34 @@ impl CommitOptions {
 /// again.
 ///
 /// # Errors
-/// [`Error::Refused`] where the chain has no such layer or it is not writable, [`Error::NoSpace`] before the first write,
-/// [`Error::Cancelled`], and what reading and writing the images give.
+/// Before the first write: [`Error::Refused`] where the chain has no such layer or it is not writable,
+/// [`Error::StaleSnapshots`], [`Error::Dependents`], [`Error::NoSpace`]. Later: [`Error::Cancelled`], and what reading and
+/// writing the images give.
 pub fn commit(chain: &Chain, options: &CommitOptions, progress: &dyn Progress) -> Result<Report> {
     refuse_unfit(chain, options)?;
     let target = Target::of(chain, options.base)?;
-    let work = survey(chain, options.base, |_| true)?;
+    progress.step(&Step { phase: Phase::Planning, done: 0, total: 0, file: target.file() });
+    let work = weigh(chain, &target, options.base, |_| true)?;
     target.check_space(&work)?;
+    let bitmaps = Bitmaps::of(&chain.layers()[..=options.base])?;
     target.grow_to(chain.virtual_size())?;
 
-    let mut copier = Copier::new(chain, &target, work.total, progress);
+    let mut copier = Copier::new(chain, &target, work.total, progress).with_rate(options.rate_limit);
     for extent in chain.extents_of(0..options.base, 0..chain.virtual_size()) {
         copier.take(extent?)?;
     }
-    let report = copier.finish()?;
-    progress.step(&Step { phase: Phase::Publishing, done: work.total, total: work.total });
+    let mut report = copier.finish()?;
+    progress.step(&Step { phase: Phase::Publishing, done: work.total, total: work.total, file: target.file() });
     target.flush()?; // barriers: refcounts and data, then mappings, then what they replaced is freed
 
     if options.after == AfterCommit::Empty
         && let Node::Qcow2(top) = &chain.layers()[0].node
     {
-        progress.step(&Step { phase: Phase::Emptying, done: work.total, total: work.total });
+        let file = &chain.top().path.display().to_string();
+        progress.step(&Step { phase: Phase::Emptying, done: work.total, total: work.total, file });
         top.make_empty()?; // after the base is durable: until here the top still covered it
     }
+    report.bitmaps_invalidated = bitmaps.invalidated()?;
     Ok(report)
 }
 
@@ -93,6 +136,10 @@ fn refuse_unfit(chain: &Chain, options: &CommitOptions) -> Result<()> {
     for layer in chain.layers().iter().take(options.base + 1) {
         layer.node.data_access()?;
     }
+    if !options.allow_stale_snapshots {
+        refuse_stale_snapshots(&chain.layers()[..options.base.min(chain.layers().len())])?;
+    }
+    refuse_dependents(chain, options.base, &options.dependents_in)?;
     if options.after == AfterCommit::Empty {
         let why = match &top.node {
             _ if options.base != 1 => "only a top that sits directly on the base can be emptied",

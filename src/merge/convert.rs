@@ -15,7 +15,7 @@ use crate::storage::{self, Storage};
 use super::copy::{Copier, Report};
 use super::progress::{Phase, Progress, Step};
 use super::target::Target;
-use super::{Error, Result, survey};
+use super::{Error, Result, weigh};
 use header_last::HeaderLast;
 use plan::Plan;
 use store::Store;
@@ -131,10 +131,10 @@ pub fn convert(
 ) -> Result<Report> {
     refuse_unfit(source, &target, options)?;
     let size = source.virtual_size();
-    let work = survey(source, source.layers().len(), |_| true)?;
-    let total = if options.sparse == 0 { size } else { work.data };
     let (receiver, header) = prepare(target, size)?;
     let target = Target::of(&receiver, 0)?;
+    let work = weigh(source, &target, source.layers().len(), |_| true)?;
+    let total = if options.sparse == 0 { size } else { work.data };
     if options.offload {
         target.check_space(&work)?;
     }
@@ -151,7 +151,7 @@ pub fn convert(
     } else {
         pipe(source, &target, options, total, progress)?
     };
-    progress.step(&Step { phase: Phase::Publishing, done: total, total });
+    progress.step(&Step { phase: Phase::Publishing, done: total, total, file: target.file() });
     target.flush()?; // barrier: the whole image, before the header that makes it one
     if let Some(header) = header {
         header.write()?;

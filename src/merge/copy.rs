@@ -1,17 +1,20 @@
 //! The copy engine: extents in, long runs from file to file out.
 
+use std::time::Duration;
+
 use crate::chain::{Chain, ChainExtent};
 use crate::format::GuestOffset;
 use crate::image::{ExtentKind, Placement};
 use crate::storage::{self, Storage};
 
 use super::progress::{Phase, Progress, Step};
+use super::rate::Rate;
 use super::target::Target;
 use super::writeback::Writeback;
 use super::{Error, Result};
 
 /// What a merge did, in guest bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Report {
     /// Data that was read and written.
@@ -26,6 +29,9 @@ pub struct Report {
     pub dropped: u64,
     /// Of what was copied, what is stored compressed.
     pub compressed: u64,
+    /// The persistent bitmaps of written images that vouched for their content before and no longer do: they are marked
+    /// inconsistent.
+    pub bitmaps_invalidated: Vec<String>,
 }
 
 /// Bytes of data moves that are gathered, sorted and carried out together.
@@ -68,6 +74,7 @@ pub(super) struct Copier<'a> {
     buffer: Vec<u8>,
     in_kernel: bool,
     writeback: Writeback,
+    rate: Rate,
 }
 
 impl<'a> Copier<'a> {
@@ -86,7 +93,14 @@ impl<'a> Copier<'a> {
             buffer,
             in_kernel: true,
             writeback: Writeback::new(target.storage(), total),
+            rate: Rate::default(),
         }
+    }
+
+    /// The same, copying at most so many bytes of data a second.
+    pub(super) fn with_rate(mut self, limit: Option<u64>) -> Self {
+        self.rate = Rate::new(limit);
+        self
     }
 
     /// Takes in one extent; what the source layers leave to others is passed over.
@@ -133,7 +147,7 @@ impl<'a> Copier<'a> {
             self.target.write(&self.buffer[..size], position)?;
             self.report.copied += size as u64;
             at += size as u64;
-            self.advance(size as u64)?;
+            self.advance_data(size as u64)?;
         }
         Ok(())
     }
@@ -233,14 +247,14 @@ impl<'a> Copier<'a> {
         *to += len as u64;
         self.report.copied += len as u64;
         self.writeback.written(len as u64);
-        self.advance(len as u64)
+        self.advance_data(len as u64)
     }
 
     /// Leaves a run to the kernel, as far as it goes. Returns how much it copied.
     fn copy_in_kernel(&mut self, run: &Run) -> Result<u64> {
         let mut copied = 0;
         while copied < run.len {
-            let len = (run.len - copied).min(64 << 20);
+            let len = (run.len - copied).min(self.rate.step(64 << 20));
             let source = self.source(run.layer);
             match self.target.storage().copy_from(source, run.from + copied, run.to + copied, len) {
                 Ok(0) => break,
@@ -248,7 +262,7 @@ impl<'a> Copier<'a> {
                     copied += count;
                     self.report.copied_in_kernel += count;
                     self.writeback.written(count);
-                    self.advance(count)?;
+                    self.advance_data(count)?;
                 }
                 Err(storage::Error::Unsupported { .. }) => {
                     self.in_kernel = false;
@@ -264,10 +278,24 @@ impl<'a> Copier<'a> {
         &**self.chain.layers()[layer].node.storage()
     }
 
+    /// As [`Copier::advance`], for data; waits where it came too quickly.
+    fn advance_data(&mut self, len: u64) -> Result<()> {
+        self.advance(len)?;
+        self.rate.spend(len);
+        while let Some(pause) = self.rate.owed() {
+            std::thread::sleep(pause.min(Duration::from_millis(100)));
+            if self.progress.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+        }
+        Ok(())
+    }
+
     /// So many bytes more are merged: tells of it, and stops where the caller wants that.
     pub(super) fn advance(&mut self, len: u64) -> Result<()> {
         self.done += len;
-        self.progress.step(&Step { phase: Phase::Copying, done: self.done, total: self.total });
+        let file = self.target.file();
+        self.progress.step(&Step { phase: Phase::Copying, done: self.done, total: self.total, file });
         if self.progress.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
     }
 }

@@ -1,6 +1,7 @@
 //! What a merge says when it cannot.
 
 use std::io;
+use std::path::PathBuf;
 
 use thiserror::Error as ThisError;
 
@@ -27,6 +28,23 @@ pub enum Error {
         /// Why.
         why: String,
     },
+    /// Other images stand on a layer whose content the merge would change; nothing was written.
+    #[error("{file}: other images are over it and would change: {}", paths(dependents))]
+    Dependents {
+        /// The layer that would change.
+        file: String,
+        /// The images over it that are not part of this chain.
+        dependents: Vec<PathBuf>,
+    },
+    /// An image has internal snapshots that show what is beneath it where they hold nothing themselves, and that would
+    /// change; nothing was written.
+    #[error("{file}: internal snapshots would show other content than they do now: {}", snapshots.join(", "))]
+    StaleSnapshots {
+        /// The image with the snapshots.
+        file: String,
+        /// Their names.
+        snapshots: Vec<String>,
+    },
     /// There is not enough room for what the merge would write; nothing was written.
     #[error("{file}: the merge needs {need} bytes, {have} are free")]
     NoSpace {
@@ -42,6 +60,11 @@ pub enum Error {
     Cancelled,
 }
 
+/// Paths, joined by commas.
+fn paths(paths: &[PathBuf]) -> String {
+    paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+}
+
 impl From<storage::Error> for Error {
     fn from(error: storage::Error) -> Self {
         Self::Image(error.into())
@@ -53,7 +76,9 @@ impl From<Error> for io::Error {
         match error {
             Error::Chain(error) => error.into(),
             Error::Image(error) => error.into(),
-            Error::Refused { .. } => Self::new(io::ErrorKind::InvalidInput, error),
+            Error::Refused { .. } | Error::Dependents { .. } | Error::StaleSnapshots { .. } => {
+                Self::new(io::ErrorKind::InvalidInput, error)
+            }
             Error::NoSpace { .. } => Self::new(io::ErrorKind::StorageFull, error),
             Error::Cancelled => Self::new(io::ErrorKind::Interrupted, error),
         }

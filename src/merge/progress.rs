@@ -17,13 +17,15 @@ pub enum Phase {
 /// Where a merge is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Step {
+pub struct Step<'a> {
     /// What it is doing.
     pub phase: Phase,
     /// Guest bytes that are merged.
     pub done: u64,
     /// Guest bytes to merge, 0 while planning.
     pub total: u64,
+    /// The image that is written.
+    pub file: &'a str,
 }
 
 /// Hears of a merge's progress, and can stop it.
@@ -36,15 +38,15 @@ pub struct Step {
 /// struct Bar;
 ///
 /// impl Progress for Bar {
-///     fn step(&self, step: &Step) {
-///         println!("{} of {} bytes", step.done, step.total);
+///     fn step(&self, step: &Step<'_>) {
+///         println!("{}: {} of {} bytes", step.file, step.done, step.total);
 ///     }
 /// }
 /// assert!(!Bar.is_cancelled());
 /// ```
 pub trait Progress: Sync {
     /// The merge is here now.
-    fn step(&self, step: &Step);
+    fn step(&self, step: &Step<'_>);
 
     /// Whether the merge shall stop. It leaves a chain that reads as before.
     fn is_cancelled(&self) -> bool {
@@ -53,5 +55,5 @@ pub trait Progress: Sync {
 }
 
 impl Progress for () {
-    fn step(&self, _step: &Step) {}
+    fn step(&self, _step: &Step<'_>) {}
 }

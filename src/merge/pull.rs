@@ -7,8 +7,9 @@ use crate::chain::{Chain, ChainExtent, Layer, Node};
 
 use super::copy::{Copier, Report};
 use super::progress::{Phase, Progress, Step};
+use super::refuse::{Bitmaps, refuse_stale_snapshots};
 use super::target::Target;
-use super::{Error, Result, survey};
+use super::{Error, Result, weigh};
 
 /// How to pull.
 #[derive(Clone, Debug, Default)]
@@ -19,6 +20,11 @@ pub struct PullOptions {
     pub base: Option<usize>,
     /// What the top's header calls that layer. By default its name where both lie in one directory, else its path.
     pub backing_file: Option<Vec<u8>>,
+    /// Whether internal snapshots of the top may change (off: a top with some is refused). Where they hold nothing
+    /// themselves they show what the top sits on.
+    pub allow_stale_snapshots: bool,
+    /// The most bytes of data to copy in a second; none does not limit.
+    pub rate_limit: Option<u64>,
 }
 
 impl PullOptions {
@@ -35,6 +41,20 @@ impl PullOptions {
         self.backing_file = Some(name.into());
         self
     }
+
+    /// The same, letting internal snapshots of the top change, or not.
+    #[must_use]
+    pub fn with_allow_stale_snapshots(mut self, allow: bool) -> Self {
+        self.allow_stale_snapshots = allow;
+        self
+    }
+
+    /// The same with another limit of bytes in a second.
+    #[must_use]
+    pub fn with_rate_limit(mut self, limit: Option<u64>) -> Self {
+        self.rate_limit = limit;
+        self
+    }
 }
 
 /// Moves what the layers between the top and `options.base` hold into the top, as far as it lacks it, and points the top's
@@ -45,8 +65,8 @@ impl PullOptions {
 /// holds the layers that were pulled.
 ///
 /// # Errors
-/// [`Error::Refused`] where the chain has no such layer or the top is raw or not writable, [`Error::NoSpace`] before the first
-/// write, [`Error::Cancelled`], and what reading and writing the images give.
+/// Before the first write: [`Error::Refused`] where the chain has no such layer or the top is raw or not writable,
+/// [`Error::StaleSnapshots`], [`Error::NoSpace`]. Later: [`Error::Cancelled`], and what reading and writing the images give.
 pub fn pull(chain: &Chain, options: &PullOptions, progress: &dyn Progress) -> Result<Report> {
     let target = Target::of(chain, 0)?;
     let depth = chain.layers().len();
@@ -60,18 +80,23 @@ pub fn pull(chain: &Chain, options: &PullOptions, progress: &dyn Progress) -> Re
     for layer in &chain.layers()[..base] {
         layer.node.data_access()?;
     }
-    let work = survey(chain, base, |extent| wanted(extent, base < depth))?;
+    if !options.allow_stale_snapshots {
+        refuse_stale_snapshots(&chain.layers()[..1])?;
+    }
+    progress.step(&Step { phase: Phase::Planning, done: 0, total: 0, file: target.file() });
+    let work = weigh(chain, &target, base, |extent| wanted(extent, base < depth))?;
     target.check_space(&work)?;
+    let bitmaps = Bitmaps::of(&chain.layers()[..1])?;
 
-    let mut copier = Copier::new(chain, &target, work.total, progress);
+    let mut copier = Copier::new(chain, &target, work.total, progress).with_rate(options.rate_limit);
     for extent in chain.extents_of(0..base, 0..chain.virtual_size()) {
         let extent = extent?;
         if wanted(&extent, base < depth) {
             copier.take(extent)?;
         }
     }
-    let report = copier.finish()?;
-    progress.step(&Step { phase: Phase::Publishing, done: work.total, total: work.total });
+    let mut report = copier.finish()?;
+    progress.step(&Step { phase: Phase::Publishing, done: work.total, total: work.total, file: target.file() });
     target.flush()?; // barrier: all that the top takes in, before it stops looking beneath
 
     match chain.layers().get(base) {
@@ -81,12 +106,13 @@ pub fn pull(chain: &Chain, options: &PullOptions, progress: &dyn Progress) -> Re
             image.set_backing_file(Some(&name), Some(layer.format().name().as_bytes()))?;
         }
     }
+    report.bitmaps_invalidated = bitmaps.invalidated()?;
     Ok(report)
 }
 
 /// Whether the top must take an extent in: it lacks it, and would read something else without it. Where it will sit on
 /// nothing, what no layer holds reads as zeroes by itself.
-fn wanted(extent: &ChainExtent, on_something: bool) -> bool {
+pub(super) fn wanted(extent: &ChainExtent, on_something: bool) -> bool {
     extent.layer.map_or(on_something, |layer| layer != 0)
 }
 

@@ -105,12 +105,12 @@ pub fn rebase(chain: &Chain, onto: Onto<'_>, options: &RebaseOptions, progress: 
         rebaser.take(&piece?)?;
     }
     let mut report = rebaser.finish()?;
-    progress.step(&Step { phase: Phase::Publishing, done: work.total, total: work.total });
+    progress.step(&Step { phase: Phase::Publishing, done: work.total, total: work.total, file: target.file() });
     target.flush()?; // barrier: all in which old and new differ, before the header names the new one
 
     sides.image.set_backing_file(name, format)?;
     if options.drop_equal {
-        progress.step(&Step { phase: Phase::Emptying, done: work.total, total: work.total });
+        progress.step(&Step { phase: Phase::Emptying, done: work.total, total: work.total, file: target.file() });
         report.dropped = sides.drop_equal(progress)?; // after the header is durable: until here they covered the old one
         target.flush()?;
     }

@@ -1,10 +1,11 @@
 //! The layer that receives, qcow2 or raw.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::chain::{Below, Chain, Node};
-use crate::format::{GuestOffset, HostOffset};
-use crate::image::{ExtentKind, Image, Placement, ResizeOptions, Space};
+use crate::format::{GuestOffset, HostOffset, Version};
+use crate::image::{ExtentKind, Image, Needs, Placement, ResizeOptions, Space};
 use crate::storage::Storage;
 
 use super::{Error, Result, Work};
@@ -19,20 +20,33 @@ pub(super) struct Target<'a> {
 }
 
 impl<'a> Target<'a> {
-    /// Layer `index` of a chain.
+    /// Layer `index` of a chain, which must be open for writing.
     pub(super) fn of(chain: &'a Chain, index: usize) -> Result<Self> {
-        let refused = |file: String, why: &str| Err(Error::Refused { file, why: why.to_owned() });
-        let Some(layer) = chain.layers().get(index) else {
-            let file = chain.layers().first().map_or_else(String::new, |layer| layer.path.display().to_string());
-            return refused(file, "there is no such layer to merge into");
-        };
-        let file = layer.path.display().to_string();
-        let target = Self { node: &layer.node, below: chain.below(index), file, space: Space::Free };
+        let target = Self::look(chain, index)?;
         if target.node.is_read_only() {
-            refused(target.file, "the layer to merge into is not open for writing")
-        } else {
-            Ok(target)
+            let why = "the layer to merge into is not open for writing".to_owned();
+            return Err(Error::Refused { file: target.file, why });
         }
+        Ok(target)
+    }
+
+    /// Layer `index` of a chain, to look at only.
+    pub(super) fn look(chain: &'a Chain, index: usize) -> Result<Self> {
+        let Some(layer) = chain.layers().get(index) else {
+            let why = "there is no such layer to merge into".to_owned();
+            return Err(Error::Refused { file: chain.top().path.display().to_string(), why });
+        };
+        Ok(Self {
+            node: &layer.node,
+            below: chain.below(index),
+            file: layer.path.display().to_string(),
+            space: Space::Free,
+        })
+    }
+
+    /// What messages call it.
+    pub(super) fn file(&self) -> &str {
+        &self.file
     }
 
     /// The same, saying of zeroes that they are zeroes even where nothing lies beneath yet.
@@ -56,21 +70,51 @@ impl<'a> Target<'a> {
         self.image().map_or(512, |image| image.geometry().cluster_size())
     }
 
-    /// Refuses a merge that cannot fit, as far as that can be told: all data may need new clusters.
+    /// Refuses a merge that cannot fit.
     pub(super) fn check_space(&self, work: &Work) -> Result<()> {
-        let Some(have) = self.storage().free_space()? else { return Ok(()) };
-        let held = match self.node {
-            // What the target holds already is overwritten in place.
-            Node::Qcow2(image) => held_bytes(image)?,
-            Node::Raw(raw) => raw.storage().allocated_len()?.unwrap_or(0),
-        };
-        let need = work.data.saturating_sub(held);
-        if need > have { Err(Error::NoSpace { file: self.file.clone(), need, have }) } else { Ok(()) }
+        self.check_room(work.new_bytes)
+    }
+
+    /// The bytes that the target can still take: inside a container that cannot grow, else on the file system.
+    pub(super) fn room(&self) -> Result<Option<u64>> {
+        match self.image().map(Image::room_inside).transpose()?.flatten() {
+            Some(inside) => Ok(Some(inside)),
+            None => Ok(self.storage().free_space()?),
+        }
+    }
+
+    /// What writing a guest range would take, and how large the clusters are that it is counted in.
+    pub(super) fn needs(&self, range: Range<u64>) -> Result<Needs> {
+        if let Node::Qcow2(image) = self.node {
+            return Ok(image.needs(range)?);
+        }
+        let end = range.end;
+        let mut needs = Needs { clusters: (range.end - range.start).div_ceil(self.granularity()), ..Needs::default() };
+        for extent in self.node.extents(range) {
+            let extent = extent?;
+            if matches!(extent.kind, ExtentKind::Data { .. }) {
+                needs.in_place += extent.len;
+            }
+        }
+        // Space that is allocated and was never written looks like a hole: no more is needed than what is not allocated.
+        let missing = self.node.virtual_size().saturating_sub(self.storage().allocated_len()?.unwrap_or(0));
+        let missing = missing.max(end.saturating_sub(self.node.virtual_size()));
+        needs.clusters -= needs.clusters.min(needs.in_place / self.granularity());
+        needs.clusters = needs.clusters.min(missing.div_ceil(self.granularity()));
+        Ok(needs)
+    }
+
+    /// Whether a range of zeroes can only be said by data.
+    pub(super) fn zeroes_are_data(&self) -> bool {
+        self.image().is_some_and(|image| {
+            let header = image.header();
+            header.header.version == Version::V2 && header.backing_file.is_some()
+        })
     }
 
     /// Refuses a merge for which new clusters of `need` bytes do not fit.
     pub(super) fn check_room(&self, need: u64) -> Result<()> {
-        match self.storage().free_space()? {
+        match self.room()? {
             Some(have) if need > have => Err(Error::NoSpace { file: self.file.clone(), need, have }),
             _ => Ok(()),
         }
@@ -131,16 +175,4 @@ impl<'a> Target<'a> {
     pub(super) fn flush(&self) -> Result<()> {
         Ok(self.node.flush()?)
     }
-}
-
-/// The guest bytes for which an image has clusters.
-fn held_bytes(image: &Image) -> Result<u64> {
-    let mut held = 0;
-    for extent in image.extents(0..image.virtual_size()) {
-        let extent = extent?;
-        if matches!(extent.kind, ExtentKind::Data { .. }) {
-            held += extent.len;
-        }
-    }
-    Ok(held)
 }

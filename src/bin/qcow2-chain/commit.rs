@@ -3,14 +3,16 @@
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use qcow2_chain::chain::{Chain, Layer};
-use qcow2_chain::merge::{self, AfterCommit, CommitOptions, Step};
+use qcow2_chain::chain::{Chain, Format, Layer};
+use qcow2_chain::merge::{self, AfterCommit, CommitOptions, Direction, PullOptions, Step};
 use qcow2_chain::storage::LockMode;
 
 use crate::failure::{Failure, Outcome};
+use crate::interrupt::Interrupt;
 use crate::open;
 use crate::options::{PolicyArgs, Unserved, cache_mode};
 use crate::output::say;
+use crate::planning::{MergeArgs, explain, warn_of_snapshots};
 use crate::progress::Progress;
 
 /// Merge an image into its backing file
@@ -40,6 +42,15 @@ pub(crate) struct Args {
     cache: Option<String>,
     #[arg(short, long, hide = true, value_name = "RATE")]
     rate: Option<String>,
+    /// Which way: the base takes in what is above it, or FILE takes in what is beneath it down to the base and then
+    /// stands on what is beneath the base, or whichever moves less
+    #[arg(long, value_enum, default_value = "commit")]
+    direction: Way,
+    /// Refuse if an image in DIR, other than those of the chain, is over a layer that changes (repeatable)
+    #[arg(long, value_name = "DIR")]
+    dependents_in: Vec<PathBuf>,
+    #[command(flatten)]
+    merge: MergeArgs,
     #[command(flatten)]
     policy: PolicyArgs,
     #[command(flatten)]
@@ -65,18 +76,78 @@ pub(crate) fn run(args: &Args) -> Outcome {
             find(chain.layers(), base, &args.file)?
         }
     };
+    let rate = args.merge.rate()?;
+    let direction = direction(args, format, base)?;
+    let Some(direction) = direction else { return Ok(0) };
     let mut options = args.policy.chain_options(&args.file, format, LockMode::Read);
-    options.writable = base + 1;
+    options.writable = if direction == Direction::Pull { 1 } else { base + 1 };
     let chain = Chain::open(&args.file, &options).map_err(open::explain)?;
     if chain.layers().len() < 2 {
         return Err(Failure::new("Image does not have a backing file"));
     }
+    if direction == Direction::Pull {
+        let below = (base + 1 < chain.layers().len()).then_some(base + 1);
+        let options = PullOptions::default().with_base(below).with_rate_limit(rate).with_allow_stale_snapshots(true);
+        return pull(chain, &options, args.progress, args.quiet);
+    }
+    warn_of_snapshots(chain.layers().get(..base).unwrap_or_default())?;
     let keep = args.drop || args.base.is_some();
-    let options = CommitOptions::default().with_base(base);
-    let options = options.with_after(if keep { AfterCommit::Keep } else { AfterCommit::Empty });
-    with_progress(args.progress && !args.quiet, |face| merge::commit(&chain, &options, face))?;
+    let options = CommitOptions::default().with_base(base).with_rate_limit(rate).with_allow_stale_snapshots(true);
+    let mut options = options.with_after(if keep { AfterCommit::Keep } else { AfterCommit::Empty });
+    options.dependents_in.clone_from(&args.dependents_in);
+    let done = with_progress(args.progress && !args.quiet, |face| merge::commit(&chain, &options, face));
+    done.map_err(|error| explain(error, &chain, base))?;
     say(args.quiet, "Image committed.")?;
     Ok(0)
+}
+
+/// Pulls; what this verb and `pull` share.
+pub(crate) fn pull(chain: Chain, options: &PullOptions, progress: bool, quiet: bool) -> Outcome {
+    warn_of_snapshots(chain.layers().get(..1).unwrap_or_default())?;
+    let done = with_progress(progress && !quiet, |face| merge::pull(&chain, options, face));
+    done.map_err(|error| explain(error, &chain, 0))?;
+    chain.close()?;
+    say(quiet, "Image pulled.")?;
+    Ok(0)
+}
+
+/// Which way to go; none where the plan was all that was asked for, and is printed.
+fn direction(args: &Args, format: Format, base: usize) -> Result<Option<Direction>, Failure> {
+    if !args.merge.dry_run && args.direction != Way::Auto {
+        return Ok(Some(args.direction.into()));
+    }
+    let looked = args.policy.chain_options(&args.file, format, LockMode::Read);
+    let chain = Chain::open(&args.file, &looked).map_err(open::explain)?;
+    if chain.layers().len() < 2 {
+        return Err(Failure::new("Image does not have a backing file"));
+    }
+    let plan = merge::plan(&chain, base)?;
+    if args.merge.dry_run {
+        args.merge.show(&plan)?;
+        return Ok(None);
+    }
+    Ok(Some(plan.way(Direction::Auto).direction))
+}
+
+/// The values of `--direction`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Way {
+    /// The base takes in what is above it.
+    Commit,
+    /// The image takes in what is beneath it.
+    Pull,
+    /// Whichever moves less data.
+    Auto,
+}
+
+impl From<Way> for Direction {
+    fn from(way: Way) -> Self {
+        match way {
+            Way::Commit => Self::Commit,
+            Way::Pull => Self::Pull,
+            Way::Auto => Self::Auto,
+        }
+    }
 }
 
 /// The layer of this name: by its path, or as the same file.
@@ -95,7 +166,8 @@ pub(crate) fn with_progress<T>(
     wanted: bool,
     merge: impl FnOnce(&dyn merge::Progress) -> merge::Result<T>,
 ) -> merge::Result<T> {
-    let face = Face(Mutex::new(Progress::new(wanted)));
+    let interrupt = Interrupt::listen();
+    let face = Face(Mutex::new(Progress::new(wanted)), interrupt);
     let merged = merge(&face);
     if let Ok(progress) = face.0.lock() {
         if merged.is_ok() {
@@ -106,15 +178,19 @@ pub(crate) fn with_progress<T>(
     merged
 }
 
-/// Draws the steps of a merge.
-struct Face(Mutex<Progress>);
+/// Draws the steps of a merge, and stops it on Ctrl-C.
+struct Face(Mutex<Progress>, Interrupt);
 
 impl merge::Progress for Face {
-    fn step(&self, step: &Step) {
+    fn step(&self, step: &Step<'_>) {
         if step.total > 0
             && let Ok(progress) = self.0.lock()
         {
             progress.set(step.done, step.total);
         }
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.1.asked()
     }
 }

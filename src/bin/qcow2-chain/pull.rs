@@ -6,11 +6,11 @@ use qcow2_chain::chain::{Chain, Format};
 use qcow2_chain::merge::{self, PullOptions};
 use qcow2_chain::storage::LockMode;
 
-use crate::commit::{find, with_progress};
+use crate::commit::{self, find};
 use crate::failure::{Failure, Outcome};
 use crate::open;
 use crate::options::{PolicyArgs, Unserved};
-use crate::output::say;
+use crate::planning::MergeArgs;
 
 /// Take what the layers beneath an image hold into the image
 ///
@@ -32,6 +32,8 @@ pub(crate) struct Args {
     #[arg(short, long)]
     progress: bool,
     #[command(flatten)]
+    merge: MergeArgs,
+    #[command(flatten)]
     policy: PolicyArgs,
     #[command(flatten)]
     unserved: Unserved,
@@ -46,16 +48,19 @@ pub(crate) fn run(args: &Args) -> Outcome {
         return Err(Failure::new("a raw image has no backing file"));
     }
     let mut options = args.policy.chain_options(&args.file, Format::Qcow2, LockMode::Read);
-    options.writable = 1;
+    let rate = args.merge.rate()?;
+    options.writable = usize::from(!args.merge.dry_run);
     let chain = Chain::open(&args.file, &options).map_err(open::explain)?;
     if chain.layers().len() < 2 {
         return Err(Failure::new("Image does not have a backing file"));
     }
     let base = args.base.as_ref().map(|base| find(chain.layers(), base, &args.file)).transpose()?;
-    let options = PullOptions::default().with_base(base);
-    let pulled = with_progress(args.progress && !args.quiet, |face| merge::pull(&chain, &options, face));
-    chain.close()?;
-    pulled?;
-    say(args.quiet, "Image pulled.")?;
-    Ok(0)
+    if args.merge.dry_run {
+        // What is pulled ends above the layer that is sat on.
+        let last = base.unwrap_or(chain.layers().len()) - 1;
+        args.merge.show(&merge::plan(&chain, last)?)?;
+        return Ok(0);
+    }
+    let options = PullOptions::default().with_base(base).with_rate_limit(rate).with_allow_stale_snapshots(true);
+    commit::pull(chain, &options, args.progress, args.quiet)
 }

@@ -152,7 +152,12 @@ impl<'a> Store<'a> {
 
     fn advance(&mut self, len: u64) -> Result<()> {
         self.done = self.total.min(self.done + len);
-        self.progress.step(&Step { phase: Phase::Copying, done: self.done, total: self.total });
+        self.progress.step(&Step {
+            phase: Phase::Copying,
+            done: self.done,
+            total: self.total,
+            file: self.target.file(),
+        });
         if self.progress.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
     }
 }
