@@ -1,10 +1,11 @@
 //! What a merge needs: space for many clusters at once, reserved before and mapped after their data is there.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::format::{GuestOffset, HostCluster, HostOffset, L2Entry};
 
-use super::refcounts::ClusterRun;
+use super::refcounts::{ClusterRun, Refcounts};
 use super::state::State;
 use super::{Image, Result};
 
@@ -97,16 +98,21 @@ impl Image {
         self.shared(|state| state.needs(range))
     }
 
-    /// The bytes that can still be allocated in a container that cannot grow; none where it can, or where the image is not
-    /// open for writing.
+    /// The bytes that can still be allocated in a container that cannot grow; none where it can.
     ///
     /// # Errors
-    /// [`super::Error::Storage`] where a refcount block cannot be read.
+    /// [`super::Error::Storage`] where the refcounts cannot be read.
     pub(crate) fn room_inside(&self) -> Result<Option<u64>> {
-        if !self.writable || !self.storage.is_fixed_size() {
+        if !self.storage.is_fixed_size() {
             return Ok(None);
         }
-        self.exclusive(|state| state.writer()?.refcounts.room_inside())
+        self.exclusive(|state| {
+            if let Some(writer) = &mut state.writer {
+                return writer.refcounts.room_inside();
+            }
+            let storage = Arc::clone(&state.storage);
+            Refcounts::load(storage, &state.header.header, &state.limits)?.room_inside()
+        })
     }
 
     /// Gives back what was placed but will not be published.

@@ -78,18 +78,13 @@ impl MergePlan {
     /// The way of this direction.
     #[must_use]
     pub fn way(&self, direction: Direction) -> &Way {
-        match direction {
-            Direction::Commit => &self.commit,
-            Direction::Pull => &self.pull,
-            Direction::Auto if self.cheapest == Direction::Pull => &self.pull,
-            Direction::Auto => &self.commit,
-        }
+        let direction = if direction == Direction::Auto { self.cheapest } else { direction };
+        if direction == Direction::Pull { &self.pull } else { &self.commit }
     }
 }
 
 /// Works out what a merge of the layers from the top down to and with `base` would do. Walks the mapping tables; reads no
-/// data and writes nothing. The chain need not be open for writing; the room inside a block device can only be told where
-/// it is.
+/// data and writes nothing. The chain need not be open for writing.
 ///
 /// # Errors
 /// [`Error::Refused`] where the chain has no such layer, and what reading the tables gives.

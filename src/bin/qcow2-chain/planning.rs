@@ -27,7 +27,8 @@ pub(crate) struct MergeArgs {
 impl MergeArgs {
     /// The limit in bytes a second.
     pub(crate) fn rate(&self) -> Result<Option<u64>, Failure> {
-        let parse = |text: &String| size::parse(text).ok_or_else(|| Failure::new(format!("Invalid rate limit: {text}")));
+        let parse =
+            |text: &String| size::parse(text).ok_or_else(|| Failure::new(format!("Invalid rate limit: {text}")));
         self.rate_limit.as_ref().map(parse).transpose()
     }
 
