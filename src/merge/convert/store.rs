@@ -8,6 +8,7 @@ use crate::image::Placement;
 use super::super::copy::Report;
 use super::super::progress::{Phase, Progress, Step};
 use super::super::target::Target;
+use super::super::writeback::Writeback;
 use super::super::{Error, Result};
 use super::workers::{Content, Piece, Seen};
 
@@ -20,6 +21,7 @@ pub(super) struct Store<'a> {
     total: u64,
     done: u64,
     report: Report,
+    writeback: Writeback,
 }
 
 /// Bytes of the buffer, and where they go.
@@ -31,7 +33,8 @@ struct Run {
 
 impl<'a> Store<'a> {
     pub(super) fn new(target: &'a Target<'a>, size: u64, total: u64, progress: &'a dyn Progress) -> Self {
-        Self { target, size, progress, total, done: 0, report: Report::default() }
+        let writeback = Writeback::new(target.storage(), total);
+        Self { target, size, progress, total, done: 0, report: Report::default(), writeback }
     }
 
     /// Stores what was found, and gives the buffer back.
@@ -54,6 +57,7 @@ impl<'a> Store<'a> {
                     let bytes = streams.len() as u64 * image.geometry().cluster_size();
                     self.report.copied += bytes;
                     self.report.compressed += bytes;
+                    self.writeback.written(bytes);
                 }
                 Content::Plain => {
                     let mut plain = vec![piece];
@@ -96,7 +100,9 @@ impl<'a> Store<'a> {
             return Err(error);
         }
         self.target.publish(&placements)?;
-        self.report.copied += pieces.iter().map(|piece| piece.bytes.len() as u64).sum::<u64>();
+        let bytes = pieces.iter().map(|piece| piece.bytes.len() as u64).sum();
+        self.report.copied += bytes;
+        self.writeback.written(bytes);
         Ok(())
     }
 
