@@ -1,7 +1,7 @@
 //! Deltas become one.
 //!
-//! [`commit`] moves what upper layers hold into a layer beneath them; [`pull`] moves what the layers beneath hold into the
-//! top; [`rebase`] moves into the top what another backing file would show otherwise. [`convert`](convert()) writes a chain
+//! [`commit()`] moves what upper layers hold into a layer beneath them; [`pull()`] moves what the layers beneath hold into the
+//! top; [`rebase()`] moves into the top what another backing file would show otherwise. [`convert`](convert()) writes a chain
 //! into a new image, [`measure`](measure()) tells how large that becomes. All that moves data works on coalesced extents:
 //! data that fills whole clusters of the target goes from file to file in long runs, in the
 //! order in which it lies in the source; the rest goes through the target's write path.
