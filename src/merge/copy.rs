@@ -134,6 +134,7 @@ impl<'a> Copier<'a> {
     /// Carries out what is gathered and tells what was done.
     pub(super) fn finish(mut self) -> Result<Report> {
         self.carry_out()?;
+        self.writeback.finish()?;
         Ok(self.report)
     }
 

@@ -73,7 +73,8 @@ impl<'a> Store<'a> {
     }
 
     /// Ends the content, and tells what was done.
-    pub(super) fn finish(self) -> Result<Report> {
+    pub(super) fn finish(mut self) -> Result<Report> {
+        self.writeback.finish()?;
         let storage = self.target.storage();
         if let Some(image) = self.target.image()
             && !storage.is_fixed_size()
