@@ -4,6 +4,7 @@ mod chain;
 mod check;
 #[cfg(feature = "cli")]
 mod cli;
+mod commit_ends;
 mod convert;
 #[cfg(feature = "cli")]
 mod convert_program;

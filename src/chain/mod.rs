@@ -19,6 +19,10 @@ mod policy;
 mod read;
 mod reader;
 
+use std::sync::Arc;
+
+use crate::storage::Names;
+
 pub use compare::{CompareOptions, Comparison, compare};
 pub(crate) use describe::Bytes;
 pub use describe::{BackingDescription, Description, Flags, Held, LayerDescription};
@@ -37,6 +41,8 @@ pub struct Chain {
     layers: Vec<Layer>,
     /// Whether any layer's data cannot be understood: then nothing is read or written.
     data_denied: bool,
+    /// What the layers' paths are names in; none where somebody else opened them.
+    names: Option<Arc<dyn Names>>,
 }
 
 impl Chain {
@@ -46,7 +52,12 @@ impl Chain {
         let mut layers = vec![top];
         layers.extend(below);
         let data_denied = layers.iter().any(|layer| layer.node.data_access().is_err());
-        Self { layers, data_denied }
+        Self { layers, data_denied, names: None }
+    }
+
+    /// What the layers' paths are names in, where the chain was opened by name.
+    pub(crate) fn names(&self) -> Option<&Arc<dyn Names>> {
+        self.names.as_ref()
     }
 
     /// The layers, the top first; never empty.

@@ -174,6 +174,7 @@ impl Chain {
     /// # Errors
     /// As [`Chain::open`].
     pub fn open_in(names: &Arc<dyn Names>, path: &Path, options: &ChainOptions) -> Result<Self> {
+        let opened_in = Arc::clone(names);
         let names = &**names;
         let mut seen = Seen::default();
         let storage = names.open(path, &options.access(0))?;
@@ -184,7 +185,7 @@ impl Chain {
         while let Some(layer) = next_layer(names, below.last().unwrap_or(&top), 1 + below.len(), options, &mut seen)? {
             below.push(layer);
         }
-        Ok(Self::from_layers(top, below))
+        Ok(Self { names: Some(opened_in), ..Self::from_layers(top, below) })
     }
 }
 

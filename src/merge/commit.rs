@@ -1,14 +1,19 @@
 //! Commit: what the upper layers of a chain hold goes into a layer beneath them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use crate::chain::{Chain, Node};
+use crate::chain::{Chain, Layer, Node};
+use crate::format::Version;
+use crate::image::Image;
+use crate::storage::Names;
 
-use super::copy::{Copier, Report};
-use super::progress::{Phase, Progress, Step};
+use super::absorb::Absorb;
+use super::copy::Report;
+use super::progress::{Phase, Progress};
 use super::refuse::{Bitmaps, refuse_dependents, refuse_stale_snapshots};
 use super::target::Target;
-use super::{Error, Result, weigh};
+use super::{Error, Result};
 
 /// What becomes of the top after its content has reached the base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -18,6 +23,9 @@ pub enum AfterCommit {
     Keep,
     /// It is emptied: it holds nothing, and reads through to the base.
     Empty,
+    /// Its file is removed, and so are those of the layers between it and the base. The chain must have been opened by
+    /// name ([`Chain::open`], [`Chain::open_in`]).
+    Remove,
 }
 
 /// How to commit.
@@ -28,6 +36,9 @@ pub struct CommitOptions {
     pub base: usize,
     /// What becomes of the top. Only a top that sits directly on the base can be emptied.
     pub after: AfterCommit,
+    /// Whether a base that is larger than the top is cut to the top's size (off, as in `qemu-img commit`): the base then
+    /// is the disk that the top was.
+    pub shrink_base: bool,
     /// Directories in which no image may be over a layer that the commit changes: over the base, or over one between base
     /// and top. Of the images there, those that belong to the chain do not count. None by default: nobody looks.
     pub dependents_in: Vec<PathBuf>,
@@ -43,6 +54,7 @@ impl Default for CommitOptions {
         Self {
             base: 1,
             after: AfterCommit::Keep,
+            shrink_base: false,
             dependents_in: Vec::new(),
             allow_stale_snapshots: false,
             rate_limit: None,
@@ -62,6 +74,13 @@ impl CommitOptions {
     #[must_use]
     pub fn with_after(mut self, after: AfterCommit) -> Self {
         self.after = after;
+        self
+    }
+
+    /// The same, cutting a larger base to the top's size, or not.
+    #[must_use]
+    pub fn with_shrink_base(mut self, shrink: bool) -> Self {
+        self.shrink_base = shrink;
         self
     }
 
@@ -99,39 +118,48 @@ impl CommitOptions {
 /// [`Error::StaleSnapshots`], [`Error::Dependents`], [`Error::NoSpace`]. Later: [`Error::Cancelled`], and what reading and
 /// writing the images give.
 pub fn commit(chain: &Chain, options: &CommitOptions, progress: &dyn Progress) -> Result<Report> {
-    refuse_unfit(chain, options)?;
+    let names = refuse_unfit(chain, options)?;
     let target = Target::of(chain, options.base)?;
-    progress.step(&Step { phase: Phase::Planning, done: 0, total: 0, file: target.file() });
-    let work = weigh(chain, &target, options.base, |_| true)?;
-    target.check_space(&work)?;
+    let merge = Absorb::survey(chain, &target, options.base, |_| true, progress)?;
     let bitmaps = Bitmaps::of(&chain.layers()[..=options.base])?;
     target.grow_to(chain.virtual_size())?;
-
-    let mut copier = Copier::new(chain, &target, work.total, progress).with_rate(options.rate_limit);
-    for extent in chain.extents_of(0..options.base, 0..chain.virtual_size()) {
-        copier.take(extent?)?;
+    let mut report = merge.run(options.rate_limit, progress)?; // barriers: see there
+    if options.shrink_base {
+        target.shrink_to(chain.virtual_size())?; // after all is durable: the top does not show what is cut off
     }
-    let mut report = copier.finish()?;
-    progress.step(&Step { phase: Phase::Publishing, done: work.total, total: work.total, file: target.file() });
-    target.flush()?; // barriers: refcounts and data, then mappings, then what they replaced is freed
-
-    if options.after == AfterCommit::Empty
-        && let Node::Qcow2(top) = &chain.layers()[0].node
-    {
-        let file = &chain.top().path.display().to_string();
-        progress.step(&Step { phase: Phase::Emptying, done: work.total, total: work.total, file });
-        top.make_empty()?; // after the base is durable: until here the top still covered it
+    // After the base is durable: until here the top still covered it.
+    match (options.after, &chain.layers()[0].node) {
+        (AfterCommit::Empty, Node::Qcow2(top)) => {
+            merge.tell(Phase::Emptying, progress);
+            top.make_empty()?;
+        }
+        (AfterCommit::Remove, _) => {
+            merge.tell(Phase::Removing, progress);
+            remove(names, &chain.layers()[..options.base])?;
+        }
+        _ => {}
     }
     report.bitmaps_invalidated = bitmaps.invalidated()?;
     Ok(report)
 }
 
-/// Refuses what cannot be done to this chain before anything is written.
-fn refuse_unfit(chain: &Chain, options: &CommitOptions) -> Result<()> {
+/// Takes the names of layers away, the top first: each is durably gone before what it stands on goes.
+fn remove(names: Option<&Arc<dyn Names>>, layers: &[Layer]) -> Result<()> {
+    let Some(names) = names else { return Ok(()) };
+    for layer in layers {
+        names.unlink(&layer.path)?;
+        names.sync_dir(layer.path.parent().unwrap_or(Path::new("")))?;
+    }
+    Ok(())
+}
+
+/// Refuses what cannot be done to this chain before anything is written. Returns what the layers' paths are names in.
+fn refuse_unfit<'a>(chain: &'a Chain, options: &CommitOptions) -> Result<Option<&'a Arc<dyn Names>>> {
     let top = &chain.layers()[0];
+    let refused =
+        |layer: &Layer, why: &str| Err(Error::Refused { file: layer.path.display().to_string(), why: why.to_owned() });
     if options.base == 0 {
-        let why = "the top cannot be merged into itself".to_owned();
-        return Err(Error::Refused { file: top.path.display().to_string(), why });
+        return refused(top, "the top cannot be merged into itself");
     }
     for layer in chain.layers().iter().take(options.base + 1) {
         layer.node.data_access()?;
@@ -140,14 +168,30 @@ fn refuse_unfit(chain: &Chain, options: &CommitOptions) -> Result<()> {
         refuse_stale_snapshots(&chain.layers()[..options.base.min(chain.layers().len())])?;
     }
     refuse_dependents(chain, options.base, &options.dependents_in)?;
-    if options.after == AfterCommit::Empty {
-        let why = match &top.node {
-            _ if options.base != 1 => "only a top that sits directly on the base can be emptied",
-            Node::Raw(_) => "a raw image cannot be emptied",
-            Node::Qcow2(image) if image.is_read_only() => "the top was not opened for writing and cannot be emptied",
-            Node::Qcow2(_) => return Ok(()),
-        };
-        return Err(Error::Refused { file: top.path.display().to_string(), why: why.to_owned() });
+    if let Some(base) = chain.layers().get(options.base)
+        && base.node.virtual_size() != chain.virtual_size()
+        && base.node.as_qcow2().is_some_and(is_fixed_by_snapshots)
+        && (options.shrink_base || base.node.virtual_size() < chain.virtual_size())
+    {
+        return refused(base, "a version 2 image with internal snapshots cannot be resized");
     }
-    Ok(())
+    match (options.after, &top.node) {
+        (AfterCommit::Empty, _) if options.base != 1 => {
+            refused(top, "only a top that sits directly on the base can be emptied")
+        }
+        (AfterCommit::Empty, Node::Raw(_)) => refused(top, "a raw image cannot be emptied"),
+        (AfterCommit::Empty, Node::Qcow2(image)) if image.is_read_only() => {
+            refused(top, "the top was not opened for writing and cannot be emptied")
+        }
+        (AfterCommit::Remove, _) if chain.names().is_none() => {
+            refused(top, "its layers were not opened by name, and cannot be removed by name")
+        }
+        _ => Ok(chain.names()),
+    }
+}
+
+/// Whether the format does not allow another size.
+fn is_fixed_by_snapshots(image: &Image) -> bool {
+    let header = image.header().header;
+    header.version == Version::V2 && header.nb_snapshots > 0
 }

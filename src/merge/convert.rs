@@ -12,10 +12,11 @@ use crate::format::GuestOffset;
 use crate::image::{CreateOptions, Image, Preallocation, RawImage};
 use crate::storage::{self, Storage};
 
+use super::absorb::weigh;
 use super::copy::{Copier, Report};
 use super::progress::{Phase, Progress, Step};
 use super::target::Target;
-use super::{Error, Result, weigh};
+use super::{Error, Result};
 use header_last::HeaderLast;
 use plan::Plan;
 use store::Store;
@@ -136,7 +137,7 @@ pub fn convert(
     let work = weigh(source, &target, source.layers().len(), |_| true)?;
     let total = if options.sparse == 0 { size } else { work.data };
     if options.offload {
-        target.check_space(&work)?;
+        target.check_room(work.new_bytes)?;
     }
 
     let report = if options.offload {

@@ -6,10 +6,11 @@ use std::path::PathBuf;
 use crate::chain::{Bytes, Chain, Layer};
 use crate::format::IncompatibleFeatures;
 
+use super::absorb::{Work, weigh};
 use super::pull::wanted;
 use super::refuse::{snapshots_of, valid_bitmaps};
 use super::target::Target;
-use super::{Error, Result, Work, weigh};
+use super::{Error, Result};
 
 /// Which of two layers takes in the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]

@@ -12,6 +12,8 @@ pub enum Phase {
     Publishing,
     /// Emptying the layer that was merged.
     Emptying,
+    /// Removing the files of the layers that were merged.
+    Removing,
 }
 
 /// Where a merge is.

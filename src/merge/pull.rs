@@ -5,11 +5,12 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::chain::{Chain, ChainExtent, Layer, Node};
 
-use super::copy::{Copier, Report};
-use super::progress::{Phase, Progress, Step};
+use super::absorb::Absorb;
+use super::copy::Report;
+use super::progress::Progress;
 use super::refuse::{Bitmaps, refuse_stale_snapshots};
 use super::target::Target;
-use super::{Error, Result, weigh};
+use super::{Error, Result};
 
 /// How to pull.
 #[derive(Clone, Debug, Default)]
@@ -83,21 +84,9 @@ pub fn pull(chain: &Chain, options: &PullOptions, progress: &dyn Progress) -> Re
     if !options.allow_stale_snapshots {
         refuse_stale_snapshots(&chain.layers()[..1])?;
     }
-    progress.step(&Step { phase: Phase::Planning, done: 0, total: 0, file: target.file() });
-    let work = weigh(chain, &target, base, |extent| wanted(extent, base < depth))?;
-    target.check_space(&work)?;
+    let merge = Absorb::survey(chain, &target, base, |extent| wanted(extent, base < depth), progress)?;
     let bitmaps = Bitmaps::of(&chain.layers()[..1])?;
-
-    let mut copier = Copier::new(chain, &target, work.total, progress).with_rate(options.rate_limit);
-    for extent in chain.extents_of(0..base, 0..chain.virtual_size()) {
-        let extent = extent?;
-        if wanted(&extent, base < depth) {
-            copier.take(extent)?;
-        }
-    }
-    let mut report = copier.finish()?;
-    progress.step(&Step { phase: Phase::Publishing, done: work.total, total: work.total, file: target.file() });
-    target.flush()?; // barrier: all that the top takes in, before it stops looking beneath
+    let mut report = merge.run(options.rate_limit, progress)?; // barrier: all that the top takes in, before it stops looking beneath
 
     match chain.layers().get(base) {
         None => image.set_backing_file(None, None)?,

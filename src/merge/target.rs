@@ -8,7 +8,7 @@ use crate::format::{GuestOffset, HostOffset, Version};
 use crate::image::{ExtentKind, Image, Needs, Placement, ResizeOptions, Space};
 use crate::storage::Storage;
 
-use super::{Error, Result, Work};
+use super::{Error, Result};
 
 /// The receiving layer, and what lies beneath it.
 #[derive(Debug)]
@@ -70,11 +70,6 @@ impl<'a> Target<'a> {
         self.image().map_or(512, |image| image.geometry().cluster_size())
     }
 
-    /// Refuses a merge that cannot fit.
-    pub(super) fn check_space(&self, work: &Work) -> Result<()> {
-        self.check_room(work.new_bytes)
-    }
-
     /// The bytes that the target can still take: inside a container that cannot grow, else on the file system.
     pub(super) fn room(&self) -> Result<Option<u64>> {
         match self.image().map(Image::room_inside).transpose()?.flatten() {
@@ -130,6 +125,21 @@ impl<'a> Target<'a> {
                 image.resize_over(size, &ResizeOptions::default(), &self.below, self.below.virtual_size())?;
             }
             Node::Raw(raw) => raw.resize(size)?,
+        }
+        Ok(())
+    }
+
+    /// Cuts the target where it is larger. Durable on return.
+    pub(super) fn shrink_to(&self, size: u64) -> Result<()> {
+        if size >= self.node.virtual_size() {
+            return Ok(());
+        }
+        match self.node {
+            Node::Qcow2(image) => image.resize(size, &ResizeOptions::default().with_shrink(true))?,
+            Node::Raw(raw) => {
+                raw.resize(size)?;
+                raw.flush()?;
+            }
         }
         Ok(())
     }

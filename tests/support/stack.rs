@@ -21,7 +21,7 @@ pub struct Stack {
 /// A merge to be made, and made again after it was interrupted.
 #[derive(Clone, Copy, Debug)]
 pub enum Merge {
-    Commit { base: usize, after: AfterCommit },
+    Commit { base: usize, after: AfterCommit, shrink: bool },
     Pull { base: Option<usize> },
 }
 
@@ -219,8 +219,8 @@ impl Merge {
         match rng.within(0..5) {
             0 => Self::Pull { base: None },
             1 => Self::Pull { base: Some(base) },
-            2 => Self::Commit { base, after: AfterCommit::Keep },
-            _ => Self::Commit { base: 1, after: AfterCommit::Empty },
+            2 => Self::Commit { base, after: AfterCommit::Keep, shrink: rng.chance(1, 2) },
+            _ => Self::Commit { base: 1, after: AfterCommit::Empty, shrink: rng.chance(1, 3) },
         }
     }
 
@@ -230,8 +230,9 @@ impl Merge {
     /// What the merge says.
     pub fn run(self, chain: &Chain, depth: usize) -> Result<(), qcow2_chain::merge::Error> {
         match self {
-            Self::Commit { base, after } => {
-                commit(chain, &CommitOptions::default().with_base(base).with_after(after), &())?;
+            Self::Commit { base, after, shrink } => {
+                let options = CommitOptions::default().with_base(base).with_after(after).with_shrink_base(shrink);
+                commit(chain, &options, &())?;
             }
             // Where the header is switched already, the rest is done.
             Self::Pull { .. } if chain.layers().len() < depth => {}
@@ -257,9 +258,11 @@ impl Merge {
     pub fn is_complete(self, stack: &Stack, before: &[u8], beneath: &[u8]) -> Verdict {
         let storages = stack.storages();
         match self {
-            Self::Commit { base, after } => {
+            Self::Commit { base, after, shrink } => {
                 let mut merged = before.to_vec();
-                merged.extend(beneath.get(merged.len()..).unwrap_or_default());
+                if !shrink {
+                    merged.extend(beneath.get(merged.len()..).unwrap_or_default());
+                }
                 if stack.content_from(base)? != merged {
                     return Err("the base does not hold what was merged".to_owned());
                 }

@@ -1,0 +1,106 @@
+//! What commit and pull have in common: one layer takes in what others hold.
+
+use crate::chain::{Chain, ChainExtent};
+use crate::image::{ExtentKind, Needs};
+
+use super::Result;
+use super::copy::{Copier, Report};
+use super::progress::{Phase, Progress, Step};
+use super::target::Target;
+
+/// A target that takes in what the upper layers of a chain hold, as far as it is wanted.
+pub(super) struct Absorb<'a, W> {
+    chain: &'a Chain,
+    target: &'a Target<'a>,
+    /// How many layers, from the top, are taken in.
+    layers: usize,
+    wanted: W,
+    work: Work,
+}
+
+impl<'a, W: Fn(&ChainExtent) -> bool> Absorb<'a, W> {
+    /// Finds out what there is to do. Refuses what does not fit.
+    pub(super) fn survey(
+        chain: &'a Chain,
+        target: &'a Target<'a>,
+        layers: usize,
+        wanted: W,
+        progress: &dyn Progress,
+    ) -> Result<Self> {
+        progress.step(&Step { phase: Phase::Planning, done: 0, total: 0, file: target.file() });
+        let work = weigh(chain, target, layers, &wanted)?;
+        target.check_room(work.new_bytes)?;
+        Ok(Self { chain, target, layers, wanted, work })
+    }
+
+    /// Does it. All of it is durable on return.
+    pub(super) fn run(&self, rate_limit: Option<u64>, progress: &dyn Progress) -> Result<Report> {
+        let (chain, target) = (self.chain, self.target);
+        let mut copier = Copier::new(chain, target, self.work.total, progress).with_rate(rate_limit);
+        for extent in chain.extents_of(0..self.layers, 0..chain.virtual_size()) {
+            let extent = extent?;
+            if (self.wanted)(&extent) {
+                copier.take(extent)?;
+            }
+        }
+        let report = copier.finish()?;
+        self.tell(Phase::Publishing, progress);
+        target.flush()?; // barriers: refcounts and data, then mappings, then what they replaced is freed
+        Ok(report)
+    }
+
+    /// Tells that everything is copied, and what comes next.
+    pub(super) fn tell(&self, phase: Phase, progress: &dyn Progress) {
+        progress.step(&Step { phase, done: self.work.total, total: self.work.total, file: self.target.file() });
+    }
+}
+
+/// What a merge has to move.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Work {
+    /// Guest bytes that the source layers decide.
+    pub(super) total: u64,
+    /// Of these, bytes of data.
+    pub(super) data: u64,
+    /// Of the data, bytes that are overwritten where they lie.
+    pub(super) in_place: u64,
+    /// The space that the rest of the data needs in the target.
+    pub(super) new_bytes: u64,
+}
+
+/// Walks the metadata of the layers above `base`; weighs what is `wanted` in the target.
+pub(super) fn weigh(
+    chain: &Chain,
+    target: &Target<'_>,
+    base: usize,
+    wanted: impl Fn(&ChainExtent) -> bool,
+) -> Result<Work> {
+    let mut work = Work::default();
+    // Several extents may lie in one cluster of the target.
+    let mut counted = 0;
+    let zeroes_are_data = target.zeroes_are_data();
+    for extent in chain.extents_of(0..base, 0..chain.virtual_size()) {
+        let extent = extent?;
+        let data = match extent.kind {
+            ExtentKind::Unallocated => continue,
+            _ if !wanted(&extent) => continue,
+            ExtentKind::Zero { .. } => zeroes_are_data,
+            ExtentKind::Data { .. } | ExtentKind::Compressed => {
+                work.data += extent.len;
+                true
+            }
+        };
+        work.total += extent.len;
+        if data {
+            let (start, end) = (extent.guest.get(), extent.end());
+            let mut needs = target.needs(start..end)?;
+            work.in_place += needs.in_place;
+            if start < counted {
+                needs = if counted < end { target.needs(counted..end)? } else { Needs::default() };
+            }
+            work.new_bytes += needs.clusters * target.granularity();
+            counted = counted.max(end.next_multiple_of(target.granularity()));
+        }
+    }
+    Ok(work)
+}
