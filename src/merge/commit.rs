@@ -123,7 +123,8 @@ pub fn commit(chain: &Chain, options: &CommitOptions, progress: &dyn Progress) -
     let merge = Absorb::survey(chain, &target, options.base, |_| true, progress)?;
     let bitmaps = Bitmaps::of(&chain.layers()[..=options.base])?;
     target.grow_to(chain.virtual_size())?;
-    let mut report = merge.run(options.rate_limit, progress)?; // barriers: see there
+    let spent = if options.after == AfterCommit::Keep { 0 } else { options.base };
+    let mut report = merge.run(options.rate_limit, spent, progress)?; // barriers: see there
     if options.shrink_base {
         target.shrink_to(chain.virtual_size())?; // after all is durable: the top does not show what is cut off
     }

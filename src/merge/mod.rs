@@ -22,6 +22,7 @@ mod rate;
 mod rebase;
 mod refuse;
 mod target;
+mod transfer;
 mod writeback;
 
 pub use commit::{AfterCommit, CommitOptions, commit};

@@ -86,7 +86,7 @@ pub fn pull(chain: &Chain, options: &PullOptions, progress: &dyn Progress) -> Re
     }
     let merge = Absorb::survey(chain, &target, base, |extent| wanted(extent, base < depth), progress)?;
     let bitmaps = Bitmaps::of(&chain.layers()[..1])?;
-    let mut report = merge.run(options.rate_limit, progress)?; // barrier: all that the top takes in, before it stops looking beneath
+    let mut report = merge.run(options.rate_limit, 0, progress)?; // barrier: all that the top takes in, before it stops looking beneath
 
     match chain.layers().get(base) {
         None => image.set_backing_file(None, None)?,

@@ -5,14 +5,18 @@ use std::io::{self, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use super::sys::{self, Kind};
 use super::{Access, Error, FileId, LockMode, MAX_LEN, Result, Storage, beneath, lock};
 
+/// What a write around the page cache is a multiple of, in place, length and memory. No medium's sectors are larger.
+const DIRECT_UNIT: usize = 4096;
+
 /// A regular file or block device with its image locks.
 ///
-/// Reads and writes are positional and go through the kernel's page cache; nothing is kept in this program. The locks
+/// Reads and writes are positional and go through the kernel's page cache, but for [`Storage::write_bulk_at`], which goes
+/// around it where the system allows; nothing is kept in this program. The locks
 /// end when the last clone of an `Arc` around it is dropped.
 #[derive(Debug)]
 pub struct FileStorage {
@@ -23,6 +27,8 @@ pub struct FileStorage {
     /// Set by a failed sync. What was written before it may be lost, and no later sync would tell.
     poisoned: AtomicBool,
     lock: Mutex<LockMode>,
+    /// The same file, written around the page cache: opened by the first bulk write, none where that cannot be had.
+    direct: OnceLock<Option<File>>,
 }
 
 impl FileStorage {
@@ -79,6 +85,7 @@ impl FileStorage {
             fixed,
             poisoned: AtomicBool::new(false),
             lock: Mutex::new(access.lock),
+            direct: OnceLock::new(),
         })
     }
 
@@ -111,6 +118,26 @@ impl FileStorage {
             return Err(Error::Poisoned { name: self.name.clone() });
         }
         Ok(())
+    }
+
+    /// Writes around the page cache as far as that goes, and returns how far.
+    fn write_directly(&self, buf: &[u8], offset: u64) -> usize {
+        let aligned = offset.is_multiple_of(DIRECT_UNIT as u64)
+            && buf.len().is_multiple_of(DIRECT_UNIT)
+            && buf.as_ptr().align_offset(DIRECT_UNIT) == 0;
+        if !aligned {
+            return 0;
+        }
+        let Some(direct) = self.direct.get_or_init(|| sys::reopen_direct(&self.file)) else { return 0 };
+        let mut done = 0;
+        while done < buf.len() {
+            // What went wrong, the ordinary way finds out again and tells; after a part, it does the rest.
+            match sys::retry(|| sys::write_some_at(direct, &buf[done..], offset + done as u64)) {
+                Ok(written) if written > 0 && written.is_multiple_of(DIRECT_UNIT) => done += written,
+                _ => break,
+            }
+        }
+        done
     }
 
     /// What a range operation of the system came to.
@@ -290,6 +317,21 @@ impl Storage for FileStorage {
             }
         }
         Ok(done)
+    }
+
+    fn prefers_copy_from(&self, source: &dyn Storage) -> bool {
+        source.as_file().is_some_and(|source| sys::copies_cheaply(source, &self.file))
+    }
+
+    fn write_bulk_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.may_change()?;
+        let within = offset.checked_add(buf.len() as u64).is_some_and(|end| end <= MAX_LEN);
+        let done = if within { self.write_directly(buf, offset) } else { 0 };
+        if done == buf.len() { Ok(()) } else { self.write_at(&buf[done..], offset + done as u64) }
+    }
+
+    fn will_not_need(&self, range: Range<u64>) {
+        sys::will_not_need(&self.file, &range);
     }
 
     fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {
