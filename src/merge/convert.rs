@@ -16,7 +16,7 @@ use super::absorb::weigh;
 use super::copy::{Copier, Report};
 use super::progress::{Phase, Progress, Step};
 use super::target::Target;
-use super::{Error, Result};
+use super::{Error, Result, in_order};
 use header_last::HeaderLast;
 use plan::Plan;
 use store::Store;
@@ -174,15 +174,12 @@ fn pipe(
     let plan = Plan::new(source, look.unit, options.sparse == 0, sort);
     let mut store = Store::new(target, source.virtual_size(), total, progress);
     let threads = match options.threads {
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
-        threads => threads.min(MAX_THREADS),
+        0 => in_order::threads(),
+        threads => threads.min(in_order::MAX_THREADS),
     };
     look_at_all(source, plan, &look, threads, &mut |seen| store.take(seen))?;
     store.finish()
 }
-
-/// The most threads that are started.
-const MAX_THREADS: usize = 64;
 
 impl Target<'_> {
     /// What is written whole, or not at all where it is zero.

@@ -81,6 +81,7 @@ impl<'a> Copier<'a> {
             ),
             rate: Rate::default(),
             told: 0,
+            told_before: 0,
         };
         Self {
             chain,
@@ -112,8 +113,7 @@ impl<'a> Copier<'a> {
             ExtentKind::Unallocated => {}
             // Also where a layer in between is too short and hides what lies deeper.
             ExtentKind::Zero { .. } => {
-                self.target.zero(extent.guest, extent.len)?;
-                self.report.zeroed += extent.len;
+                self.zero(extent.guest, extent.len)?;
                 self.advance(extent.len)?;
             }
             ExtentKind::Compressed => self.write_through(extent.guest, extent.len)?,
@@ -131,6 +131,19 @@ impl<'a> Copier<'a> {
                 self.write_through(GuestOffset::new(last), end - last)?;
             }
         }
+        Ok(())
+    }
+
+    /// The same of an extent that was counted as done before, when it was compared.
+    pub(super) fn take_told(&mut self, extent: ChainExtent) -> Result<()> {
+        self.course.told_before += extent.len;
+        self.take(extent)
+    }
+
+    /// Makes a range of the target zero.
+    pub(super) fn zero(&mut self, offset: GuestOffset, len: u64) -> Result<()> {
+        self.target.zero(offset, len)?;
+        self.report.zeroed += len;
         Ok(())
     }
 
@@ -263,11 +276,15 @@ struct Course<'a> {
     rate: Rate,
     /// What the present transfer has told of.
     told: u64,
+    /// What comes once more and has been told of before.
+    told_before: u64,
 }
 
 impl Course<'_> {
     fn advance(&mut self, len: u64) -> Result<()> {
-        self.done += len;
+        let again = self.told_before.min(len);
+        self.told_before -= again;
+        self.done += len - again;
         let file = self.target.file();
         self.progress.step(&Step { phase: Phase::Copying, done: self.done, total: self.total, file });
         if self.progress.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }

@@ -14,6 +14,7 @@ mod commit;
 mod convert;
 mod copy;
 mod error;
+mod in_order;
 mod measure;
 mod plan;
 mod progress;
