@@ -10,6 +10,7 @@ mod convert_program;
 mod crash;
 mod crash_merge;
 mod create;
+mod deep;
 mod devices;
 mod faults;
 mod filesystems;
