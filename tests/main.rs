@@ -28,5 +28,6 @@ mod plan;
 mod qemu;
 mod rebase;
 mod review;
+mod sparse;
 mod support;
 mod tables;
