@@ -19,7 +19,7 @@ mod policy;
 mod read;
 mod reader;
 
-pub use compare::{CompareOptions, Comparison, compare};
+pub use compare::{CompareOptions, Comparison, compare, compare_with_progress};
 pub(crate) use describe::Bytes;
 pub use describe::{BackingDescription, Description, Flags, Held, LayerDescription};
 pub use error::{Error, Remedy, Result};
