@@ -7,6 +7,7 @@ mod workers;
 
 use std::sync::Arc;
 
+use crate::chain::in_order;
 use crate::chain::{Chain, Layer, Node};
 use crate::format::GuestOffset;
 use crate::image::{CreateOptions, Image, Preallocation, RawImage};
@@ -16,7 +17,7 @@ use super::absorb::weigh;
 use super::copy::{Copier, Report};
 use super::progress::{Phase, Progress, Step};
 use super::target::Target;
-use super::{Error, Result, in_order};
+use super::{Error, Result};
 use header_last::HeaderLast;
 use plan::Plan;
 use store::Store;

@@ -14,7 +14,6 @@ mod commit;
 mod convert;
 mod copy;
 mod error;
-mod in_order;
 mod measure;
 mod plan;
 mod progress;

@@ -8,8 +8,8 @@ use crate::format::{CompressionType, GuestOffset};
 use crate::image::compress;
 
 use super::super::Result;
-use super::super::in_order::in_order;
 use super::plan::{Origin, Plan, Segment, Task};
+use crate::chain::in_order::in_order;
 
 /// What is done with the data that is read.
 #[derive(Clone, Debug)]

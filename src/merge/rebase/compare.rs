@@ -9,8 +9,8 @@ use crate::image::{Backing, Image};
 
 use super::super::Result;
 use super::super::copy::{Copier, Report};
-use super::super::in_order::{in_order, threads};
 use super::sides::{Action, Piece, Sides};
+use crate::chain::in_order::{in_order, threads};
 
 /// What is gathered before it is compared.
 const BATCH: u64 = 64 << 20;

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::chain::{Below, Chain, ChainExtent, ChainExtents, Format, Layer, Node};
-use crate::format::{GuestOffset, Version};
+use crate::chain::{Below, Chain, ChainExtent, ChainExtents, Format, Layer, Node, Walk};
+use crate::format::Version;
 use crate::image::{ExtentKind, Image};
 
 use super::super::{Error, Result};
@@ -133,7 +133,7 @@ impl<'a> Sides<'a> {
             if at >= end {
                 return None;
             }
-            let piece = old.at(at).and_then(|mut old| {
+            let piece = old.at(at).map_err(Error::from).and_then(|mut old| {
                 old.len = old.len.min(end - at);
                 if old.layer == Some(0) || old.kind == ExtentKind::Unallocated {
                     return Ok(Piece { old, action: Action::Skip });
@@ -178,32 +178,4 @@ impl<'a> Sides<'a> {
 fn same_file(a: &Layer, b: &Layer) -> bool {
     let (a, b) = (a.node.storage(), b.node.storage());
     Arc::ptr_eq(a, b) || (a.file_id().is_some() && a.file_id() == b.file_id())
-}
-
-/// Extents by position; behind the last one, zeroes.
-pub(super) struct Walk<'a> {
-    extents: Option<ChainExtents<'a>>,
-    current: Option<ChainExtent>,
-}
-
-impl<'a> Walk<'a> {
-    fn new(extents: Option<ChainExtents<'a>>) -> Self {
-        Self { extents, current: None }
-    }
-
-    /// The extent at a position, from there on. Positions never go back.
-    pub(super) fn at(&mut self, position: u64) -> Result<ChainExtent> {
-        loop {
-            if let Some(current) = self.current.filter(|current| position < current.end()) {
-                let skipped = position.saturating_sub(current.guest.get());
-                let (guest, kind) = (GuestOffset::new(position), current.kind.advanced(skipped));
-                return Ok(ChainExtent { guest, len: current.len - skipped, kind, ..current });
-            }
-            let kind = ExtentKind::Zero { host: None };
-            let (guest, len) = (GuestOffset::new(position), u64::MAX - position);
-            let rest = ChainExtent { guest, len, layer: None, depth: 0, kind };
-            let next = self.extents.as_mut().and_then(Iterator::next).transpose()?;
-            self.current = Some(next.unwrap_or(rest));
-        }
-    }
 }

@@ -4,24 +4,30 @@ use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 use std::sync::{Mutex, PoisonError};
 
-use super::{Error, Result};
+/// The most threads that are started.
+pub(crate) const MAX_THREADS: usize = 64;
+
+/// How many threads are worth starting: one for each processor, within reason.
+pub(crate) fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS)
+}
 
 /// Has every task that `next` gives done by one of so many threads, and hands each result to `take`, in the order of the
 /// tasks. At most two more tasks than there are threads are under way or waiting to be taken.
 ///
 /// # Errors
 /// The first error, in the order of the tasks, of `next`, `work` or `take`; nothing is begun after it.
-pub(super) fn in_order<T: Send, R: Send>(
+pub(crate) fn in_order<T: Send, R: Send, E: Send>(
     threads: usize,
-    next: &mut dyn FnMut() -> Result<Option<T>>,
-    work: &(dyn Fn(T) -> Result<R> + Sync),
-    take: &mut dyn FnMut(R) -> Result<()>,
-) -> Result<()> {
-    let (orders, queue) = channel::<Order<T, R>>();
+    next: &mut dyn FnMut() -> Result<Option<T>, E>,
+    work: &(dyn Fn(T) -> Result<R, E> + Sync),
+    take: &mut dyn FnMut(R) -> Result<(), E>,
+) -> Result<(), E> {
+    let (orders, queue) = channel::<Order<T, R, E>>();
     let queue = &Mutex::new(queue);
     std::thread::scope(|scope| {
         let orders = orders; // dropped when this is done, which ends the workers
-        let mut waiting: VecDeque<Receiver<Result<R>>> = VecDeque::new();
+        let mut waiting: VecDeque<Receiver<Result<R, E>>> = VecDeque::new();
         let mut started = 0;
         loop {
             // One task more than there are threads waits for a free one, and one is being taken.
@@ -32,33 +38,23 @@ pub(super) fn in_order<T: Send, R: Send>(
                     started += 1;
                 }
                 let (result, receiver) = sync_channel(1);
-                orders.send((task, result)).map_err(|_| worker_is_gone())?;
                 waiting.push_back(receiver);
+                if orders.send((task, result)).is_err() {
+                    break; // see below
+                }
             }
-            let Some(oldest) = waiting.pop_front() else { return Ok(()) };
-            take(oldest.recv().map_err(|_| worker_is_gone())??)?;
+            // A result that never comes is that of a worker who panicked, which the scope hands on.
+            let Some(Ok(result)) = waiting.pop_front().map(|oldest| oldest.recv()) else { return Ok(()) };
+            take(result?)?;
         }
     })
 }
 
-/// How many threads are worth starting: one for each processor, within reason.
-pub(super) fn threads() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS)
-}
-
-/// The most threads that are started.
-pub(super) const MAX_THREADS: usize = 64;
-
 /// A task, and where its result goes.
-type Order<T, R> = (T, SyncSender<Result<R>>);
-
-/// Can only be where a worker panicked, which the scope hands on.
-fn worker_is_gone() -> Error {
-    Error::Cancelled
-}
+type Order<T, R, E> = (T, SyncSender<Result<R, E>>);
 
 /// Serves orders until there are no more.
-fn serve<T, R>(queue: &Mutex<Receiver<Order<T, R>>>, work: &(dyn Fn(T) -> Result<R> + Sync)) {
+fn serve<T, R, E>(queue: &Mutex<Receiver<Order<T, R, E>>>, work: &(dyn Fn(T) -> Result<R, E> + Sync)) {
     loop {
         let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok((task, result)) = next else { return };
@@ -69,6 +65,7 @@ fn serve<T, R>(queue: &Mutex<Receiver<Order<T, R>>>, work: &(dyn Fn(T) -> Result
 
 #[cfg(test)]
 mod tests {
+    use super::super::Error;
     use super::*;
 
     #[test]
@@ -77,7 +74,7 @@ mod tests {
         let mut taken = Vec::new();
         let slow_at_first = |task: u64| {
             std::thread::sleep(std::time::Duration::from_micros(500 * (3 - task % 4)));
-            Ok(task * task)
+            Ok::<u64, Error>(task * task)
         };
         in_order(4, &mut || Ok(tasks.next()), &slow_at_first, &mut |result| {
             taken.push(result);
