@@ -10,7 +10,7 @@ use qcow2_chain::chain::{Chain, ChainOptions, Policy};
 use qcow2_chain::format::GuestOffset;
 use qcow2_chain::image::{CreateOptions, Image, OpenOptions};
 use qcow2_chain::merge::{self, AfterCommit, CommitOptions, commit, plan};
-use qcow2_chain::storage::{Access, Error, FileStorage, LockMode, Storage};
+use qcow2_chain::storage::{Access, Error, FileStorage, LockMode, MemoryStorage, Storage};
 
 use crate::support::qemu::Qemu;
 use crate::support::say;
@@ -149,4 +149,62 @@ fn a_block_device_is_a_storage_of_fixed_length() {
     assert_eq!(storage.file_id(), other.file_id());
     assert!(storage.file_id().is_some());
     assert_ne!(storage.file_id(), FileStorage::open(&file, &looker).expect("the file opens").file_id());
+}
+
+/// Memory that does not grow.
+#[derive(Debug)]
+struct Fixed(MemoryStorage);
+
+impl Storage for Fixed {
+    fn name(&self) -> &'static str {
+        "fixed"
+    }
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), Error> {
+        self.0.read_at(buf, offset)
+    }
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<(), Error> {
+        assert!(offset + buf.len() as u64 <= self.0.len()?, "written behind the end");
+        self.0.write_at(buf, offset)
+    }
+    fn len(&self) -> Result<u64, Error> {
+        self.0.len()
+    }
+    fn set_len(&self, len: u64) -> Result<(), Error> {
+        assert_eq!(len, self.0.len()?);
+        Ok(())
+    }
+    fn sync(&self) -> Result<(), Error> {
+        self.0.sync()
+    }
+    fn is_fixed_size(&self) -> bool {
+        true
+    }
+}
+
+/// What was given up makes room as soon as it is needed, not only after the caller's next flush.
+#[test]
+fn a_full_container_takes_what_replaces_something() {
+    let storage = Arc::new(Fixed(MemoryStorage::with_bytes("fixed", vec![0; 1 << 20])));
+    let image = Image::create(storage.clone(), &CreateOptions::new(16 * MIB)).expect("it fits");
+    let mut held = Vec::new();
+    for cluster in 0.. {
+        match image.write_at(&[7; 1 << 16], GuestOffset::new(cluster << 16)) {
+            Ok(()) => held.push(cluster),
+            Err(error) => {
+                assert!(error.to_string().contains("fixed"), "{error}");
+                break;
+            }
+        }
+    }
+    assert!(held.len() > 5);
+    image.flush().expect("durable");
+    image.discard_at(GuestOffset::ZERO, 1 << 16).expect("given up");
+    image.write_at(&[8; 1 << 16], GuestOffset::new(200 << 16)).expect("the room of the first");
+    image.close().expect("it closes");
+    let image = Image::open(storage, &OpenOptions::default()).expect("it opens");
+    let mut bytes = vec![0; 1 << 16];
+    for (cluster, expected) in [(0, 0), (1, 7), (200, 8)] {
+        image.read_at(&mut bytes, GuestOffset::new(cluster << 16)).expect("it reads");
+        assert!(bytes.iter().all(|&byte| byte == expected), "cluster {cluster}");
+    }
 }

@@ -1,9 +1,8 @@
 //! Opening an image.
 
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::RwLock;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, RwLock};
 
 use crate::format::limits::{MAX_CLUSTER_BITS, MIN_CLUSTER_BITS};
 use crate::format::{HeaderCluster, IncompatibleFeatures, Limits, Version};
@@ -66,7 +65,8 @@ impl Image {
         let geometry = header.header.geometry();
         let state = State::load(Arc::clone(&storage), header, bytes, options.limits.clone())?;
         let poisoned = AtomicBool::new(false);
-        Ok(Self { storage, geometry, writable: options.write, poisoned, state: Box::new(RwLock::new(state)) })
+        let (reserved, state) = (Mutex::default(), Box::new(RwLock::new(state)));
+        Ok(Self { storage, geometry, writable: options.write, poisoned, reserved, state })
     }
 
     /// Opens the image at a path, with the locks that QEMU would take.

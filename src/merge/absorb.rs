@@ -41,6 +41,8 @@ impl<'a, W: Fn(&ChainExtent) -> bool> Absorb<'a, W> {
             let extent = extent?;
             if (self.wanted)(&extent) {
                 copier.take(extent)?;
+            } else if extent.layer.is_some() {
+                copier.report.skipped += extent.len;
             }
         }
         let report = copier.finish()?;

@@ -13,7 +13,7 @@ use super::copy::Report;
 use super::progress::{Phase, Progress};
 use super::refuse::{Bitmaps, refuse_dependents, refuse_stale_snapshots};
 use super::target::Target;
-use super::{Error, Result};
+use super::{Error, Result, reserve};
 
 /// What becomes of the top after its content has reached the base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -120,6 +120,7 @@ impl CommitOptions {
 pub fn commit(chain: &Chain, options: &CommitOptions, progress: &dyn Progress) -> Result<Report> {
     let names = refuse_unfit(chain, options)?;
     let target = Target::of(chain, options.base)?;
+    let _reserved = reserve(&chain.layers()[..=options.base])?;
     let merge = Absorb::survey(chain, &target, options.base, |_| true, progress)?;
     let bitmaps = Bitmaps::of(&chain.layers()[..=options.base])?;
     target.grow_to(chain.virtual_size())?;

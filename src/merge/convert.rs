@@ -120,6 +120,8 @@ impl ConvertOptions {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
+/// Nobody may write the source meanwhile.
+///
 /// # Errors
 /// [`Error::Refused`] for options and targets that do not go together, for a target that is one of the source's files, is
 /// not empty, or is too small; [`Error::Image`] with [`crate::image::Error::Unsupported`] for encrypted sources and those with an

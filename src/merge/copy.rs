@@ -21,10 +21,12 @@ use super::{Error, Result};
 pub struct Report {
     /// Data that was read and written.
     pub copied: u64,
-    /// Data that the kernel copied, sharing blocks where the file system can.
+    /// Data that the kernel copied, because both files lie on a file system that shares blocks, or whose server copies.
     pub copied_in_kernel: u64,
     /// Ranges that were made zero, or found to be.
     pub zeroed: u64,
+    /// What the layers hold and what did not have to move: the image that was written shows the same without.
+    pub skipped: u64,
     /// Data that was read on both sides of a rebase and compared.
     pub compared: u64,
     /// What a rebase dropped from the top, as it equals the new backing file.

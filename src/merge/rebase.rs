@@ -11,7 +11,7 @@ use super::copy::{Copier, Report};
 use super::progress::{Phase, Progress, Step};
 use super::pull::name_of;
 use super::target::Target;
-use super::{Error, Result};
+use super::{Error, Result, reserve};
 use compare::Rebaser;
 use sides::Sides;
 
@@ -92,6 +92,7 @@ impl RebaseOptions {
 pub fn rebase(chain: &Chain, onto: Onto<'_>, options: &RebaseOptions, progress: &dyn Progress) -> Result<Report> {
     let target = Target::of(chain, 0)?.hiding();
     let sides = Sides::new(chain, onto, options)?;
+    let _reserved = reserve(chain.layers())?;
     let base = sides.base().map(|layer| {
         let name = options.backing_file.clone().unwrap_or_else(|| name_of(layer, &chain.top().path));
         (name, layer.format().name().as_bytes())

@@ -36,7 +36,10 @@ impl<'a> Rebaser<'a> {
     pub(super) fn take(&mut self, piece: &Piece) -> Result<()> {
         let (start, end) = (piece.old.guest.get(), piece.old.end());
         match piece.action {
-            Action::Skip => Ok(()),
+            Action::Skip => {
+                self.copier.report.skipped += if piece.old.layer.is_some() { piece.old.len } else { 0 };
+                Ok(())
+            }
             Action::Move => self.copier.take(piece.old),
             Action::Compare => self.compare_later(start..end),
             Action::Zero => {
@@ -92,7 +95,9 @@ impl<'a> Rebaser<'a> {
         let copier = &mut self.copier;
         in_order(threads, &mut || Ok(parts.next()), &look, &mut |(range, differences)| {
             let len = range.end - range.start;
+            let differing = differences.iter().map(|(_, range)| range.end - range.start).sum::<u64>();
             copier.report.compared += len;
+            copier.report.skipped += len - differing;
             found.extend(differences);
             copier.advance(len)
         })?;
