@@ -1,10 +1,11 @@
 //! What the verbs that merge have in common beyond qemu-img: a look beforehand, a limit, and what a cancelled merge leaves.
 
 use qcow2_chain::chain::{Chain, Layer, Node};
-use qcow2_chain::merge::{self, MergePlan};
+use qcow2_chain::merge::{self, MergePlan, Report};
 
-use crate::failure::Failure;
-use crate::output::{Form, emit};
+use crate::failure::{Failure, Outcome};
+use crate::json::Json;
+use crate::output::{Form, emit, say};
 use crate::size;
 
 /// Options of verbs that merge.
@@ -13,15 +14,22 @@ pub(crate) struct MergeArgs {
     /// Tell what would be done, and do nothing
     #[arg(long)]
     pub dry_run: bool,
-    /// The form of what --dry-run tells
+    #[command(flatten)]
+    report: ReportArgs,
+    /// Copy at most RATE bytes a second (suffixes k, M, G, T)
+    #[arg(long, value_name = "RATE")]
+    rate_limit: Option<String>,
+}
+
+/// How a merge says what it did.
+#[derive(clap::Args, Debug)]
+pub(crate) struct ReportArgs {
+    /// The form of what is told: of a plan, and of what was done
     #[arg(long, value_enum, default_value = "human")]
     output: Form,
     /// The same as --output json
     #[arg(long)]
     json: bool,
-    /// Copy at most RATE bytes a second (suffixes k, M, G, T)
-    #[arg(long, value_name = "RATE")]
-    rate_limit: Option<String>,
 }
 
 impl MergeArgs {
@@ -34,11 +42,43 @@ impl MergeArgs {
 
     /// Prints a plan.
     pub(crate) fn show(&self, plan: &MergePlan) -> Result<(), Failure> {
-        if self.json || self.output == Form::Json {
+        if self.report.wants_json() {
             let text = serde_json::to_string_pretty(plan).map_err(Failure::from)?;
             return emit(&(text + "\n"));
         }
         emit(&plan.to_string())
+    }
+
+    /// As [`ReportArgs::tell`], unless the user wants quiet.
+    pub(crate) fn tell(&self, quiet: bool, line: &str, operation: &'static str, report: &Report) -> Outcome {
+        self.report.tell(if quiet { "" } else { line }, operation, report)
+    }
+}
+
+impl ReportArgs {
+    fn wants_json(&self) -> bool {
+        self.json || self.output == Form::Json
+    }
+
+    /// Says that a merge is done: in one line, if there is one; in JSON all that it did.
+    pub(crate) fn tell(&self, line: &str, operation: &'static str, report: &Report) -> Outcome {
+        if !self.wants_json() {
+            say(line.is_empty(), line)?;
+            return Ok(0);
+        }
+        let bitmaps = report.bitmaps_invalidated.iter().map(|name| Json::from(name.as_str())).collect();
+        let report = Json::Object(vec![
+            ("operation", operation.into()),
+            ("copied", report.copied.into()),
+            ("copied-in-kernel", report.copied_in_kernel.into()),
+            ("zeroed", report.zeroed.into()),
+            ("compared", report.compared.into()),
+            ("dropped", report.dropped.into()),
+            ("compressed", report.compressed.into()),
+            ("bitmaps-invalidated", Json::List(bitmaps)),
+        ]);
+        emit(&(report.pretty() + "\n"))?;
+        Ok(0)
     }
 }
 
@@ -73,6 +113,11 @@ pub(crate) fn explain(error: merge::Error, chain: &Chain, receiver: usize) -> Fa
             name(base)
         ),
     };
+    cancelled(&state)
+}
+
+/// The failure of a merge that was cancelled and can be completed.
+pub(crate) fn cancelled(state: &str) -> Failure {
     let hint = "The same command again completes the merge";
     Failure::new(format!("cancelled: {state}")).with_hint(hint).with_code(130)
 }

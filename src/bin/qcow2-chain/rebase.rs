@@ -11,6 +11,7 @@ use crate::commit::{find, with_progress};
 use crate::failure::{Failure, Outcome};
 use crate::open;
 use crate::options::{PolicyArgs, Unserved, cache_mode, directory};
+use crate::planning::{ReportArgs, cancelled, explain};
 use crate::progress::Progress;
 
 /// Change the backing file of an image
@@ -55,6 +56,8 @@ pub(crate) struct Args {
     compress: bool,
     #[arg(short = 'U', long, hide = true)]
     force_share: bool,
+    #[command(flatten)]
+    report: ReportArgs,
     #[command(flatten)]
     policy: PolicyArgs,
     #[command(flatten)]
@@ -109,12 +112,11 @@ pub(crate) fn run(args: &Args) -> Outcome {
         progress.end();
         return Ok(0);
     }
-    rebase(args, name)?;
-    Ok(0)
+    rebase(args, name)
 }
 
 /// The safe way: all files are opened.
-fn rebase(args: &Args, name: Option<&str>) -> Result<(), Failure> {
+fn rebase(args: &Args, name: Option<&str>) -> Outcome {
     let mut options = args.policy.chain_options(&args.file, Format::Qcow2, LockMode::Read);
     options.writable = 1;
     let chain = Chain::open(&args.file, &options).map_err(open::explain)?;
@@ -141,15 +143,27 @@ fn rebase(args: &Args, name: Option<&str>) -> Result<(), Failure> {
         Some(Base::Layer(index)) => Onto::Layer(*index),
         Some(Base::Chain(other)) => Onto::Chain(other),
     };
+    let before = backing_name(&chain);
     let done = with_progress(args.progress && !args.quiet, |face| merge::rebase(&chain, onto, &rebase, face));
     let done = done.map_err(|error| match &error {
         merge::Error::Refused { why, .. } if why.contains("snapshots") => {
             Failure::from(error).with_hint("Use --ignore-snapshots to let them")
         }
-        _ => Failure::from(error),
+        merge::Error::Cancelled if backing_name(&chain) != before => {
+            let file = args.file.display();
+            cancelled(&format!(
+                "{file} reads as before and stands on its new backing file; not all that equals it is dropped"
+            ))
+        }
+        _ => explain(error, &chain, 0),
     });
     chain.close()?;
-    done.map(|_| ())
+    args.report.tell("", "rebase", &done?)
+}
+
+/// What the top's header says that it stands on.
+fn backing_name(chain: &Chain) -> Option<Vec<u8>> {
+    chain.top().node.as_qcow2().and_then(|image| image.header().backing_file)
 }
 
 /// What the image sits on afterwards.
