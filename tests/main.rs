@@ -4,6 +4,7 @@ mod chain;
 mod check;
 #[cfg(feature = "cli")]
 mod cli;
+mod compare;
 mod convert;
 #[cfg(feature = "cli")]
 mod convert_program;
@@ -25,6 +26,8 @@ mod layering;
 mod locks;
 mod merge;
 mod plan;
+#[cfg(feature = "cli")]
+mod program_merges;
 mod qemu;
 mod rebase;
 mod review;

@@ -1,5 +1,7 @@
 //! Rebase: the top gets another backing file and reads as before.
 
+mod plan;
+
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -12,6 +14,8 @@ use super::progress::{Phase, Progress, Step};
 use super::pull::name_of;
 use super::target::Target;
 use super::{Error, Result};
+
+pub use plan::{RebasePlan, plan_rebase};
 
 /// What the top sits on afterwards.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +42,8 @@ pub struct RebaseOptions {
     /// Whether internal snapshots of the top may change (off: a top that has some is refused). Where they hold nothing
     /// themselves they show the backing file, whichever it is.
     pub ignore_snapshots: bool,
+    /// The most bytes of data to copy in a second; none does not limit.
+    pub rate_limit: Option<u64>,
 }
 
 impl RebaseOptions {
@@ -59,6 +65,13 @@ impl RebaseOptions {
     #[must_use]
     pub fn with_ignore_snapshots(mut self, ignore_snapshots: bool) -> Self {
         self.ignore_snapshots = ignore_snapshots;
+        self
+    }
+
+    /// The same with another limit of bytes in a second.
+    #[must_use]
+    pub fn with_rate_limit(mut self, limit: Option<u64>) -> Self {
+        self.rate_limit = limit;
         self
     }
 }
@@ -99,7 +112,7 @@ pub fn rebase(chain: &Chain, onto: Onto<'_>, options: &RebaseOptions, progress: 
     let work = sides.survey()?;
     target.check_room(work.moved)?;
 
-    let copier = Copier::new(chain, &target, work.total, progress);
+    let copier = Copier::new(chain, &target, work.total, progress).with_rate(options.rate_limit);
     let mut rebaser = Rebaser::new(&sides, &target, copier);
     for piece in sides.pieces() {
         rebaser.take(&piece?)?;

@@ -1,7 +1,9 @@
 //! What the verbs that merge have in common beyond qemu-img: a look beforehand, a limit, and what a cancelled merge leaves.
 
+use std::fmt::Display;
+
 use qcow2_chain::chain::{Chain, Layer, Node};
-use qcow2_chain::merge::{self, MergePlan, Report};
+use qcow2_chain::merge::{self, Report};
 
 use crate::failure::{Failure, Outcome};
 use crate::json::Json;
@@ -14,22 +16,15 @@ pub(crate) struct MergeArgs {
     /// Tell what would be done, and do nothing
     #[arg(long)]
     pub dry_run: bool,
-    #[command(flatten)]
-    report: ReportArgs,
-    /// Copy at most RATE bytes a second (suffixes k, M, G, T)
-    #[arg(long, value_name = "RATE")]
-    rate_limit: Option<String>,
-}
-
-/// How a merge says what it did.
-#[derive(clap::Args, Debug)]
-pub(crate) struct ReportArgs {
     /// The form of what is told: of a plan, and of what was done
     #[arg(long, value_enum, default_value = "human")]
     output: Form,
     /// The same as --output json
     #[arg(long)]
     json: bool,
+    /// Copy at most RATE bytes a second (suffixes k, M, G, T)
+    #[arg(long, value_name = "RATE")]
+    rate_limit: Option<String>,
 }
 
 impl MergeArgs {
@@ -41,29 +36,22 @@ impl MergeArgs {
     }
 
     /// Prints a plan.
-    pub(crate) fn show(&self, plan: &MergePlan) -> Result<(), Failure> {
-        if self.report.wants_json() {
+    pub(crate) fn show<P: serde::Serialize + Display>(&self, plan: &P) -> Result<(), Failure> {
+        if self.wants_json() {
             let text = serde_json::to_string_pretty(plan).map_err(Failure::from)?;
             return emit(&(text + "\n"));
         }
         emit(&plan.to_string())
     }
 
-    /// As [`ReportArgs::tell`], unless the user wants quiet.
-    pub(crate) fn tell(&self, quiet: bool, line: &str, operation: &'static str, report: &Report) -> Outcome {
-        self.report.tell(if quiet { "" } else { line }, operation, report)
-    }
-}
-
-impl ReportArgs {
     fn wants_json(&self) -> bool {
         self.json || self.output == Form::Json
     }
 
-    /// Says that a merge is done: in one line, if there is one; in JSON all that it did.
-    pub(crate) fn tell(&self, line: &str, operation: &'static str, report: &Report) -> Outcome {
+    /// Says that a merge is done: in one line, if there is one and the user does not want quiet; in JSON all that it did.
+    pub(crate) fn tell(&self, quiet: bool, line: &str, operation: &'static str, report: &Report) -> Outcome {
         if !self.wants_json() {
-            say(line.is_empty(), line)?;
+            say(quiet || line.is_empty(), line)?;
             return Ok(0);
         }
         let bitmaps = report.bitmaps_invalidated.iter().map(|name| Json::from(name.as_str())).collect();

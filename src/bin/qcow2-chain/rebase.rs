@@ -11,7 +11,7 @@ use crate::commit::{find, with_progress};
 use crate::failure::{Failure, Outcome};
 use crate::open;
 use crate::options::{PolicyArgs, Unserved, cache_mode, directory};
-use crate::planning::{ReportArgs, cancelled, explain};
+use crate::planning::{MergeArgs, cancelled, explain};
 use crate::progress::Progress;
 
 /// Change the backing file of an image
@@ -57,7 +57,7 @@ pub(crate) struct Args {
     #[arg(short = 'U', long, hide = true)]
     force_share: bool,
     #[command(flatten)]
-    report: ReportArgs,
+    merge: MergeArgs,
     #[command(flatten)]
     policy: PolicyArgs,
     #[command(flatten)]
@@ -101,6 +101,9 @@ pub(crate) fn run(args: &Args) -> Outcome {
     if name.is_some() && args.backing_format.is_none() {
         return Err(cannot(&"backing format must be specified"));
     }
+    if args.backing_unsafe && args.merge.dry_run {
+        return Err(Failure::unserved("--dry-run with -u", "info: only the name changes"));
+    }
     if args.backing_unsafe {
         let progress = Progress::new(args.progress && !args.quiet);
         let image = Image::open_path(&args.file, &OpenOptions::default().with_write(true))?;
@@ -118,10 +121,11 @@ pub(crate) fn run(args: &Args) -> Outcome {
 /// The safe way: all files are opened.
 fn rebase(args: &Args, name: Option<&str>) -> Outcome {
     let mut options = args.policy.chain_options(&args.file, Format::Qcow2, LockMode::Read);
-    options.writable = 1;
+    options.writable = usize::from(!args.merge.dry_run);
     let chain = Chain::open(&args.file, &options).map_err(open::explain)?;
     let mut rebase =
         RebaseOptions::default().with_drop_equal(args.drop_equal).with_ignore_snapshots(args.ignore_snapshots);
+    rebase.rate_limit = args.merge.rate()?;
     let other = match name {
         None => None,
         Some(name) => {
@@ -143,6 +147,10 @@ fn rebase(args: &Args, name: Option<&str>) -> Outcome {
         Some(Base::Layer(index)) => Onto::Layer(*index),
         Some(Base::Chain(other)) => Onto::Chain(other),
     };
+    if args.merge.dry_run {
+        args.merge.show(&merge::plan_rebase(&chain, onto, &rebase)?)?;
+        return Ok(0);
+    }
     let before = backing_name(&chain);
     let done = with_progress(args.progress && !args.quiet, |face| merge::rebase(&chain, onto, &rebase, face));
     let done = done.map_err(|error| match &error {
@@ -158,7 +166,7 @@ fn rebase(args: &Args, name: Option<&str>) -> Outcome {
         _ => explain(error, &chain, 0),
     });
     chain.close()?;
-    args.report.tell("", "rebase", &done?)
+    args.merge.tell(args.quiet, "", "rebase", &done?)
 }
 
 /// What the top's header says that it stands on.
