@@ -64,7 +64,7 @@ fn a_merge_into_a_full_device_is_refused_and_completed_when_it_was_extended() {
         Chain::open(&top, &options.with_writable(writable)).expect("the chain opens")
     };
     let chain = open(1);
-    for place in 0..2 * MIB >> 16 {
+    for place in 0..(2 * MIB) >> 16 {
         chain.write_at(&[7; 1 << 16], GuestOffset::new(place << 17)).expect("written");
     }
     chain.close().expect("it closes");

@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use crate::support::layers;
 use crate::support::qemu::Qemu;
+use crate::support::say;
 use crate::support::stack::content;
 
 const NAMES: [&str; 4] = ["base", "middle", "top", "other"];
@@ -164,6 +165,69 @@ fn ctrl_c_says_what_state_the_chain_is_in() {
         assert!(disk(dir.path()) == before, "{line:?}: another disk");
         for name in NAMES {
             qemu.assert_clean(&dir.path().join(name));
+        }
+    }
+}
+
+/// A conversion that is interrupted leaves no image, and says so.
+#[test]
+fn ctrl_c_says_what_a_conversion_leaves() {
+    let Some(qemu) = Qemu::find() else { return };
+    let dir = chain(qemu);
+    for (args, says) in [
+        (&["-c", "-O", "qcow2"][..], "copy is no image yet"),
+        (&["-B", "other", "-F", "qcow2", "-O", "qcow2"], "copy reads as the source, and still stands on it"),
+    ] {
+        // It may be done before the signal comes.
+        let stopped = (0..20).find_map(|_| {
+            let mut child = start(dir.path(), &[&["convert", "-p", "-m", "1"], args, &["top", "copy"]].concat());
+            wait_for_the_middle(&mut child);
+            signal(&child, Signal::SIGINT);
+            let ended = child.wait_with_output().unwrap();
+            (ended.status.code() == Some(130)).then_some(ended)
+        });
+        let Some(stopped) = stopped else {
+            say(&format!("SKIPPED: {args:?} was never interrupted"));
+            continue;
+        };
+        assert!(text(&stopped.stderr).contains(&format!("cancelled: {says}")), "{}", text(&stopped.stderr));
+        let check =
+            qemu.try_img(&["check".as_ref(), "-f".as_ref(), "qcow2".as_ref(), dir.path().join("copy").as_os_str()]);
+        if args[0] == "-c" {
+            assert_ne!(check.code, 0, "half an image passes for one");
+        } else {
+            assert!(qemu.content(&dir.path().join("copy"), None) == disk(dir.path()), "another disk");
+        }
+    }
+}
+
+/// `-p` draws from nothing to all; a verb that says a line at its end says it behind that.
+#[test]
+fn progress_is_drawn_from_nothing_to_all() {
+    let Some(qemu) = Qemu::find() else { return };
+    for (args, last) in [
+        (&["commit", "-p", "-t", "none", "-f", "qcow2", "top"][..], "\nImage committed.\n"),
+        (&["commit", "-p", "-t", "unsafe", "-d", "-b", "base", "top"], "\nImage committed.\n"),
+        (&["pull", "-p", "top"], "\nImage pulled.\n"),
+        (&["rebase", "-p", "-t", "none", "-T", "unsafe", "-f", "qcow2", "-F", "qcow2", "-b", "base", "top"], "\n"),
+        (&["rebase", "-p", "-b", "", "top"], "\n"),
+        (&["rebase", "-p", "-u", "-F", "qcow2", "-b", "base", "top"], "\n"),
+        (&["compare", "-p", "-s", "top", "top"], "Images are identical.\n\n"),
+        (&["convert", "-p", "-t", "writeback", "-T", "none", "-W", "-m", "2", "-O", "raw", "top", "copy"], "\n"),
+        (&["convert", "-p", "-B", "other", "-F", "qcow2", "-O", "qcow2", "top", "copy"], "\n"),
+    ] {
+        let dir = chain(qemu);
+        let done = run(dir.path(), args);
+        assert!(done.status.success(), "{args:?}: {}", text(&done.stderr));
+        let shown = text(&done.stdout);
+        assert!(shown.starts_with("    (0.00/100%)\r"), "{args:?}: {shown:?}");
+        assert!(shown.ends_with(&format!("    (100.00/100%)\r{last}")), "{args:?}: {shown:?}");
+        let parts = shown.split("/100%)\r").filter_map(|part| part.strip_prefix("    ("));
+        let parts: Vec<f64> = parts.map(|part| part.parse().unwrap()).collect();
+        assert!(parts.is_sorted(), "{args:?}: {shown:?}");
+        if args[0] != "pull" {
+            let quiet = run(dir.path(), &[&[args[0], "-q"], &args[1..]].concat());
+            assert!(quiet.status.success() && quiet.stdout.is_empty(), "-q silences -p: {args:?}");
         }
     }
 }
