@@ -13,8 +13,9 @@ use qcow2_chain::storage::{Access, HostNames, MemoryStorage, Names, Storage};
 use crate::support::layers::{format_of, layer, layers};
 use crate::support::ours::create_options;
 use crate::support::qemu::Qemu;
-use crate::support::recipe::{RandomImage, Shape};
+use crate::support::recipe::{Op, RandomImage, Shape};
 use crate::support::rng::{Rng, cases, trace};
+use crate::support::stack::content;
 
 /// A chain of one to eight images with random content; returns its top, which is qcow2.
 fn random_chain(qemu: Qemu, dir: &Path, rng: &mut Rng) -> RandomImage {
@@ -167,6 +168,34 @@ fn what_goes_over_an_existing_image_replaces_it() {
             assert!(shown[..model.len()] == model[..], "{name}: {source}{target}");
         }
     });
+}
+
+/// An internal snapshot is a disk of its own to a reader, over the same backing files.
+#[test]
+fn an_internal_snapshot_reads_as_the_disk_was() {
+    let Some(qemu) = Qemu::find() else { return };
+    let seen = AtomicU64::new(0);
+    cases("internal snapshots", 40, |rng| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut top = random_chain(qemu, dir.path(), rng);
+        if top.shape.refcount_bits == 64 || top.snapshots.is_empty() && top.shape.refcount_bits >= 16 {
+            top.apply(qemu, vec![Op::Snapshot("one".to_owned()), Op::Fill(0..512, 0x77)]);
+        }
+        let chain = open(&top.path, Format::Qcow2);
+        let image = chain.top().node.as_qcow2().unwrap();
+        let views: Vec<_> = image.snapshots().unwrap().iter().map(|s| image.open_snapshot(s).unwrap()).collect();
+        let mut layers = chain.into_layers();
+        for ((name, model), view) in top.snapshots.iter().zip(views) {
+            layers[0] = Layer { node: Node::Qcow2(view), path: top.path.clone() };
+            let mut all = layers.into_iter();
+            let chain = Chain::from_layers(all.next().unwrap(), all);
+            assert!(content(&chain).unwrap() == *model, "{name}: {top}");
+            assert!(chain.write_at(&[1], GuestOffset::ZERO).is_err(), "a snapshot was written");
+            layers = chain.into_layers();
+            seen.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    assert!(seen.into_inner() >= 10 || std::env::var_os("QCOW2_CHAIN_CASE").is_some());
 }
 
 /// A device: what it held before shows nowhere.

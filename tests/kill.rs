@@ -17,7 +17,8 @@ use crate::support::say;
 use crate::support::stack::content;
 
 /// All that changes a file, or makes it durable.
-const CALLS: &str = "write,pwrite64,writev,pwritev,pwritev2,fdatasync,fsync,sync_file_range,ftruncate,fallocate,copy_file_range,sendfile,\
+const CALLS: &str = "write,pwrite64,writev,pwritev,pwritev2,fdatasync,fsync,sync_file_range,ftruncate,fallocate,\
+                     copy_file_range,sendfile,\
                      rename,renameat,renameat2,unlink,unlinkat";
 /// Those that change none.
 const HARMLESS: &str = "read pread64 preadv open openat openat2 close stat fstat lstat newfstatat statx lseek fcntl ioctl mmap \

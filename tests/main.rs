@@ -5,6 +5,7 @@ mod check;
 #[cfg(feature = "cli")]
 mod cli;
 mod commit_ends;
+mod compare;
 mod convert;
 #[cfg(feature = "cli")]
 mod convert_program;
@@ -26,6 +27,8 @@ mod layering;
 mod locks;
 mod merge;
 mod plan;
+#[cfg(feature = "cli")]
+mod program_merges;
 mod qemu;
 mod rebase;
 mod review;

@@ -163,7 +163,7 @@ impl Disk {
     fn check(&self) -> Work {
         let storage = Counting::new("top", &self.images[0]);
         assert!(check(&storage, &CheckOptions::default()).unwrap().is_clean());
-        *storage.1.lock().unwrap()
+        storage.1.into_inner().unwrap()
     }
 }
 

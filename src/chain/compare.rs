@@ -168,6 +168,8 @@ struct Pieces<'a> {
     at: u64,
     /// The end of the run that is being given out, and its sides.
     run: (u64, [Option<&'a Chain>; 2]),
+    /// What was met when looking ahead, and ends the comparison there.
+    met: Option<Result<Comparison>>,
     ended: bool,
 }
 
@@ -177,7 +179,16 @@ impl<'a> Pieces<'a> {
         let [x, y] = [a, b].map(|chain| chain.virtual_size().min(end));
         let walks = [(a, x), (b, y)].map(|(chain, end)| Walk::new(Some(chain.extents(0..end))));
         let sizes = [x.min(y), x.max(y)];
-        Self { chains: [a, b], walks, strict: options.strict, sizes, at: 0, run: (0, [None; 2]), ended: false }
+        Self {
+            chains: [a, b],
+            walks,
+            strict: options.strict,
+            sizes,
+            at: 0,
+            run: (0, [None; 2]),
+            met: None,
+            ended: false,
+        }
     }
 
     fn next(&mut self) -> Result<Option<Next<'a>>> {
@@ -185,8 +196,8 @@ impl<'a> Pieces<'a> {
             if self.ended || self.at >= self.sizes[1] {
                 return Ok(None);
             }
-            if let Some(found) = self.look()? {
-                return Ok(Some(Next::Ends(found)));
+            if let Some(met) = self.met.take().or_else(|| self.look()) {
+                return met.map(|found| Some(Next::Ends(found)));
             }
             let (at, sides) = (self.at, self.run.1);
             let most = at.saturating_add(CHUNK);
@@ -195,9 +206,10 @@ impl<'a> Pieces<'a> {
                 self.at = self.run.0;
                 continue;
             }
-            // Runs of one kind that follow each other are read at once. What ends this is met again by the next call.
-            while self.at < most && self.at < self.sizes[1] && matches!(self.look(), Ok(None)) {
-                if self.run.1.map(|side| side.is_some()) != sides.map(|side| side.is_some()) {
+            // Runs of one kind that follow each other are read at once.
+            while self.at < most && self.at < self.sizes[1] {
+                self.met = self.look();
+                if self.met.is_some() || self.run.1.map(|side| side.is_some()) != sides.map(|side| side.is_some()) {
                     break;
                 }
                 self.at = self.run.0.min(most);
@@ -207,11 +219,12 @@ impl<'a> Pieces<'a> {
         }
     }
 
-    /// Finds the run at the present position, which must lie on the disk.
-    fn look(&mut self) -> Result<Option<Comparison>> {
-        if self.at < self.run.0 {
-            return Ok(None);
-        }
+    /// Finds the run at the present position, which must lie on the disk; else says what ends the comparison there.
+    fn look(&mut self) -> Option<Result<Comparison>> {
+        if self.at < self.run.0 { None } else { self.find_run().transpose() }
+    }
+
+    fn find_run(&mut self) -> Result<Option<Comparison>> {
         let [a, b] = self.chains;
         let [left, right] = [self.walks[0].at(self.at)?, self.walks[1].at(self.at)?];
         let common = self.at < self.sizes[0];

@@ -33,7 +33,7 @@ pub use measure::{Measurement, measure};
 pub use plan::{Direction, MergePlan, Way, plan};
 pub use progress::{Phase, Progress, Step};
 pub use pull::{PullOptions, pull};
-pub use rebase::{Onto, RebaseOptions, rebase, rebase_unsafe};
+pub use rebase::{Onto, RebaseOptions, RebasePlan, plan_rebase, rebase, rebase_unsafe};
 
 use crate::chain::Layer;
 use crate::image::{self, Image, Reservation};

@@ -2,6 +2,7 @@
 
 mod compare;
 mod drop_equal;
+mod plan;
 mod sides;
 
 use crate::chain::Chain;
@@ -14,6 +15,8 @@ use super::target::Target;
 use super::{Error, Result, reserve};
 use compare::Rebaser;
 use sides::Sides;
+
+pub use plan::{RebasePlan, plan_rebase};
 
 /// What the top sits on afterwards.
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +43,8 @@ pub struct RebaseOptions {
     /// Whether internal snapshots of the top may change (off: a top that has some is refused). Where they hold nothing
     /// themselves they show the backing file, whichever it is.
     pub ignore_snapshots: bool,
+    /// The most bytes of data to copy in a second; none does not limit.
+    pub rate_limit: Option<u64>,
 }
 
 impl RebaseOptions {
@@ -61,6 +66,13 @@ impl RebaseOptions {
     #[must_use]
     pub fn with_ignore_snapshots(mut self, ignore_snapshots: bool) -> Self {
         self.ignore_snapshots = ignore_snapshots;
+        self
+    }
+
+    /// The same with another limit of bytes in a second.
+    #[must_use]
+    pub fn with_rate_limit(mut self, limit: Option<u64>) -> Self {
+        self.rate_limit = limit;
         self
     }
 }
@@ -102,7 +114,7 @@ pub fn rebase(chain: &Chain, onto: Onto<'_>, options: &RebaseOptions, progress: 
     let work = sides.survey()?;
     target.check_room(work.moved)?;
 
-    let copier = Copier::new(chain, &target, work.total, progress);
+    let copier = Copier::new(chain, &target, work.total, progress).with_rate(options.rate_limit);
     let mut rebaser = Rebaser::new(&sides, copier);
     for piece in sides.pieces() {
         rebaser.take(&piece?)?;
