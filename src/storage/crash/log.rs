@@ -53,6 +53,7 @@ pub(super) enum Synced {
 pub(super) enum Event {
     Change(Change),
     Sync { number: usize, of: Synced, site: Option<Arc<Backtrace>> },
+    Mark,
 }
 
 /// Files, and the names of those that have any.
@@ -68,6 +69,8 @@ pub(super) struct Medium {
 pub struct State {
     /// Its number among the states of one log, seed and number of samples, counted from 0: the same state again.
     pub number: usize,
+    /// How many marks ([`super::Recorder::mark`]) were made before the crash.
+    pub marks: usize,
     /// The contents of all files of the group in the order in which they joined it, those that lost their name included.
     pub files: CrashState,
     names: BTreeMap<PathBuf, usize>,
@@ -107,7 +110,7 @@ impl Log {
     pub fn barriers(&self) -> Vec<Barrier> {
         let barriers = self.events.iter().filter_map(|event| match event {
             Event::Sync { number, of, site } => Some((*number, of, site)),
-            Event::Change(_) => None,
+            Event::Change(_) | Event::Mark => None,
         });
         let barrier = |(number, of, site): (usize, &Synced, &Option<Arc<Backtrace>>)| Barrier {
             number,
@@ -146,11 +149,11 @@ impl Log {
     ) -> std::result::Result<usize, E> {
         let mut random = seed | 1;
         let mut window = Window::new(self.start.clone());
-        let mut count = 0;
-        let mut look_at_all = |window: &Window, random: &mut u64| {
+        let (mut count, mut marks) = (0, 0);
+        let mut look_at_all = |window: &Window, marks: usize, random: &mut u64| {
             for subset in subsets(window.open(), samples, random) {
                 let Medium { files, names } = window.with(&subset);
-                look(&State { number: count, files, names })?;
+                look(&State { number: count, marks, files, names })?;
                 count += 1;
             }
             Ok(())
@@ -159,40 +162,62 @@ impl Log {
             match event {
                 Event::Change(change) => window.add(change, &self.torn, &mut random),
                 Event::Sync { of, .. } => {
-                    look_at_all(&window, &mut random)?;
+                    look_at_all(&window, marks, &mut random)?;
                     window.sync(of);
+                }
+                Event::Mark => {
+                    // Up to here a state may be older than the mark; from here on none is.
+                    marks += 1;
+                    look_at_all(&window, marks, &mut random)?;
                 }
             }
         }
-        look_at_all(&window, &mut random)?;
+        look_at_all(&window, marks, &mut random)?;
         Ok(count)
+    }
+
+    /// What had happened when the mark with this number was made, counted from 0; all of it where there is no such mark.
+    #[must_use]
+    pub fn up_to(&self, mark: usize) -> Self {
+        let mut left = mark + 1;
+        let before = |event: &&Event| {
+            left -= usize::from(matches!(event, Event::Mark));
+            left > 0
+        };
+        let events = self.events.iter().take_while(before).cloned().collect();
+        Self { start: self.start.clone(), torn: self.torn.clone(), events }
     }
 
     /// The state in which nothing survived but what was synced: what a promise of durability is measured by.
     #[must_use]
     pub fn durable(&self) -> State {
+        let mut marks = 0;
         let mut window = Window::new(self.start.clone());
         let none = vec![false; self.torn.len()];
         for event in &self.events {
             match event {
                 Event::Change(change) => window.add(change, &none, &mut 1),
                 Event::Sync { of, .. } => window.sync(of),
+                Event::Mark => marks += 1,
             }
         }
         let Medium { files, names } = window.with(&vec![false; window.open()]);
-        State { number: 0, files, names }
+        State { number: 0, marks, files, names }
     }
 
     /// The state in which everything survived.
     #[must_use]
     pub fn last(&self) -> State {
         let mut medium = self.start.clone();
+        let mut marks = 0;
         for event in &self.events {
-            if let Event::Change(change) = event {
-                medium.apply(change);
+            match event {
+                Event::Change(change) => medium.apply(change),
+                Event::Mark => marks += 1,
+                Event::Sync { .. } => {}
             }
         }
-        State { number: 0, files: medium.files, names: medium.names }
+        State { number: 0, marks, files: medium.files, names: medium.names }
     }
 }
 

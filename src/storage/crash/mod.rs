@@ -172,6 +172,12 @@ impl Recorder {
         RecordingNames::new(Arc::clone(self), tree)
     }
 
+    /// Notes that something has been promised: the caller was told `Ok` of a flush, say. Every state tells how many marks it
+    /// is behind ([`State::marks`]), and [`Log::up_to`] what was durable when it was made.
+    pub fn mark(&self) {
+        self.recorded().events.push(Event::Mark);
+    }
+
     /// What has happened so far.
     #[must_use]
     pub fn log(&self) -> Log {

@@ -214,3 +214,22 @@ fn barriers_tell_who_calls_for_them() {
         assert_eq!(site.to_string(), format!("{}:{line} {}", caller.file, caller.function));
     }
 }
+
+#[test]
+fn a_mark_tells_old_states_from_new_ones() {
+    let recorder = Recorder::new();
+    let file = recorder.storage("a", vec![0; 512]);
+    file.write_at(&[1; 512], 0).unwrap();
+    file.sync().unwrap();
+    recorder.mark();
+    file.write_at(&[2; 512], 0).unwrap();
+    file.sync().unwrap();
+    let log = recorder.log();
+    for state in states(&log) {
+        assert!(state.files[0][0] >= u8::try_from(state.marks).unwrap(), "{}", state.number);
+    }
+    assert_eq!([log.up_to(0).durable(), log.durable()].map(|state| state.files[0][0]), [1, 2]);
+    assert_eq!((log.up_to(0).durable().marks, log.durable().marks, log.last().marks), (0, 1, 1));
+    // Without the first sync the promise was not kept.
+    assert_eq!(log.without(|number| number == 0).up_to(0).durable().files[0][0], 0);
+}
