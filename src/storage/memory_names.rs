@@ -23,7 +23,7 @@ fn failed(path: &Path, action: impl Into<String>, kind: io::ErrorKind) -> Error 
 }
 
 /// The one way to write a name.
-fn rooted(path: &Path) -> Option<PathBuf> {
+pub(super) fn rooted(path: &Path) -> Option<PathBuf> {
     by_letters(&Path::new("/").join(path))
 }
 
