@@ -30,3 +30,7 @@ mod rebase;
 mod review;
 mod support;
 mod tables;
+#[cfg(feature = "vm")]
+mod vm;
+#[cfg(feature = "vm")]
+mod vm_plan;

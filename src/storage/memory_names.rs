@@ -90,6 +90,18 @@ impl Names for MemoryNames {
         Ok(())
     }
 
+    fn link(&self, from: &Path, to: &Path) -> Result<()> {
+        let action = || format!("link it to {}", to.display());
+        let (old, new) = (key(from, &action())?, key(to, &action())?);
+        let mut files = self.files();
+        let storage = files.get(&old).cloned().ok_or_else(|| failed(from, action(), io::ErrorKind::NotFound))?;
+        if files.contains_key(&new) {
+            return Err(failed(from, action(), io::ErrorKind::AlreadyExists));
+        }
+        files.insert(new, storage);
+        Ok(())
+    }
+
     fn unlink(&self, path: &Path) -> Result<()> {
         let key = key(path, "remove it")?;
         let removed = self.files().remove(&key);
@@ -156,6 +168,9 @@ mod tests {
         }
         let (first, second) = (names.get(a).unwrap(), names.get(b).unwrap());
         assert_eq!(names.list(Path::new("/d")).unwrap(), [a, b]);
+        names.link(a, Path::new("/d/y")).unwrap();
+        assert!(names.link(a, b).is_err() && names.link(Path::new("/d/none"), c).is_err());
+        names.unlink(Path::new("/d/y")).unwrap();
         names.rename(a, b).unwrap();
         assert!(!names.exists(a).unwrap() && names.exists(b).unwrap());
         assert_eq!(names.get(b).unwrap().file_id(), first.file_id());

@@ -95,6 +95,17 @@ impl Names for RecordingNames {
         Ok(())
     }
 
+    fn link(&self, from: &Path, to: &Path) -> Result<()> {
+        let file = self.recorder.record_name(|| {
+            self.inner.link(from, to)?;
+            let file = self.inner.get(to).and_then(|storage| self.number(&storage)).unwrap_or_default();
+            // A name that comes to be, whatever it leads to.
+            Ok((NameChange::Create { path: key(to), file }, file))
+        })?;
+        self.tear(file, to);
+        Ok(())
+    }
+
     fn unlink(&self, path: &Path) -> Result<()> {
         self.recorder.record_name(|| {
             self.inner.unlink(path)?;
