@@ -9,6 +9,7 @@
 //! | 2 | [`image`] | one image file |
 //! | 3 | [`chain`] | several images as one disk |
 //! | 4 | [`merge`] | deltas become one |
+//! | 5 | `vm` (feature `vm`) | a VM's snapshots over all of its volumes |
 #![deny(unsafe_code)]
 #![warn(
     missing_docs,
@@ -25,6 +26,8 @@ pub mod format;
 pub mod image;
 pub mod merge;
 pub mod storage;
+#[cfg(feature = "vm")]
+pub mod vm;
 
 /// The README's code is compiled with the documentation's.
 #[cfg(doctest)]

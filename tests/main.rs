@@ -35,3 +35,7 @@ mod review;
 mod sparse;
 mod support;
 mod tables;
+#[cfg(feature = "vm")]
+mod vm;
+#[cfg(feature = "vm")]
+mod vm_plan;

@@ -10,7 +10,7 @@ use crate::storage::{self, Storage};
 
 /// The format of a chain's member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "json", derive(serde::Serialize), serde(rename_all = "lowercase"))]
+#[cfg_attr(feature = "json", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "lowercase"))]
 pub enum Format {
     /// qcow2.
     Qcow2,

@@ -23,7 +23,7 @@ fn failed(path: &Path, action: impl Into<String>, kind: io::ErrorKind) -> Error 
 }
 
 /// The one way to write a name.
-fn rooted(path: &Path) -> Option<PathBuf> {
+pub(super) fn rooted(path: &Path) -> Option<PathBuf> {
     by_letters(&Path::new("/").join(path))
 }
 
@@ -86,6 +86,18 @@ impl Names for MemoryNames {
         let (old, new) = (key(from, &action())?, key(to, &action())?);
         let mut files = self.files();
         let storage = files.remove(&old).ok_or_else(|| failed(from, action(), io::ErrorKind::NotFound))?;
+        files.insert(new, storage);
+        Ok(())
+    }
+
+    fn link(&self, from: &Path, to: &Path) -> Result<()> {
+        let action = || format!("link it to {}", to.display());
+        let (old, new) = (key(from, &action())?, key(to, &action())?);
+        let mut files = self.files();
+        let storage = files.get(&old).cloned().ok_or_else(|| failed(from, action(), io::ErrorKind::NotFound))?;
+        if files.contains_key(&new) {
+            return Err(failed(from, action(), io::ErrorKind::AlreadyExists));
+        }
         files.insert(new, storage);
         Ok(())
     }
@@ -156,6 +168,9 @@ mod tests {
         }
         let (first, second) = (names.get(a).unwrap(), names.get(b).unwrap());
         assert_eq!(names.list(Path::new("/d")).unwrap(), [a, b]);
+        names.link(a, Path::new("/d/y")).unwrap();
+        assert!(names.link(a, b).is_err() && names.link(Path::new("/d/none"), c).is_err());
+        names.unlink(Path::new("/d/y")).unwrap();
         names.rename(a, b).unwrap();
         assert!(!names.exists(a).unwrap() && names.exists(b).unwrap());
         assert_eq!(names.get(b).unwrap().file_id(), first.file_id());

@@ -76,6 +76,14 @@ pub trait Names: Send + Sync + fmt::Debug {
     /// [`super::Error::Io`].
     fn rename(&self, from: &Path, to: &Path) -> Result<()>;
 
+    /// Gives a file a second name beside its own. The new name must be free.
+    ///
+    /// # Errors
+    /// [`super::Error::Unsupported`] by default and where the file system has one name a file, [`super::Error::Io`].
+    fn link(&self, from: &Path, _to: &Path) -> Result<()> {
+        Err(Error::unsupported(&from.display().to_string(), "a second name of a file"))
+    }
+
     /// Takes a name away.
     ///
     /// # Errors
@@ -155,6 +163,16 @@ impl Names for HostNames {
         std::fs::rename(from, to).map_err(failed(from, format!("rename it to {}", to.display())))
     }
 
+    fn link(&self, from: &Path, to: &Path) -> Result<()> {
+        std::fs::hard_link(from, to).map_err(|error| match error.kind() {
+            // A system call that a file system lacks, or refuses by principle.
+            io::ErrorKind::Unsupported | io::ErrorKind::PermissionDenied | io::ErrorKind::TooManyLinks => {
+                Error::unsupported(&from.display().to_string(), "a second name of a file")
+            }
+            _ => failed(from, format!("link it to {}", to.display()))(error),
+        })
+    }
+
     fn unlink(&self, path: &Path) -> Result<()> {
         std::fs::remove_file(path).map_err(failed(path, "remove it"))
     }
@@ -210,6 +228,10 @@ mod tests {
         created.write_at(b"image", 0).unwrap();
         assert!(HostNames.exists(&a).unwrap() && !HostNames.exists(&b).unwrap());
         assert!(!HostNames.exists(&a.join("below a file")).unwrap());
+        HostNames.link(&a, &b).unwrap();
+        assert_eq!(HostNames.resolve(&a).unwrap().file, HostNames.resolve(&b).unwrap().file);
+        assert!(matches!(HostNames.link(&a, &b), Err(Error::Io { .. })), "the name is taken");
+        HostNames.unlink(&b).unwrap();
         HostNames.rename(&a, &b).unwrap();
         HostNames.sync_dir(directory.path()).unwrap();
         std::os::unix::fs::symlink("nowhere", &a).unwrap();

@@ -2,6 +2,8 @@
 //! content, and images that other people's programs made.
 
 pub mod foreign;
+#[cfg(feature = "vm")]
+pub mod lab;
 pub mod layers;
 pub mod ours;
 pub mod qemu;

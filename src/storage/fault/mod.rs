@@ -1,7 +1,7 @@
-//! A storage that fails when it is told to.
+//! Storages and names that fail when they are told to.
 //!
-//! Feature `test-utils`. Let an operation run on [`FaultyStorage`]s of one [`Faults`], first without a fault to count its
-//! calls, then once for each call with that call failing: what is left must be as good as after a crash.
+//! Feature `test-utils`. Let an operation run on [`FaultyStorage`]s, or on [`FaultyNames`], of one [`Faults`], first without a
+//! fault to count its calls, then once for each call with that call failing: what is left must be as good as after a crash.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -17,12 +17,16 @@
 //! # Ok::<(), Error>(())
 //! ```
 
+mod names;
+
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::{Error, FileId, LockMode, Result, Storage};
+
+pub use names::FaultyNames;
 
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -31,9 +35,39 @@ pub enum Fault {
     Io,
     /// A call that may need room finds none. Only such calls count.
     NoSpace,
+    /// Any call but a sync is interrupted by a signal, whoever should have taken it up again.
+    Interrupted,
+    /// A sync fails, of a file or of a directory. Only syncs count.
+    Sync,
+}
+
+/// What a call is, to see which faults concern it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Call {
+    /// It may need room on the medium.
+    TakesRoom,
+    Sync,
+    Other,
 }
 
 impl Fault {
+    fn concerns(self, call: Call) -> bool {
+        match self {
+            Self::Io => true,
+            Self::NoSpace => call == Call::TakesRoom,
+            Self::Interrupted => call != Call::Sync,
+            Self::Sync => call == Call::Sync,
+        }
+    }
+
+    fn kind(self) -> io::ErrorKind {
+        match self {
+            Self::Io | Self::Sync => io::ErrorKind::Other,
+            Self::NoSpace => io::ErrorKind::StorageFull,
+            Self::Interrupted => io::ErrorKind::Interrupted,
+        }
+    }
+
     /// A plan: this fault at the call with this number, counted from 0, and not again.
     #[must_use]
     pub fn at(self, call: u64) -> Plan {
@@ -78,7 +112,7 @@ impl Plan {
     }
 }
 
-/// The calls to a group of storages, and which of them fail.
+/// The calls to a group of storages and names, and which of them fail.
 #[derive(Debug)]
 pub struct Faults {
     plan: Plan,
@@ -105,13 +139,17 @@ impl Faults {
     }
 
     /// Counts a call and tells whether it fails.
-    fn strikes(&self, takes_room: bool) -> bool {
-        if self.plan.fault == Fault::NoSpace && !takes_room {
+    fn strikes(&self, call: Call) -> bool {
+        if !self.plan.fault.concerns(call) {
             return false;
         }
         let number = self.calls.fetch_add(1, Ordering::SeqCst);
         let planned = if self.plan.ever_after { number >= self.plan.from } else { number == self.plan.from };
         planned && !self.healed.load(Ordering::SeqCst)
+    }
+
+    fn error(&self, name: &str, action: &str, len: u64) -> Error {
+        Error::io(name, action, len, io::Error::new(self.plan.fault.kind(), "injected"))
     }
 }
 
@@ -130,16 +168,8 @@ impl FaultyStorage {
         Self { inner, faults: Arc::clone(faults), poisoned: AtomicBool::new(false) }
     }
 
-    fn check(&self, action: &str, takes_room: bool, len: u64) -> Result<()> {
-        if self.faults.strikes(takes_room) { Err(self.error(action, len)) } else { Ok(()) }
-    }
-
-    fn error(&self, action: &str, len: u64) -> Error {
-        let kind = match self.faults.plan.fault {
-            Fault::Io => io::ErrorKind::Other,
-            Fault::NoSpace => io::ErrorKind::StorageFull,
-        };
-        Error::io(self.inner.name(), action, len, io::Error::new(kind, "injected"))
+    fn check(&self, action: &str, call: Call, len: u64) -> Result<()> {
+        if self.faults.strikes(call) { Err(self.faults.error(self.inner.name(), action, len)) } else { Ok(()) }
     }
 
     /// Whether a sync has failed before: then nothing that changes the file is accepted.
@@ -157,13 +187,13 @@ impl Storage for FaultyStorage {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        self.check("read", false, 0)?;
+        self.check("read", Call::Other, 0)?;
         self.inner.read_at(buf, offset)
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
         self.check_poison()?;
-        if !self.faults.strikes(true) {
+        if !self.faults.strikes(Call::TakesRoom) {
             return self.inner.write_at(buf, offset);
         }
         let reached = match self.faults.plan.reach {
@@ -172,7 +202,7 @@ impl Storage for FaultyStorage {
             Reach::All => buf.len(),
         };
         self.inner.write_at(&buf[..reached], offset)?;
-        Err(self.error("write", buf.len() as u64))
+        Err(self.faults.error(self.name(), "write", buf.len() as u64))
     }
 
     fn len(&self) -> Result<u64> {
@@ -181,13 +211,13 @@ impl Storage for FaultyStorage {
 
     fn set_len(&self, len: u64) -> Result<()> {
         self.check_poison()?;
-        self.check("set the length", true, len)?;
+        self.check("set the length", Call::TakesRoom, len)?;
         self.inner.set_len(len)
     }
 
     fn sync(&self) -> Result<()> {
         self.check_poison()?;
-        let done = self.check("sync", false, 0).and_then(|()| self.inner.sync());
+        let done = self.check("sync", Call::Sync, 0).and_then(|()| self.inner.sync());
         if done.is_err() {
             self.poisoned.store(true, Ordering::SeqCst);
         }
@@ -208,30 +238,30 @@ impl Storage for FaultyStorage {
 
     fn zero_range(&self, range: Range<u64>) -> Result<()> {
         self.check_poison()?;
-        self.check("zero", true, range.end.saturating_sub(range.start))?;
+        self.check("zero", Call::TakesRoom, range.end.saturating_sub(range.start))?;
         self.inner.zero_range(range)
     }
 
     fn punch_range(&self, range: Range<u64>) -> Result<()> {
         self.check_poison()?;
-        self.check("punch", false, 0)?;
+        self.check("punch", Call::Other, 0)?;
         self.inner.punch_range(range)
     }
 
     fn allocate_range(&self, range: Range<u64>) -> Result<()> {
         self.check_poison()?;
-        self.check("allocate", true, range.end.saturating_sub(range.start))?;
+        self.check("allocate", Call::TakesRoom, range.end.saturating_sub(range.start))?;
         self.inner.allocate_range(range)
     }
 
     fn copy_from(&self, source: &dyn Storage, from: u64, to: u64, len: u64) -> Result<u64> {
         self.check_poison()?;
-        self.check("copy", true, len)?;
+        self.check("copy", Call::TakesRoom, len)?;
         self.inner.copy_from(source, from, to, len)
     }
 
     fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {
-        self.check("look for data", false, 0)?;
+        self.check("look for data", Call::Other, 0)?;
         self.inner.next_data(offset)
     }
 

@@ -1,0 +1,425 @@
+//! What was recorded, and the states that it could have left.
+
+use std::backtrace::Backtrace;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::site::Site;
+use super::{CrashState, Tree};
+
+/// The unit that a medium writes whole.
+pub(super) const SECTOR: usize = 512;
+
+/// The most places at which one write to a file that tears is torn.
+const TEARS: usize = 3;
+
+/// One thing that happened to a file.
+#[derive(Clone, Debug)]
+pub(super) enum Piece {
+    Write {
+        at: usize,
+        data: Vec<u8>,
+    },
+    SetLen(usize),
+    Punch(Range<usize>),
+    /// As a hole, and the file grows where it ends before.
+    Zero(Range<usize>),
+}
+
+/// One thing that happened to a name.
+#[derive(Clone, Debug)]
+pub(super) enum NameChange {
+    Create { path: PathBuf, file: usize },
+    Rename { from: PathBuf, to: PathBuf, file: usize },
+    Unlink(PathBuf),
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Change {
+    Bytes(usize, Piece),
+    Name(NameChange),
+}
+
+/// What a sync makes durable.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Synced {
+    File(usize),
+    Directory(PathBuf),
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Event {
+    Change(Change),
+    Sync { number: usize, of: Synced, site: Option<Arc<Backtrace>> },
+    Mark,
+}
+
+/// Files, and the names of those that have any.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Medium {
+    pub(super) files: CrashState,
+    pub(super) names: BTreeMap<PathBuf, usize>,
+}
+
+/// A state in which a crash could have left the files and names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct State {
+    /// Its number among the states of one log, seed and number of samples, counted from 0: the same state again.
+    pub number: usize,
+    /// How many marks ([`super::Recorder::mark`]) were made before the crash.
+    pub marks: usize,
+    /// The contents of all files of the group in the order in which they joined it, those that lost their name included.
+    pub files: CrashState,
+    names: BTreeMap<PathBuf, usize>,
+}
+
+impl State {
+    /// The files that have a name, by their paths.
+    #[must_use]
+    pub fn tree(&self) -> Tree {
+        self.names.iter().map(|(path, file)| (path.clone(), self.files[*file].clone())).collect()
+    }
+}
+
+/// A sync of a file or a directory, as it was recorded.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Barrier {
+    /// Its number over all files and directories, counted from 0.
+    pub number: usize,
+    /// The directory, where it is none of a file.
+    pub directory: Option<PathBuf>,
+    /// Who called for it, where that was noted ([`super::RecorderOptions::with_sites`]).
+    pub site: Option<Site>,
+}
+
+/// What happened to a group of files and names up to some moment.
+#[derive(Clone, Debug)]
+pub struct Log {
+    pub(super) start: Medium,
+    pub(super) torn: Vec<bool>,
+    pub(super) events: Vec<Event>,
+}
+
+impl Log {
+    /// The syncs of files and directories, in order.
+    #[must_use]
+    pub fn barriers(&self) -> Vec<Barrier> {
+        let barriers = self.events.iter().filter_map(|event| match event {
+            Event::Sync { number, of, site } => Some((*number, of, site)),
+            Event::Change(_) | Event::Mark => None,
+        });
+        let barrier = |(number, of, site): (usize, &Synced, &Option<Arc<Backtrace>>)| Barrier {
+            number,
+            directory: match of {
+                Synced::File(_) => None,
+                Synced::Directory(path) => Some(path.clone()),
+            },
+            site: site.as_deref().map(Site::of),
+        };
+        barriers.map(barrier).collect()
+    }
+
+    /// The same without those syncs of whose number `dropped` says so, as if the code under test had left them out. A test
+    /// that still passes then does not prove that barrier.
+    #[must_use]
+    pub fn without(&self, dropped: impl Fn(usize) -> bool) -> Self {
+        let kept = |event: &&Event| !matches!(event, Event::Sync { number, .. } if dropped(*number));
+        Self {
+            start: self.start.clone(),
+            torn: self.torn.clone(),
+            events: self.events.iter().filter(kept).cloned().collect(),
+        }
+    }
+
+    /// Calls `look` with every state that a crash could have left. Where these are too many between two syncs, with every
+    /// prefix, every state that lacks one piece or has only one, and `samples` random subsets drawn from `seed`. Returns how
+    /// many states there were.
+    ///
+    /// # Errors
+    /// The first error of `look`.
+    pub fn each_state<E>(
+        &self,
+        seed: u64,
+        samples: usize,
+        mut look: impl FnMut(&State) -> std::result::Result<(), E>,
+    ) -> std::result::Result<usize, E> {
+        let mut random = seed | 1;
+        let mut window = Window::new(self.start.clone());
+        let (mut count, mut marks) = (0, 0);
+        let mut look_at_all = |window: &Window, marks: usize, random: &mut u64| {
+            for subset in subsets(window.open(), samples, random) {
+                let Medium { files, names } = window.with(&subset);
+                look(&State { number: count, marks, files, names })?;
+                count += 1;
+            }
+            Ok(())
+        };
+        for event in &self.events {
+            match event {
+                Event::Change(change) => window.add(change, &self.torn, &mut random),
+                Event::Sync { of, .. } => {
+                    look_at_all(&window, marks, &mut random)?;
+                    window.sync(of);
+                }
+                Event::Mark => {
+                    // Up to here a state may be older than the mark; from here on none is.
+                    marks += 1;
+                    look_at_all(&window, marks, &mut random)?;
+                }
+            }
+        }
+        look_at_all(&window, marks, &mut random)?;
+        Ok(count)
+    }
+
+    /// What had happened when the mark with this number was made, counted from 0; all of it where there is no such mark.
+    #[must_use]
+    pub fn up_to(&self, mark: usize) -> Self {
+        let mut left = mark + 1;
+        let before = |event: &&Event| {
+            left -= usize::from(matches!(event, Event::Mark));
+            left > 0
+        };
+        let events = self.events.iter().take_while(before).cloned().collect();
+        Self { start: self.start.clone(), torn: self.torn.clone(), events }
+    }
+
+    /// The state in which nothing survived but what was synced: what a promise of durability is measured by.
+    #[must_use]
+    pub fn durable(&self) -> State {
+        let mut marks = 0;
+        let mut window = Window::new(self.start.clone());
+        let none = vec![false; self.torn.len()];
+        for event in &self.events {
+            match event {
+                Event::Change(change) => window.add(change, &none, &mut 1),
+                Event::Sync { of, .. } => window.sync(of),
+                Event::Mark => marks += 1,
+            }
+        }
+        let Medium { files, names } = window.with(&vec![false; window.open()]);
+        State { number: 0, marks, files, names }
+    }
+
+    /// The state in which everything survived.
+    #[must_use]
+    pub fn last(&self) -> State {
+        let mut medium = self.start.clone();
+        let mut marks = 0;
+        for event in &self.events {
+            match event {
+                Event::Change(change) => medium.apply(change),
+                Event::Mark => marks += 1,
+                Event::Sync { .. } => {}
+            }
+        }
+        State { number: 0, marks, files: medium.files, names: medium.names }
+    }
+}
+
+/// What is durable at a moment, and what may be lost.
+struct Window {
+    durable: Medium,
+    pending: Vec<Pending>,
+}
+
+struct Pending {
+    change: Change,
+    /// The directories that have yet to be synced. A change of names whose directories all are is durable, but stays in its
+    /// place as long as one before it is not: what a name stands for depends on the order.
+    waits: Vec<PathBuf>,
+}
+
+impl Pending {
+    /// Whether it may be lost.
+    fn is_open(&self) -> bool {
+        matches!(self.change, Change::Bytes(..)) || !self.waits.is_empty()
+    }
+}
+
+impl Window {
+    fn new(durable: Medium) -> Self {
+        Self { durable, pending: Vec::new() }
+    }
+
+    fn add(&mut self, change: &Change, torn: &[bool], random: &mut u64) {
+        match change {
+            Change::Bytes(file, piece) => {
+                let parts = match torn.get(*file) {
+                    Some(true) => shreds(piece, random),
+                    _ => sectors(piece),
+                };
+                let pending = |piece| Pending { change: Change::Bytes(*file, piece), waits: Vec::new() };
+                self.pending.extend(parts.into_iter().map(pending));
+            }
+            Change::Name(name) => {
+                self.pending.push(Pending { change: change.clone(), waits: name.directories() });
+            }
+        }
+    }
+
+    fn sync(&mut self, of: &Synced) {
+        match of {
+            Synced::File(file) => {
+                let own = |pending: &mut Pending| matches!(pending.change, Change::Bytes(number, _) if number == *file);
+                for Pending { change, .. } in self.pending.extract_if(.., own) {
+                    self.durable.apply(&change);
+                }
+            }
+            Synced::Directory(directory) => {
+                for pending in &mut self.pending {
+                    pending.waits.retain(|waits| waits != directory);
+                }
+                let mut lost_before = false;
+                let settled = |pending: &mut Pending| match &pending.change {
+                    Change::Bytes(..) => false,
+                    Change::Name(_) => {
+                        lost_before |= pending.is_open();
+                        !lost_before
+                    }
+                };
+                for Pending { change, .. } in self.pending.extract_if(.., settled) {
+                    self.durable.apply(&change);
+                }
+            }
+        }
+    }
+
+    /// How many pieces may be lost.
+    fn open(&self) -> usize {
+        self.pending.iter().filter(|pending| pending.is_open()).count()
+    }
+
+    /// What is there if of the pieces that may be lost these were kept.
+    fn with(&self, kept: &[bool]) -> Medium {
+        let mut medium = self.durable.clone();
+        let mut kept = kept.iter();
+        for pending in &self.pending {
+            if !pending.is_open() || kept.next().copied().unwrap_or(true) {
+                medium.apply(&pending.change);
+            }
+        }
+        medium
+    }
+}
+
+impl NameChange {
+    /// The directories that it changes.
+    fn directories(&self) -> Vec<PathBuf> {
+        let parent = |path: &Path| path.parent().map_or_else(PathBuf::new, Path::to_path_buf);
+        match self {
+            Self::Create { path, .. } | Self::Unlink(path) => vec![parent(path)],
+            Self::Rename { from, to, .. } if from.parent() == to.parent() => vec![parent(to)],
+            Self::Rename { from, to, .. } => vec![parent(from), parent(to)],
+        }
+    }
+}
+
+impl Medium {
+    fn apply(&mut self, change: &Change) {
+        match change {
+            Change::Bytes(file, piece) => piece.apply(&mut self.files[*file]),
+            Change::Name(NameChange::Create { path, file }) => {
+                self.names.insert(path.clone(), *file);
+            }
+            Change::Name(NameChange::Rename { from, to, file }) => {
+                self.names.remove(from);
+                self.names.insert(to.clone(), *file);
+            }
+            Change::Name(NameChange::Unlink(path)) => {
+                self.names.remove(path);
+            }
+        }
+    }
+}
+
+impl Piece {
+    fn apply(&self, bytes: &mut Vec<u8>) {
+        match self {
+            Self::Write { at, data } => {
+                if bytes.len() < at + data.len() {
+                    bytes.resize(at + data.len(), 0);
+                }
+                bytes[*at..at + data.len()].copy_from_slice(data);
+            }
+            Self::SetLen(len) => bytes.resize(*len, 0),
+            Self::Punch(range) => {
+                let end = range.end.min(bytes.len());
+                bytes[range.start.min(end)..end].fill(0);
+            }
+            Self::Zero(range) => {
+                if bytes.len() < range.end {
+                    bytes.resize(range.end, 0);
+                }
+                bytes[range.clone()].fill(0);
+            }
+        }
+    }
+
+    /// Splits a write behind each of these many bytes; the rest is a piece too.
+    fn split(at: usize, data: &[u8], cuts: impl Iterator<Item = usize>) -> Vec<Self> {
+        let mut parts = Vec::new();
+        let mut done = 0;
+        for end in cuts.chain([data.len()]) {
+            if end > done {
+                parts.push(Self::Write { at: at + done, data: data[done..end].to_vec() });
+                done = end;
+            }
+        }
+        parts
+    }
+}
+
+/// Splits a write into the sectors that reach the medium one by one.
+fn sectors(piece: &Piece) -> Vec<Piece> {
+    match piece {
+        Piece::Write { at, data } => {
+            let first = SECTOR - at % SECTOR;
+            Piece::split(*at, data, (first..data.len()).step_by(SECTOR))
+        }
+        whole => vec![whole.clone()],
+    }
+}
+
+/// Splits a write by sectors, and these at random places.
+fn shreds(piece: &Piece, random: &mut u64) -> Vec<Piece> {
+    let mut parts = Vec::new();
+    for sector in sectors(piece) {
+        let Piece::Write { at, data } = &sector else {
+            parts.push(sector);
+            continue;
+        };
+        let mut cuts = [0; TEARS];
+        for cut in &mut cuts {
+            *cut = usize::try_from(next(random)).unwrap_or(0) % data.len().max(1);
+        }
+        cuts.sort_unstable();
+        parts.extend(Piece::split(*at, data, cuts.into_iter()));
+    }
+    parts
+}
+
+/// Which pieces of `count` are kept, one choice after the other.
+fn subsets(count: usize, samples: usize, random: &mut u64) -> Vec<Vec<bool>> {
+    if count <= 8 {
+        return (0..1_usize << count).map(|mask| (0..count).map(|bit| mask >> bit & 1 == 1).collect()).collect();
+    }
+    let prefixes = (0..=count).map(|len| (0..count).map(|at| at < len).collect());
+    let missing = (0..count).map(|out| (0..count).map(|at| at != out).collect());
+    let alone = (0..count).map(|only| (0..count).map(|at| at == only).collect());
+    let mut all: Vec<Vec<bool>> = prefixes.chain(missing).chain(alone).collect();
+    all.extend((0..samples).map(|_| (0..count).map(|_| next(random) & 1 == 1).collect::<Vec<bool>>()));
+    all
+}
+
+/// A small generator: the states need variety, not quality.
+fn next(random: &mut u64) -> u64 {
+    *random ^= *random << 13;
+    *random ^= *random >> 7;
+    *random ^= *random << 17;
+    *random >> 32
+}

@@ -1,0 +1,133 @@
+//! Recorded names.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::log::{NameChange, Synced};
+use super::{Recorder, RecordingStorage, Tree};
+use crate::storage::memory_names::rooted;
+use crate::storage::{Access, FileId, MemoryNames, MemoryStorage, Names, ReadOnlyStorage, Resolved, Result, Storage};
+
+/// A directory tree in memory, as [`MemoryNames`], whose changes are recorded together with those of the files in it.
+#[derive(Debug)]
+pub struct RecordingNames {
+    recorder: Arc<Recorder>,
+    inner: MemoryNames,
+    /// The members of the group by their identity, which a rename leaves alone.
+    numbers: Mutex<BTreeMap<FileId, usize>>,
+}
+
+impl RecordingNames {
+    pub(super) fn new(recorder: Arc<Recorder>, tree: &Tree) -> Self {
+        let names = Self { recorder, inner: MemoryNames::new(), numbers: Mutex::default() };
+        for (path, bytes) in tree {
+            let Some(path) = rooted(path) else { continue };
+            let storage = Arc::new(MemoryStorage::with_bytes(path.display().to_string(), bytes));
+            let file = names.recorder.join(&path, bytes.clone());
+            names.recorder.recorded().start.names.insert(path.clone(), file);
+            names.numbers().extend(storage.file_id().map(|id| (id, file)));
+            names.inner.insert(path, storage);
+        }
+        names
+    }
+
+    /// All files as they are now, durable or not.
+    #[must_use]
+    pub fn tree(&self) -> Tree {
+        self.recorder.log().last().tree()
+    }
+
+    fn numbers(&self) -> MutexGuard<'_, BTreeMap<FileId, usize>> {
+        self.numbers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn recorded(&self, storage: Arc<MemoryStorage>, path: &Path) -> Option<RecordingStorage> {
+        let number = self.number(&storage)?;
+        self.tear(number, path);
+        Some(RecordingStorage::new(number, storage, Arc::clone(&self.recorder)))
+    }
+
+    fn number(&self, storage: &MemoryStorage) -> Option<usize> {
+        self.numbers().get(&storage.file_id()?).copied()
+    }
+
+    /// A file that once had a name by which it tears does so from then on.
+    fn tear(&self, number: usize, path: &Path) {
+        if self.recorder.tears(path) {
+            self.recorder.recorded().torn[number] = true;
+        }
+    }
+}
+
+/// The path by which the log knows a name that the tree knows too.
+fn key(path: &Path) -> PathBuf {
+    rooted(path).unwrap_or_else(|| path.to_path_buf())
+}
+
+impl Names for RecordingNames {
+    fn open(&self, path: &Path, access: &Access) -> Result<Arc<dyn Storage>> {
+        let opened = self.inner.open(path, access)?;
+        let Some(storage) = self.inner.get(path).and_then(|storage| self.recorded(storage, path)) else {
+            return Ok(opened);
+        };
+        let storage: Arc<dyn Storage> = Arc::new(storage);
+        Ok(if access.write { storage } else { Arc::new(ReadOnlyStorage::new(storage)) })
+    }
+
+    fn create_new(&self, path: &Path) -> Result<Arc<dyn Storage>> {
+        let file = self.recorder.join(path, Vec::new());
+        let storage = self.recorder.record_name(|| {
+            self.inner.create_new(path)?;
+            Ok((NameChange::Create { path: key(path), file }, self.inner.get(path).unwrap_or_default()))
+        })?;
+        self.numbers().extend(storage.file_id().map(|id| (id, file)));
+        Ok(Arc::new(RecordingStorage::new(file, storage, Arc::clone(&self.recorder))))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> Result<()> {
+        let file = self.recorder.record_name(|| {
+            self.inner.rename(from, to)?;
+            let file = self.inner.get(to).and_then(|storage| self.number(&storage)).unwrap_or_default();
+            Ok((NameChange::Rename { from: key(from), to: key(to), file }, file))
+        })?;
+        self.tear(file, to);
+        Ok(())
+    }
+
+    fn link(&self, from: &Path, to: &Path) -> Result<()> {
+        let file = self.recorder.record_name(|| {
+            self.inner.link(from, to)?;
+            let file = self.inner.get(to).and_then(|storage| self.number(&storage)).unwrap_or_default();
+            // A name that comes to be, whatever it leads to.
+            Ok((NameChange::Create { path: key(to), file }, file))
+        })?;
+        self.tear(file, to);
+        Ok(())
+    }
+
+    fn unlink(&self, path: &Path) -> Result<()> {
+        self.recorder.record_name(|| {
+            self.inner.unlink(path)?;
+            Ok((NameChange::Unlink(key(path)), ()))
+        })
+    }
+
+    fn sync_dir(&self, directory: &Path) -> Result<()> {
+        self.inner.sync_dir(directory)?;
+        self.recorder.record_sync(Synced::Directory(key(directory)));
+        Ok(())
+    }
+
+    fn list(&self, directory: &Path) -> Result<Vec<PathBuf>> {
+        self.inner.list(directory)
+    }
+
+    fn exists(&self, path: &Path) -> Result<bool> {
+        self.inner.exists(path)
+    }
+
+    fn resolve(&self, path: &Path) -> Result<Resolved> {
+        self.inner.resolve(path)
+    }
+}

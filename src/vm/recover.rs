@@ -1,0 +1,146 @@
+//! After an interruption: what the journal tells of is completed or undone.
+//!
+//! | found | done |
+//! |---|---|
+//! | no journal, no snapshot being merged | nothing is written |
+//! | a torn journal | it is removed: nothing had happened |
+//! | a create or revert that is not in the catalogue | undone: its overlays are removed |
+//! | a resize | recorded as the image has it |
+//! | anything else | completed: each stage that the catalogue does not have yet, each volume that is not recorded yet |
+//! | a snapshot being merged, without a journal | its deletion is planned anew |
+
+use std::path::PathBuf;
+
+use super::executor::Domain;
+use super::journal::{Found, Journal, clear};
+use super::model::Model;
+use super::options::MergeOptions;
+use super::plan::{Plan, Purpose};
+use super::planner::{PlanOptions, Request, plan};
+use super::progress::Progress;
+use super::report::Report;
+use super::run::Run;
+use super::set::{Recovery, SnapshotSet};
+use super::{Error, Result};
+
+impl SnapshotSet {
+    pub(super) fn recover_locked(&self, options: &MergeOptions, progress: &dyn Progress) -> Result<Recovery> {
+        match Journal::find(self.place.names(), &self.journal)? {
+            Found::Journal(journal, plan) => self.resume(*journal, &plan, options, progress),
+            Found::Torn => {
+                clear(&**self.place.names(), &self.journal)?;
+                Ok(Recovery::Undone("an operation that had not changed anything".to_owned()))
+            }
+            Found::Nothing => self.resume_without_journal(options, progress),
+        }
+    }
+
+    fn resume(
+        &self,
+        journal: Journal,
+        plan: &Plan,
+        options: &MergeOptions,
+        progress: &dyn Progress,
+    ) -> Result<Recovery> {
+        // What is seen must be durable before anything is built on it.
+        journal.settle()?;
+        self.store.settle()?;
+        let model = self.store.load()?;
+        let switched = self.is_switched(plan, &self.executor.domain(&model.vm)?);
+        let run = Run::new(self.tools(options, progress, true), plan, model);
+        Ok(match run.resume(journal, switched)? {
+            Some(report) => Recovery::Completed(Box::new(report)),
+            None => Recovery::Undone(plan.purpose.to_string()),
+        })
+    }
+
+    /// Whether the hypervisor writes to the new overlays, although the catalogue does not know them.
+    fn is_switched(&self, plan: &Plan, domain: &Domain) -> bool {
+        let Some(first) = plan.stages.first() else { return false };
+        let writes = |volume: &str, path: PathBuf| domain.active.get(volume).is_some_and(|active| *active == path);
+        !first.create.is_empty()
+            && first.create.iter().all(|overlay| writes(&overlay.volume, self.place.path(&overlay.file.path)))
+    }
+
+    fn resume_without_journal(&self, options: &MergeOptions, progress: &dyn Progress) -> Result<Recovery> {
+        let model = self.store.load()?;
+        let Some(merging) = model.merging() else { return Ok(Recovery::Clean) };
+        let plan = self.plan_anew(&model, &merging.name.clone())?;
+        let journal = Journal::begin(self.place.names(), &self.journal, &plan)?;
+        self.resume(journal, &plan, options, progress)
+    }
+
+    /// The plan that deletes a snapshot on.
+    fn plan_anew(&self, model: &Model, name: &str) -> Result<Plan> {
+        let mut options = PlanOptions::default();
+        let first = plan(model, &Request::Delete { name: name.to_owned() }, &options)?;
+        for (volume, step) in first.merges() {
+            // A top that does not stand on its base any more has taken it in.
+            if self.place.has_pulled(step)? {
+                options = options.with_direction(volume, crate::merge::Direction::Pull);
+            }
+        }
+        Ok(plan(model, &Request::Delete { name: name.to_owned() }, &options)?)
+    }
+
+    /// Deletes on a snapshot whose deletion was interrupted; `None` where this was none.
+    pub(super) fn resume_deletion(
+        &self,
+        name: &str,
+        options: &MergeOptions,
+        progress: &dyn Progress,
+    ) -> Result<Option<Report>> {
+        let model = self.store.load()?;
+        let merging =
+            model.merging().is_some_and(|merging| model.find(name).is_some_and(|found| found.id == merging.id));
+        let journalled = match Journal::find(self.place.names(), &self.journal)? {
+            Found::Journal(_, plan) => plan.purpose == Purpose::Delete { name: name.to_owned() },
+            _ => false,
+        };
+        if !merging && !journalled {
+            return Ok(None);
+        }
+        match self.recover_locked(options, progress)? {
+            Recovery::Completed(report) => Ok(Some(*report)),
+            Recovery::Undone(_) | Recovery::Clean => Ok(None),
+        }
+    }
+
+    /// What [`SnapshotSet::recover`] would do, without doing it: what was under way, and whether it would be completed.
+    ///
+    /// # Errors
+    /// What reading journal and catalogue gives.
+    pub fn pending(&self) -> Result<Option<Pending>> {
+        let model = self.store.load()?;
+        match Journal::find(self.place.names(), &self.journal)? {
+            Found::Torn => Ok(Some(Pending { operation: None, completes: false })),
+            Found::Nothing => Ok(model.merging().map(|merging| Pending {
+                operation: Some(Purpose::Delete { name: merging.name.clone() }),
+                completes: true,
+            })),
+            Found::Journal(_, plan) => {
+                let switched = self.is_switched(&plan, &self.executor.domain(&model.vm)?);
+                let recorded = model.last_operation.id >= plan.id;
+                let undoable = plan.stages.first().is_some_and(|stage| !stage.create.is_empty());
+                Ok(Some(Pending { operation: Some(plan.purpose), completes: recorded || switched || !undoable }))
+            }
+        }
+    }
+}
+
+/// An operation that was interrupted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Pending {
+    /// What it was for, if its journal says that.
+    pub operation: Option<Purpose>,
+    /// Whether recovery completes it rather than undo it.
+    pub completes: bool,
+}
+
+impl From<Pending> for Error {
+    fn from(pending: Pending) -> Self {
+        let operation = pending.operation.map_or_else(|| "an unknown one".to_owned(), |purpose| purpose.to_string());
+        super::Refusal::Unfinished { operation }.into()
+    }
+}

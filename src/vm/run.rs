@@ -1,0 +1,367 @@
+//! A plan is carried out: journal, catalogue, files, catalogue, names, journal. In this order, everywhere.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::catalogue::{directory_of, unlink_if_there, with_suffix};
+use super::edit::Edit;
+use super::executor::{Executor, Manner, Merged};
+use super::journal::{Journal, Record};
+use super::model::{LastOperation, Model};
+use super::offline::in_parallel;
+use super::place::Place;
+use super::plan::{Plan, Purpose, Stage, Step, VolumeWork};
+use super::progress::{Progress, Relay};
+use super::report::{MergedVolume, PathChange, Report};
+use super::store::Store;
+use super::trace::event;
+use super::{Error, Result};
+use crate::storage;
+
+/// What a plan is carried out with.
+#[derive(Clone, Copy)]
+pub(super) struct Tools<'a> {
+    pub(super) store: &'a dyn Store,
+    pub(super) executor: &'a dyn Executor,
+    pub(super) journal: &'a Path,
+    pub(super) manner: Manner<'a>,
+    pub(super) progress: &'a dyn Progress,
+}
+
+impl Tools<'_> {
+    fn place(&self) -> &Place {
+        self.manner.place
+    }
+}
+
+/// A plan that is being carried out.
+pub(super) struct Run<'a> {
+    tools: Tools<'a>,
+    relay: Relay<'a>,
+    plan: &'a Plan,
+    model: Mutex<Model>,
+    journal: Mutex<Option<Journal>>,
+    report: Mutex<Report>,
+    /// Whether the catalogue may say something else than before, or files that are not new may be changed: then there is no
+    /// way back, only recovery.
+    committed: AtomicBool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<'a> Run<'a> {
+    pub(super) fn new(tools: Tools<'a>, plan: &'a Plan, model: Model) -> Self {
+        Self {
+            tools,
+            relay: Relay::new(tools.progress),
+            plan,
+            model: Mutex::new(model),
+            journal: Mutex::default(),
+            report: Mutex::new(Report::new(plan.purpose.clone())),
+            committed: AtomicBool::new(false),
+        }
+    }
+
+    /// Carries the plan out from its beginning. Where that fails before there is no way back, everything is as before.
+    pub(super) fn start(self) -> Result<Report> {
+        event!("begin", purpose = %self.plan.purpose, id = self.plan.id);
+        if self.plan.is_bookkeeping() {
+            let stage = &self.plan.stages[0];
+            self.end_stage(0, stage)?;
+            return Ok(self.finish());
+        }
+        let place = self.tools.place();
+        match Journal::begin(place.names(), self.tools.journal, self.plan) {
+            Ok(journal) => *lock(&self.journal) = Some(journal),
+            Err(error) => {
+                // At most a torn journal is left, which tells of nothing.
+                let _ = super::journal::clear(&**place.names(), self.tools.journal);
+                return Err(error);
+            }
+        }
+        match self.stages(0) {
+            Ok(()) => self.clear(),
+            Err(error) => {
+                if !self.committed.load(Ordering::SeqCst) {
+                    // Where this fails as well, recovery does it.
+                    let _ = self.undo();
+                } else if matches!(self.plan.purpose, Purpose::Resize { .. }) {
+                    let _ = self.settle_resize();
+                }
+                event!("failed", purpose = %self.plan.purpose, error = %error);
+                Err(error)
+            }
+        }
+    }
+
+    /// Carries on with a plan that was interrupted, or takes it back where that is still possible. `journal` and the catalogue
+    /// are durable. Returns nothing where it was taken back.
+    pub(super) fn resume(self, journal: Journal, switched: bool) -> Result<Option<Report>> {
+        event!("resume", purpose = %self.plan.purpose, id = self.plan.id);
+        *lock(&self.journal) = Some(journal);
+        let last = lock(&self.model).last_operation;
+        let done = match last.id.cmp(&self.plan.id) {
+            std::cmp::Ordering::Less => 0,
+            std::cmp::Ordering::Equal => last.stages.min(self.plan.stages.len()),
+            std::cmp::Ordering::Greater => self.plan.stages.len(),
+        };
+        if done == 0 && matches!(self.plan.purpose, Purpose::Resize { .. }) {
+            self.settle_resize()?;
+            return Ok(Some(self.finish()));
+        }
+        if done == 0 && !switched && !self.plan.stages[0].create.is_empty() {
+            self.undo()?;
+            return Ok(None);
+        }
+        if done == 0 && switched {
+            self.end_stage(0, &self.plan.stages[0])?;
+        }
+        let done = if switched { done.max(1) } else { done };
+        if let Some(stage) = done.checked_sub(1).and_then(|last| self.plan.stages.get(last)) {
+            self.unlink(&stage.unlink)?;
+        }
+        self.stages(done)?;
+        self.clear().map(Some)
+    }
+
+    fn stages(&self, from: usize) -> Result<()> {
+        for (number, stage) in self.plan.stages.iter().enumerate().skip(from) {
+            self.stage(number, stage)?;
+        }
+        Ok(())
+    }
+
+    /// One stage. Between any two lines every path in the catalogue exists.
+    fn stage(&self, number: usize, stage: &Stage) -> Result<()> {
+        self.record(&stage.begin)?;
+        if !stage.create.is_empty() {
+            let quiesce = matches!(self.plan.purpose, Purpose::Create { quiesce: true, .. });
+            self.tools.executor.create(&stage.create, quiesce, &self.tools.manner)?;
+            let paths = stage.create.iter().map(|overlay| self.tools.place().path(&overlay.file.path));
+            lock(&self.report).created.extend(paths);
+        }
+        self.work(number, stage)?;
+        self.end_stage(number, stage)?;
+        self.unlink(&stage.unlink)
+    }
+
+    /// Records the end of a stage.
+    fn end_stage(&self, number: usize, stage: &Stage) -> Result<()> {
+        let mut model = lock(&self.model);
+        let mut next = model.clone();
+        Edit::apply_all(&stage.end, &mut next);
+        next.last_operation = LastOperation { id: self.plan.id, stages: number + 1 };
+        self.save(&mut model, next)
+    }
+
+    /// Records edits, if they change anything.
+    fn record(&self, edits: &[Edit]) -> Result<()> {
+        let mut model = lock(&self.model);
+        let mut next = model.clone();
+        Edit::apply_all(edits, &mut next);
+        if next == *model { Ok(()) } else { self.save(&mut model, next) }
+    }
+
+    fn save(&self, model: &mut Model, next: Model) -> Result<()> {
+        self.committed.store(true, Ordering::SeqCst);
+        self.tools.store.save(&next)?;
+        self.note_moves(model, &next);
+        *model = next;
+        Ok(())
+    }
+
+    /// Notes which active files are others now.
+    fn note_moves(&self, old: &Model, new: &Model) {
+        let place = self.tools.place();
+        let mut report = lock(&self.report);
+        for volume in &new.volumes {
+            let Some(before) = old.volume(&volume.name) else { continue };
+            if before.active.file.path != volume.active.file.path {
+                let (old, new) = (place.path(&before.active.file.path), place.path(&volume.active.file.path));
+                report.moved.push(PathChange { volume: volume.name.clone(), old, new });
+            }
+        }
+    }
+
+    /// The work on all volumes, on several threads. One that fails does not keep the others from being done.
+    fn work(&self, number: usize, stage: &Stage) -> Result<()> {
+        let failed: Mutex<Vec<(String, Error)>> = Mutex::default();
+        in_parallel(&stage.work, self.tools.manner.jobs, |work| {
+            if let Err(error) = self.volume(number, work) {
+                event!("volume failed", volume = %work.volume, error = %error);
+                lock(&failed).push((work.volume.clone(), error));
+            }
+            Ok(())
+        })?;
+        let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let left: Vec<String> = failed.iter().map(|(volume, _)| volume.clone()).collect();
+        let Some((volume, error)) = failed.into_iter().next() else { return Ok(()) };
+        if error.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
+        let done = stage.work.iter().map(|work| work.volume.clone()).filter(|volume| !left.contains(volume));
+        Err(Error::Incomplete { volume, done: done.collect(), left, source: Box::new(error) })
+    }
+
+    /// The work on one volume: data and mappings, relinks, catalogue, names.
+    fn volume(&self, stage: usize, work: &VolumeWork) -> Result<()> {
+        let mut held = None;
+        if !work.is_recorded(&lock(&self.model)) {
+            let mut edits = work.edits.clone();
+            for (number, step) in work.steps.iter().enumerate() {
+                if self.relay.is_cancelled() {
+                    return Err(Error::Cancelled);
+                }
+                if let Some(merged) = self.step(stage, work, number, step)? {
+                    set_size(&mut edits, merged.virtual_size);
+                    held = merged.held;
+                }
+            }
+            self.record(&edits)?;
+        }
+        self.unlink(&work.unlink)?;
+        drop(held);
+        Ok(())
+    }
+
+    fn step(&self, stage: usize, work: &VolumeWork, number: usize, step: &Step) -> Result<Option<Merged>> {
+        let (executor, manner) = (self.tools.executor, &self.tools.manner);
+        event!("step", volume = %work.volume, step = %step);
+        let mut merged = None;
+        match step {
+            Step::Merge(merge) => {
+                // What nobody writes needs no second copy. What the VM writes may have changed since.
+                if !merge.active && lock(&self.journal).as_ref().is_some_and(|j| j.is_done(stage, &work.volume, number))
+                {
+                    return Ok(None);
+                }
+                let done = executor.merge(merge, manner, &self.relay.of(&work.volume))?;
+                let report = &done.report;
+                let moved = MergedVolume {
+                    direction: merge.direction,
+                    copied: report.copied,
+                    copied_in_kernel: report.copied_in_kernel,
+                    zeroed: report.zeroed,
+                    bitmaps_invalidated: report.bitmaps_invalidated.clone(),
+                };
+                lock(&self.report).merged.insert(work.volume.clone(), moved);
+                merged = Some(done);
+            }
+            Step::TakeName { from, to } => self.take_name(from, to)?,
+            Step::Relink { file, from, to } => executor.relink(file, from, to, manner)?,
+            Step::Resize { file, below, size } => {
+                self.committed.store(true, Ordering::SeqCst);
+                executor.resize(file, below, *size, manner)?;
+            }
+        }
+        if let Some(journal) = lock(&self.journal).as_mut() {
+            journal.append(Record::Done { stage, volume: work.volume.clone(), step: number })?;
+        }
+        Ok(merged)
+    }
+
+    /// Gives a file the name of another beside it. Its own stays, so that the catalogue's path leads to it all the time; on a
+    /// file system that cannot give a file two names it goes.
+    fn take_name(&self, from: &str, to: &str) -> Result<()> {
+        let place = self.tools.place();
+        let names = &**place.names();
+        if place.exists(from)? && !place.is_same(from, to) {
+            let (old, new) = (place.path(from), place.path(to));
+            let beside = with_suffix(&new, ".new");
+            unlink_if_there(names, &beside)?;
+            match names.link(&old, &beside) {
+                Ok(()) => names.rename(&beside, &new)?,
+                Err(storage::Error::Unsupported { .. }) => names.rename(&old, &new)?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        names.sync_dir(directory_of(&place.path(to)))?; // barrier: the new name before anything names it
+        Ok(())
+    }
+
+    /// Takes away names that nothing leads to any more.
+    fn unlink(&self, paths: &[String]) -> Result<()> {
+        let place = self.tools.place();
+        let mut directories = BTreeSet::<PathBuf>::new();
+        for path in paths {
+            let path = place.path(path);
+            if unlink_if_there(&**place.names(), &path)? {
+                event!("removed", path = %path.display());
+                lock(&self.report).removed.push(path.clone());
+            }
+            directories.insert(directory_of(&path).to_owned());
+        }
+        for directory in directories {
+            place.names().sync_dir(&directory)?; // barrier: names are gone before the journal that tells of them
+        }
+        Ok(())
+    }
+
+    /// Takes back what is not in the catalogue: the new overlays, and the journal.
+    fn undo(&self) -> Result<()> {
+        let overlays: Vec<String> = self.plan.created().map(|overlay| overlay.file.path.clone()).collect();
+        self.unlink(&overlays)?;
+        self.end_journal()?;
+        event!("undone", purpose = %self.plan.purpose);
+        Ok(())
+    }
+
+    /// A resize is done or not, by what the image says.
+    fn settle_resize(&self) -> Result<()> {
+        let stage = &self.plan.stages[0];
+        let place = self.tools.place();
+        for work in &stage.work {
+            for step in &work.steps {
+                let Step::Resize { file, .. } = step else { continue };
+                if self.tools.manner.recovering {
+                    let layer = place.layer(file, true)?;
+                    if layer.node.as_qcow2().is_some() {
+                        super::place::give_back_leaks(&**layer.node.storage())?;
+                    }
+                }
+                let mut edits = work.edits.clone();
+                set_size(&mut edits, place.look(file)?.virtual_size);
+                self.record(&edits)?;
+            }
+        }
+        self.end_stage(0, stage)?;
+        self.end_journal()
+    }
+
+    fn end_journal(&self) -> Result<()> {
+        let journal = lock(&self.journal).take();
+        journal.map_or(Ok(()), Journal::clear)
+    }
+
+    fn clear(self) -> Result<Report> {
+        self.end_journal()?;
+        Ok(self.finish())
+    }
+
+    fn finish(self) -> Report {
+        let model = self.model.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let mut report = self.report.into_inner().unwrap_or_else(PoisonError::into_inner);
+        report.resized.clone_from(&self.plan.size_changes);
+        if let Purpose::Resize { volume, .. } = &self.plan.purpose
+            && let Some(volume) = model.volume(volume)
+        {
+            report.resized.retain(|change| change.new == volume.active.virtual_size);
+        }
+        report.state = self.plan.state_in(&model);
+        event!("done", purpose = %self.plan.purpose, removed = report.removed.len());
+        report
+    }
+}
+
+/// Puts the size that a file turned out to have into what is recorded of it.
+fn set_size(edits: &mut [Edit], size: u64) {
+    for edit in edits {
+        if let Edit::SetActive { record, .. } | Edit::SetFile { record, .. } = edit {
+            record.virtual_size = size;
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! What merges would cost, which way is cheaper, and whether anything stands in their way: asked before the first write.
+
+use std::collections::BTreeMap;
+
+use super::model::{FileRef, Model};
+use super::options::MergeOptions;
+use super::place::{Links, Place};
+use super::plan::{Cost, MergeStep, Plan, Step};
+use super::planner::{PlanOptions, Request, plan};
+use super::{Error, Result};
+use crate::chain::Format;
+use crate::merge::{self, Direction};
+
+/// Plans with the directions that cost least, or that the caller wants, and the costs.
+pub(super) fn plan_with_costs(
+    place: &Place,
+    model: &Model,
+    request: &Request,
+    running: bool,
+    wanted: &MergeOptions,
+) -> Result<Plan> {
+    let mut options = PlanOptions::default().with_running(running).with_keep_top_names(wanted.keep_top_names);
+    let first = plan(model, request, &options)?;
+    let mut costs = BTreeMap::new();
+    for (volume, step) in first.merges() {
+        let cost = weigh(place, model, step, wanted.direction)?;
+        options = options.with_direction(volume, cost.direction);
+        costs.insert(volume.to_owned(), cost);
+    }
+    let mut plan = plan(model, request, &options)?;
+    // A protected base is pulled whatever is wanted.
+    for (volume, direction) in
+        plan.merges().map(|(volume, step)| (volume.to_owned(), step.direction)).collect::<Vec<_>>()
+    {
+        if costs.get(&volume).is_some_and(|cost| cost.direction != direction)
+            && let Some(step) = first.merges().find(|(known, _)| *known == volume).map(|(_, step)| step)
+        {
+            costs.insert(volume, weigh(place, model, step, direction)?);
+        }
+    }
+    plan.costs = costs;
+    Ok(plan)
+}
+
+fn weigh(place: &Place, model: &Model, step: &MergeStep, wanted: Direction) -> Result<Cost> {
+    let links = if model.merging().is_some() { Links::MaySkip } else { Links::Exact };
+    let files: Vec<FileRef> = [&step.top, &step.base].into_iter().chain(&step.below).cloned().collect();
+    let chain = place.chain(&files, 0, links)?;
+    let weights = merge::plan(&chain, 1)?;
+    let direction = match wanted {
+        // What is raw stays raw.
+        Direction::Auto if step.base.format == Format::Raw => Direction::Commit,
+        Direction::Auto => weights.cheapest,
+        told => told,
+    };
+    let way = weights.way(direction);
+    Ok(Cost { direction, data: way.data, space_needed: way.space_needed, space_free: way.space_free })
+}
+
+/// Refuses a plan whose merges do not fit where they are done, or whose files somebody else has open.
+pub(super) fn check(place: &Place, plan: &Plan) -> Result<()> {
+    // Volumes on one file system share its room.
+    let mut needs: BTreeMap<Option<u64>, (u64, u64, String)> = BTreeMap::new();
+    for (volume, step) in plan.merges() {
+        let written = if step.direction == Direction::Pull { &step.top } else { &step.base };
+        let held = place.hold([&step.top, written].into_iter().take(1 + usize::from(written != &step.top)))?;
+        let Some(cost) = plan.costs.get(volume) else { continue };
+        let Some(free) = cost.space_free else { continue };
+        let device = held.last().and_then(|storage| storage.file_id()).map(|id| id.device);
+        let file = place.path(&written.path).display().to_string();
+        let entry = needs.entry(device).or_insert((0, u64::MAX, file));
+        entry.0 += cost.space_needed;
+        entry.1 = entry.1.min(free);
+    }
+    if let Some((need, have, file)) = needs.into_values().find(|(need, have, _)| need > have) {
+        return Err(Error::NoSpace { file, need, have });
+    }
+    let new: Vec<&FileRef> = plan.created().map(|overlay| &overlay.file).collect();
+    for stage in &plan.stages {
+        for work in &stage.work {
+            check_relinks(place, &work.steps, &new)?;
+        }
+    }
+    Ok(())
+}
+
+/// Refuses where a file that is to be relinked is in use, or says already something else than it should.
+fn check_relinks(place: &Place, steps: &[Step], new: &[&FileRef]) -> Result<()> {
+    for step in steps {
+        if let Step::Relink { file, from, to } = step
+            && !new.contains(&file)
+        {
+            drop(place.hold(std::iter::once(file))?);
+            let layer = place.layer(file, false)?;
+            place.check_link(&layer, file, &[from.clone(), to.clone()], Links::MaySkip)?;
+        }
+    }
+    Ok(())
+}
