@@ -35,6 +35,7 @@ mod review;
 mod sparse;
 mod support;
 mod tables;
+mod threads;
 #[cfg(feature = "vm")]
 mod vm;
 #[cfg(feature = "vm")]
