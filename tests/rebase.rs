@@ -178,7 +178,10 @@ fn check_rebase(qemu: Qemu, rng: &mut Rng, shapes: Vec<Shape>, other_shapes: Vec
     assert!(qemu.content(&top.path, None) == top.model, "the top reads as before: {}", what());
     qemu.assert_clean(&top.path);
     let run = qemu.try_img(&["compare", "-f", "qcow2", "-F", "qcow2", &top.path.to_string_lossy(), &their_name]);
-    assert_eq!(run.code, 0, "{}{}{}", run.stdout, run.stderr, what());
+    // QEMU 10.0 writes no zeroes into an image of version 2 without a backing file, where they would change nothing; then it
+    // names one, which shows through.
+    let shows_through = !top.backed && top.shape.compat == "0.10";
+    assert!(run.code == 0 || shows_through, "{}{}{}", run.stdout, run.stderr, what());
     let [a, b] = [&top.path, &their_top].map(|path| qemu.info(path));
     for key in ["backing-filename", "backing-filename-format"] {
         assert_eq!(a[key], b[key], "{key}: {}", what());
@@ -186,7 +189,7 @@ fn check_rebase(qemu: Qemu, rng: &mut Rng, shapes: Vec<Shape>, other_shapes: Vec
     // An internal snapshot shows the new backing file where it holds nothing itself, here as there.
     for (name, _) in &top.snapshots {
         let [ours, theirs] = [&top.path, &their_top].map(|path| qemu.content(path, Some(name)));
-        assert!(ours == theirs, "{name}: {}", what());
+        assert!(ours == theirs || shows_through, "{name}: {}", what());
     }
 }
 
