@@ -155,9 +155,9 @@ fn text(dir: &Path, mib: u64) -> Done {
     for slot in 0..mib * MIB / CLUSTER {
         let mut cluster = Vec::with_capacity(CLUSTER as usize + 16);
         for choice in random(slot << 8 | 12) {
-            // The smaller of two choices: a falling distribution.
-            let word = (choice & 0xfff).min(choice >> 12 & 0xfff) as usize;
-            cluster.extend_from_slice(&letters[word * 8..word * 8 + 3 + word % 6]);
+            // The smallest of four choices of ten bits each: a falling distribution.
+            let word = (0..4).map(|number| choice >> (10 * number) & 0x3ff).min().unwrap_or_default() as usize;
+            cluster.extend_from_slice(&letters[word * 16..word * 16 + 3 + word % 13]);
             if cluster.len() >= CLUSTER as usize {
                 break;
             }

@@ -75,9 +75,9 @@ impl Requests {
 
     /// Where the requests of one thread lie: every so manieth of all.
     fn offsets(&self, thread: u64, size: u64) -> impl Iterator<Item = u64> {
-        let step = u128::from(self.step);
-        let numbers = (thread..self.count).step_by(self.threads as usize);
-        numbers.map(move |number| (u128::from(number) * step % u128::from(size)) as u64)
+        let at = |number: u64| (u128::from(number) * u128::from(self.step) % u128::from(size)) as u64;
+        let (count, step) = (self.count.saturating_sub(thread).div_ceil(self.threads), at(self.threads));
+        std::iter::successors(Some(at(thread)), move |offset| Some((offset + step) % size)).take(count as usize)
     }
 }
 
