@@ -24,6 +24,7 @@ mod layering;
 mod locks;
 mod merge;
 mod plan;
+mod protocols;
 mod qemu;
 mod rebase;
 mod review;

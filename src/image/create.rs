@@ -12,6 +12,9 @@ use crate::storage::{self, Storage, zero_range};
 use super::{Error, Result};
 use layout::Layout;
 
+/// What a disk writes at once. A header's magic and all that it points at lie in the first one.
+const SECTOR: u64 = 512;
+
 /// What to allocate before anything is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum Preallocation {
@@ -198,11 +201,10 @@ fn make_room(storage: &dyn Storage, layout: &Layout) -> Result<()> {
     if len < need {
         return Err(storage::Error::NoSpace { name: storage.name().to_owned(), need }.into());
     }
-    // An image that was here before must be gone before its tables are overwritten. What is new and not written must
-    // read as zeroes: the L1 table, and preallocated data, which the guest would see.
-    zero_range(storage, 0..layout.geometry.cluster_size())?;
-    storage.sync()?;
-    zero_range(storage, layout.geometry.cluster_size()..need)?;
+    // What is new and not written must read as zeroes: the L1 table, and preallocated data, which the guest would see.
+    zero_range(storage, 0..SECTOR)?;
+    storage.sync()?; // barrier: an image that was here before is gone before its tables are
+    zero_range(storage, SECTOR..need)?;
     Ok(())
 }
 

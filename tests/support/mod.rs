@@ -2,11 +2,14 @@
 //! content, and images that other people's programs made.
 
 pub mod foreign;
+pub mod images;
 pub mod ours;
+pub mod protocol;
 pub mod qemu;
 pub mod recipe;
 pub mod rng;
 pub mod stack;
+pub mod victim;
 
 use std::io::Write;
 

@@ -105,6 +105,12 @@ pub struct Log {
 }
 
 impl Log {
+    /// Whether nothing was changed.
+    #[must_use]
+    pub fn is_unchanged(&self) -> bool {
+        !self.events.iter().any(|event| matches!(event, Event::Change(_)))
+    }
+
     /// The syncs of files and directories, in order.
     #[must_use]
     pub fn barriers(&self) -> Vec<Barrier> {
