@@ -9,7 +9,7 @@ use crate::format::{
 };
 use crate::storage::{self, Storage, zero_range};
 
-use super::{Error, Result};
+use super::{Error, Result, as_len};
 use layout::Layout;
 
 /// What a disk writes at once. A header's magic and all that it points at lie in the first one.
@@ -149,7 +149,8 @@ impl CreateOptions {
 
 /// Writes a new image to an empty storage, durable on return.
 ///
-/// The header is written last, behind a barrier: what a crash leaves before is no image.
+/// The header's first sector is written last, behind a barrier: what a crash leaves before is no image. The name of a
+/// backing file may lie behind that sector.
 pub(super) fn lay_out(storage: &dyn Storage, options: &CreateOptions) -> Result<()> {
     let layout = Layout::plan(storage.name(), options)?;
     let header = header_cluster(&layout, options).encode().map_err(|error| Error::format(storage.name(), error))?;
@@ -159,9 +160,11 @@ pub(super) fn lay_out(storage: &dyn Storage, options: &CreateOptions) -> Result<
     write_l1_table(storage, &layout)?;
     write_l2_tables(storage, &layout)?;
     prepare_data(storage, &layout, options.preallocation)?;
-    storage.sync()?; // barrier: all that the header names
-    storage.write_at(&header, 0)?;
-    storage.sync()?;
+    let (first, rest) = header.split_at(header.len().min(as_len(SECTOR)));
+    storage.write_at(rest, SECTOR)?;
+    storage.sync()?; // barrier: all that the header names, and what of it lies behind the first sector
+    storage.write_at(first, 0)?;
+    storage.sync()?; // not an order, a promise: the image is there
     Ok(())
 }
 

@@ -23,7 +23,7 @@ pub struct Create {
 
 impl Create {
     pub fn random(rng: &mut Rng) -> Self {
-        let mut options = random_options(rng, 512 * rng.clone().within(1..160));
+        let mut options = random_options(rng, 512 * rng.clone().within(1..120));
         if rng.chance(1, 4) {
             options = options.with_backing("base", "raw");
         } else if rng.chance(1, 3) {
@@ -38,7 +38,7 @@ impl Create {
         let (mut image, old) = random_image(rng, 161 * 512, None);
         // What lies behind it is not of the image, and may not show in the new one.
         image.resize(image.len().next_multiple_of(1 << 14), 0);
-        image.resize(1 << 20, 0x55);
+        image.resize(1 << 18, 0x55);
         Self { path: "/dev/disk", start: [("/dev/disk".into(), image)].into(), options, in_kernel, old: Some(old) }
     }
 

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use qcow2_chain::image::{CheckOptions, CreateOptions, Fix, Image, OpenOptions, check};
 use qcow2_chain::storage::crash::{Barrier, Log, Recorder, RecorderOptions, Tree};
 use qcow2_chain::storage::fault::{Fault, Faults, FaultyNames, Plan, Reach};
-use qcow2_chain::storage::{Access, MemoryStorage, Names, Storage};
+use qcow2_chain::storage::{Access, MemoryStorage, Names};
 
 use super::qemu::Qemu;
 use super::rng::{Rng, cases, count};
@@ -275,7 +275,7 @@ fn ask_qemu(log: &Log, seed: u64) -> Verdict {
         for (file, bytes) in &tree {
             let sound = check(&MemoryStorage::with_bytes("state", bytes), &CheckOptions::default());
             let Ok(report) = sound else { continue };
-            if !put_backing(bytes, directory.path())? {
+            if report.check_errors > 0 || !put_backing(bytes, directory.path())? {
                 continue;
             }
             let theirs = qemu.check(&path(file), None);
@@ -446,11 +446,4 @@ pub fn break_all<P: Protocol>(what: &str, usual: u64, random: impl Fn(&mut Rng) 
     let failures = failures.into_inner();
     println!("{what}: {failures} failed");
     failures
-}
-
-/// All bytes of a storage.
-pub fn bytes(storage: &dyn Storage) -> Vec<u8> {
-    let mut bytes = vec![0; usize::try_from(storage.len().unwrap()).unwrap()];
-    storage.read_at(&mut bytes, 0).unwrap();
-    bytes
 }
