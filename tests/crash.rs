@@ -2,10 +2,11 @@
 //! our own check and, some of them, by QEMU's; and the harness itself, which must miss each barrier that is taken out.
 
 use crate::protocols::{Convert, Create, HeaderChange, Merging, Rebase, Repair, Resize, Writer};
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::path::Path;
 
-use crate::support::protocol::{Effort, Proofs, crash, take_out};
+use crate::support::protocol::{Effort, Proofs, Protocol, crash, take_out};
+use crate::support::rng::Rng;
 
 #[test]
 fn every_crash_of_a_writer_leaves_old_or_new_sectors_and_at_worst_leaks() {
@@ -48,7 +49,13 @@ fn every_crash_of_a_repair_makes_nothing_worse_and_the_next_run_completes_it() {
 }
 
 /// Barriers that no run needs, by the operation, what their line says, and why they are there all the same.
-const COVERED: [(&str, &str, &str); 0] = [];
+const COVERED: [(&str, &str, &str); 5] = [
+    ("create", "state.is_dirty()", "an image that is closed cannot know that its creation was durable"),
+    ("rebase", "state.is_dirty()", "closing the chain: the header change before it was durable"),
+    ("convert", "storage.sync()?; // barrier: all that the header names", "the header is kept back until the very end"),
+    ("convert", "a promise: the image is there", "the header is kept back until the very end"),
+    ("convert", "barrier: data, refcounts", "no header leads to the mappings yet; the last barrier covers all"),
+];
 
 /// Lines that call for a sync and are no barrier of an operation: they pass the call on.
 const PASSED_ON: [&str; 1] = ["self.inner.sync()"];
@@ -58,31 +65,36 @@ const PASSED_ON: [&str; 1] = ["self.inner.sync()"];
 #[test]
 fn every_barrier_of_every_operation_is_proved() {
     let operations: [(&str, Proofs); 8] = [
-        ("write", take_out("barriers of a writer", 60, Writer::random)),
-        ("resize", take_out("barriers of a resize", 60, Resize::random)),
-        ("create", take_out("barriers of a creation", 30, Create::random)),
-        ("header", take_out("barriers of a header change", 60, HeaderChange::random)),
-        ("rebase", take_out("barriers of a rebase", 30, Rebase::random)),
-        ("convert", take_out("barriers of a conversion", 30, Convert::random)),
-        ("merge", take_out("barriers of a merge", 60, Merging::random)),
-        ("check", take_out("barriers of a repair", 200, Repair::random)),
+        ("write", prove("write", 80, Writer::random)),
+        ("resize", prove("resize", 24, Resize::random)),
+        ("create", prove("create", 12, Create::random)),
+        ("header", prove("header", 12, HeaderChange::random)),
+        ("rebase", prove("rebase", 8, Rebase::random)),
+        ("convert", prove("convert", 6, Convert::random)),
+        ("merge", prove("merge", 20, Merging::random)),
+        ("check", prove("check", 24, Repair::random)),
     ];
-    let mut lines: BTreeMap<&str, bool> = BTreeMap::new();
+    let mut lines: BTreeSet<&str> = BTreeSet::new();
     let mut unproved = Vec::new();
     for (operation, proofs) in &operations {
-        for (name, (proved, runs)) in proofs {
-            println!("{operation:8} {proved:3} of {runs:3}  {name}");
-            let covered = COVERED.iter().any(|(of, line, _)| of == operation && name.contains(line));
-            if *proved == 0 && !covered {
+        for (name, (proved, _)) in proofs {
+            if *proved == 0 {
                 unproved.push(format!("{operation}: {name}"));
             }
-            *lines.entry(name).or_default() |= *proved > 0;
+            lines.insert(name);
         }
     }
     assert!(unproved.is_empty(), "no run fails without: {unproved:#?}");
-    let missed: Vec<String> =
-        barriers_in_the_source().into_iter().filter(|name| !lines.contains_key(&**name)).collect();
+    let missed: Vec<String> = barriers_in_the_source().into_iter().filter(|name| !lines.contains(&**name)).collect();
     assert!(missed.is_empty(), "no operation reaches: {missed:#?}");
+}
+
+fn prove<P: Protocol>(operation: &str, usual: u64, random: impl Fn(&mut Rng) -> P + Sync) -> Proofs {
+    if std::env::var("ONLY").is_ok_and(|only| only != operation) {
+        return Proofs::new();
+    }
+    let covered = |name: &str| COVERED.iter().any(|(of, line, _)| *of == operation && name.contains(line));
+    take_out(&format!("barriers of {operation}"), usual, covered, random)
 }
 
 /// The lines of the library above the storages that call for a sync, named as the recorder names them.

@@ -50,8 +50,8 @@ impl Merging {
         };
         let storages = (0..self.stack.files.len()).map(open).collect::<Result<Vec<Arc<dyn Storage>>, _>>()?;
         let chain = self.stack.open_on(&storages, self.merge.writable())?;
-        self.merge.run(&chain, self.stack.files.len()).map_err(wrong)?;
-        chain.close().map_err(wrong)
+        // Not closed: that would sync once more, and hide what the merge did not make durable.
+        self.merge.run(&chain, self.stack.files.len()).map_err(wrong)
     }
 }
 

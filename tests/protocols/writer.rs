@@ -3,15 +3,19 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use qcow2_chain::format::GuestOffset;
-use qcow2_chain::image::{Fix, Image, OpenOptions};
+use qcow2_chain::format::{
+    AutoclearFeatures, BitmapDirectoryEntry, BitmapsExtension, ClusterBits, Extension, GuestOffset, HeaderCluster,
+    HostOffset, Limits, RefcountOrder, Version, encode_bitmap_directory,
+};
+use qcow2_chain::image::{CreateOptions, Fix, Image, OpenOptions};
 use qcow2_chain::storage::crash::{RecorderOptions, Tree};
 use qcow2_chain::storage::{MemoryStorage, Names};
 
-use crate::support::images::{random_image, try_shown};
+use crate::support::images::{random_content, random_options, try_shown};
 use crate::support::ours::Bytes;
 use crate::support::protocol::{Protocol, Verdict, assert_sound, memory, open, repair, wrong};
 use crate::support::rng::Rng;
+use crate::support::victim::Victim;
 
 const SECTOR: usize = 512;
 const PATH: &str = "/disk";
@@ -35,12 +39,67 @@ pub struct Writer {
     promised: Vec<usize>,
 }
 
+/// An autoclear bit that nobody knows.
+const UNKNOWN: u64 = 1 << 17;
+
+/// Gives an image a bitmap that records, and a feature that this library does not know: both must go before data changes.
+fn vouch(rng: &mut Rng, image: &mut Vec<u8>) {
+    let header = HeaderCluster::decode(image, image.len() as u64, &Limits::default()).expect("decodes");
+    if header.header.version == Version::V2 {
+        return;
+    }
+    let mut victim = Victim { bytes: std::mem::take(image) };
+    let cluster = victim.cluster_size();
+    let (directory, len) =
+        (victim.len().next_multiple_of(cluster), victim.len().next_multiple_of(cluster) + 2 * cluster);
+    if victim.refcount_byte(len / cluster).is_none() {
+        *image = victim.bytes;
+        return;
+    }
+    victim.bytes.resize(usize::try_from(len).unwrap(), 0);
+    victim.set_refcount(directory / cluster, true);
+    victim.set_refcount(directory / cluster + 1, true);
+    let entry = BitmapDirectoryEntry {
+        bitmap_table_offset: HostOffset::new(directory + cluster),
+        bitmap_table_size: 1,
+        flags: BitmapDirectoryEntry::AUTO,
+        kind: 1,
+        granularity_bits: 16,
+        name: b"bitmap".to_vec(),
+        extra_data: Vec::new(),
+    };
+    let encoded = encode_bitmap_directory(&[entry]);
+    let at = usize::try_from(directory).unwrap();
+    victim.bytes[at..at + encoded.len()].copy_from_slice(&encoded);
+    let mut header = header;
+    // The unknown feature alone, the bitmap alone, or both: each has a barrier of its own.
+    header.header.autoclear_features.0 |= rng.pick(&[UNKNOWN, 0, UNKNOWN]) | AutoclearFeatures::BITMAPS;
+    header.set_extension(Extension::Bitmaps(BitmapsExtension {
+        nb_bitmaps: 1,
+        bitmap_directory_size: encoded.len() as u64,
+        bitmap_directory_offset: HostOffset::new(directory),
+    }));
+    let first = header.encode_over(&victim.bytes[..header.header.geometry().cluster_len()]).expect("it has room");
+    victim.bytes[..first.len()].copy_from_slice(&first);
+    *image = victim.bytes;
+}
+
 impl Writer {
     pub fn random(rng: &mut Rng) -> Self {
-        let size = rng.within(8..96) * 512;
+        // Large ones get new refcount blocks while they are written.
+        let large = rng.chance(1, 4);
+        let size = if large { rng.within(100..300) } else { rng.within(8..96) } * 512;
         let below = if rng.chance(1, 2) { rng.bytes(usize::try_from(size).unwrap() / 2) } else { Vec::new() };
         let over = (!below.is_empty()).then_some(("below", &below[..]));
-        let (image, model) = random_image(rng, size, over);
+        let mut shape = random_options(rng, size);
+        if large {
+            let (smallest, widest) = (ClusterBits::new(9).unwrap(), RefcountOrder::new(6).unwrap());
+            shape = CreateOptions::new(size).with_cluster_bits(smallest).with_refcount_order(widest);
+        }
+        let (mut image, model) = random_content(rng, shape, over);
+        if rng.chance(1, 3) {
+            vouch(rng, &mut image);
+        }
         let op = |rng: &mut Rng| {
             let range = rng.range(size, 512);
             match rng.within(0..6) {
@@ -101,6 +160,22 @@ impl Writer {
         done.map_err(wrong)
     }
 
+    /// Nothing that vouches for the old content is left on a new one.
+    fn judge_vouchers(&self, tree: &Tree) -> Verdict {
+        let image = Image::open(memory(tree, PATH)?, &OpenOptions::default()).map_err(wrong)?;
+        if self.shown(tree)? == self.versions[0] {
+            return Ok(());
+        }
+        if image.header().header.autoclear_features.0 & UNKNOWN != 0 {
+            return Err("an unknown feature still vouches for what was written".to_owned());
+        }
+        let bitmaps = image.bitmaps().map_err(wrong)?;
+        if bitmaps.iter().any(|bitmap| bitmap.flags & BitmapDirectoryEntry::IN_USE == 0) {
+            return Err("a bitmap still vouches for what was written".to_owned());
+        }
+        Ok(())
+    }
+
     fn shown(&self, tree: &Tree) -> Result<Vec<u8>, String> {
         let storage: Arc<MemoryStorage> = memory(tree, PATH)?;
         let image = Image::open(storage, &OpenOptions::default()).map_err(wrong)?;
@@ -135,6 +210,7 @@ impl Protocol for Writer {
     /// Each sector is one that the disk has held since the last promise.
     fn judge(&self, tree: &Tree, promises: usize) -> Verdict {
         assert_sound(tree, PATH, true)?;
+        self.judge_vouchers(tree)?;
         let content = self.shown(tree)?;
         let since = promises.checked_sub(1).map_or(0, |last| self.promised[last]);
         for at in (0..content.len()).step_by(SECTOR) {

@@ -27,7 +27,13 @@ pub fn random_options(rng: &mut Rng, size: u64) -> CreateOptions {
 /// An image in memory with random content; what it shows is returned too. `over` names a backing file and says what that
 /// shows.
 pub fn random_image(rng: &mut Rng, size: u64, over: Option<(&str, &[u8])>) -> (Vec<u8>, Vec<u8>) {
-    let mut options = random_options(rng, size);
+    let options = random_options(rng, size);
+    random_content(rng, options, over)
+}
+
+/// The same in this shape.
+pub fn random_content(rng: &mut Rng, mut options: CreateOptions, over: Option<(&str, &[u8])>) -> (Vec<u8>, Vec<u8>) {
+    let size = options.size;
     let mut model = over.map_or(Vec::new(), |(_, below)| below.to_vec());
     model.resize(usize::try_from(size).unwrap(), 0);
     let below = Bytes(model.clone());
