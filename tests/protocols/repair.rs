@@ -3,12 +3,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use qcow2_chain::format::GuestOffset;
+use qcow2_chain::format::{GuestOffset, HeaderCluster, Limits};
 use qcow2_chain::image::{CheckOptions, CheckReport, Fix, Image, OpenOptions, Severity, check};
-use qcow2_chain::storage::Names;
 use qcow2_chain::storage::crash::Tree;
+use qcow2_chain::storage::{Names, Storage};
 
-use crate::support::images::random_image;
+use crate::support::images::{UNKNOWN, random_image, vouch};
 use crate::support::protocol::{Protocol, Verdict, memory, repair, wrong};
 use crate::support::rng::Rng;
 use crate::support::victim::{DAMAGES, Damage, Victim};
@@ -33,6 +33,8 @@ struct Told {
     check_errors: u64,
     /// The clusters with more references than their refcount says: those that a writer might overwrite.
     unguarded: Vec<u64>,
+    /// The warnings in the header, and what else programs that do not know all must heed.
+    features: (u64, u64),
     sectors: Vec<Option<Vec<u8>>>,
 }
 
@@ -43,6 +45,9 @@ impl Told {
             check(&*storage, &CheckOptions::default()).map_err(wrong)?;
         let refcounts = findings.iter().filter(|f| f.structure == "refcount" && f.severity == Severity::Corruption);
         let unguarded = refcounts.map(|finding| finding.offset).collect();
+        let features = HeaderCluster::decode(&storage.to_vec(), storage.len().map_err(wrong)?, &Limits::default());
+        let features = features.map(|head| (head.header.incompatible_features.0, head.header.autoclear_features.0));
+        let features = features.map_err(wrong)?;
         let mut sectors = Vec::new();
         if let Ok(image) = Image::open(storage, &OpenOptions::default()) {
             let mut at = 0;
@@ -53,7 +58,7 @@ impl Told {
                 at += SECTOR as u64;
             }
         }
-        Ok(Self { corruptions, leaks, check_errors, unguarded, sectors })
+        Ok(Self { corruptions, leaks, check_errors, unguarded, features, sectors })
     }
 }
 
@@ -62,7 +67,10 @@ impl Repair {
     pub fn random(rng: &mut Rng) -> Self {
         loop {
             let size = rng.within(8..96) * 512;
-            let (image, _) = random_image(rng, size, None);
+            let (mut image, _) = random_image(rng, size, None);
+            if rng.chance(1, 4) {
+                vouch(rng, &mut image);
+            }
             let mut victim = Victim { bytes: image };
             let damages: Vec<Damage> = (0..rng.within(1..4)).map(|_| rng.pick(&DAMAGES)).collect();
             for damage in &damages {
@@ -101,6 +109,10 @@ impl Protocol for Repair {
         if promises > 0 && now != self.after {
             return Err("not what the repair led to".to_owned());
         }
+        let path = Path::new(PATH);
+        if now.features.1 & UNKNOWN != 0 && tree[path][512..] != self.start[path][512..] {
+            return Err("an unknown feature still vouches for what was repaired".to_owned());
+        }
         let sector = |of: &Told, at: usize| of.sectors.get(at).cloned().flatten();
         for at in 0..now.sectors.len() {
             let shown = sector(&now, at);
@@ -108,7 +120,9 @@ impl Protocol for Repair {
                 return Err(format!("sector {at} reads as neither before nor after"));
             }
         }
-        if let Some(at) = now.unguarded.iter().find(|at| !self.before.unguarded.contains(at)) {
+        // A repair may make the file longer, so that what pointed past its end no longer does.
+        let inside = |at: &&u64| **at < self.start[path].len() as u64;
+        if let Some(at) = now.unguarded.iter().filter(inside).find(|at| !self.before.unguarded.contains(at)) {
             return Err(format!("the cluster at {at:#x} is in use more often now than its refcount says"));
         }
         if now.check_errors > 0 && self.before.check_errors == 0 && self.after.check_errors == 0 {

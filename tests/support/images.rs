@@ -2,12 +2,16 @@
 
 use std::sync::Arc;
 
-use qcow2_chain::format::{ClusterBits, Extension, GuestOffset, HeaderCluster, Limits, RefcountOrder, Version};
+use qcow2_chain::format::{
+    AutoclearFeatures, BitmapDirectoryEntry, BitmapsExtension, ClusterBits, Extension, GuestOffset, HeaderCluster,
+    HostOffset, Limits, RefcountOrder, Version, encode_bitmap_directory,
+};
 use qcow2_chain::image::{Backing as _, CreateOptions, Image};
 use qcow2_chain::storage::MemoryStorage;
 
 use super::ours::Bytes;
 use super::rng::Rng;
+use super::victim::Victim;
 
 /// Options for a new image of any geometry with small clusters.
 pub fn random_options(rng: &mut Rng, size: u64) -> CreateOptions {
@@ -104,4 +108,49 @@ pub fn random_header(rng: &mut Rng) -> Option<(Vec<u8>, BackingName)> {
 
 pub fn backing_of(header: &HeaderCluster) -> BackingName {
     header.backing_file.clone().map(|name| (name, header.backing_format().map(<[u8]>::to_vec)))
+}
+
+/// An autoclear bit that nobody knows.
+pub const UNKNOWN: u64 = 1 << 17;
+
+/// Gives an image a bitmap that records, and a feature that this library does not know: both must go before data changes.
+pub fn vouch(rng: &mut Rng, image: &mut Vec<u8>) {
+    let header = HeaderCluster::decode(image, image.len() as u64, &Limits::default()).expect("decodes");
+    if header.header.version == Version::V2 {
+        return;
+    }
+    let mut victim = Victim { bytes: std::mem::take(image) };
+    let cluster = victim.cluster_size();
+    let (directory, len) =
+        (victim.len().next_multiple_of(cluster), victim.len().next_multiple_of(cluster) + 2 * cluster);
+    if victim.refcount_byte(len / cluster).is_none() {
+        *image = victim.bytes;
+        return;
+    }
+    victim.bytes.resize(usize::try_from(len).unwrap(), 0);
+    victim.set_refcount(directory / cluster, true);
+    victim.set_refcount(directory / cluster + 1, true);
+    let entry = BitmapDirectoryEntry {
+        bitmap_table_offset: HostOffset::new(directory + cluster),
+        bitmap_table_size: 1,
+        flags: BitmapDirectoryEntry::AUTO,
+        kind: 1,
+        granularity_bits: 16,
+        name: b"bitmap".to_vec(),
+        extra_data: Vec::new(),
+    };
+    let encoded = encode_bitmap_directory(&[entry]);
+    let at = usize::try_from(directory).unwrap();
+    victim.bytes[at..at + encoded.len()].copy_from_slice(&encoded);
+    let mut header = header;
+    // The unknown feature alone, the bitmap alone, or both: each has a barrier of its own.
+    header.header.autoclear_features.0 |= rng.pick(&[UNKNOWN, 0, UNKNOWN]) | AutoclearFeatures::BITMAPS;
+    header.set_extension(Extension::Bitmaps(BitmapsExtension {
+        nb_bitmaps: 1,
+        bitmap_directory_size: encoded.len() as u64,
+        bitmap_directory_offset: HostOffset::new(directory),
+    }));
+    let first = header.encode_over(&victim.bytes[..header.header.geometry().cluster_len()]).expect("it has room");
+    victim.bytes[..first.len()].copy_from_slice(&first);
+    *image = victim.bytes;
 }

@@ -131,7 +131,7 @@ pub struct Effort {
 }
 
 impl Effort {
-    pub const ORDINARY: Self = Self { samples: 8, recover_every: 16, recoveries: 16, promises: true };
+    pub const ORDINARY: Self = Self { samples: 8, recover_every: 16, recoveries: 3, promises: true };
 }
 
 /// The one state to look at, if the environment variable `QCOW2_CHAIN_STATE` names it.
