@@ -79,7 +79,7 @@ const PASSED_ON: [&str; 4] = [
 #[test]
 fn every_barrier_of_every_operation_is_proved() {
     let operations: [(&str, Proofs); 8] = [
-        ("write", prove("write", 80, Writer::random)),
+        ("write", prove("write", 160, Writer::random)),
         ("resize", prove("resize", 24, Resize::random)),
         ("create", prove("create", 12, Create::random)),
         ("header", prove("header", 12, HeaderChange::random)),
@@ -99,13 +99,18 @@ fn every_barrier_of_every_operation_is_proved() {
         }
     }
     assert!(unproved.is_empty(), "no run fails without: {unproved:#?}");
-    let missed: Vec<String> = barriers_in_the_source().into_iter().filter(|name| !lines.contains(&**name)).collect();
+    let missed: Vec<String> =
+        barriers_in_the_source().into_iter().filter(|name| !lines.contains(&**name) && !is_covered(name)).collect();
     assert!(missed.is_empty(), "no operation reaches: {missed:#?}");
 }
 
 fn prove<P: Protocol>(operation: &str, usual: u64, random: impl Fn(&mut Rng) -> P + Sync) -> Proofs {
     let covered = |name: &str| COVERED.iter().any(|(of, line, _)| *of == operation && name.contains(line));
     take_out(&format!("barriers of {operation}"), usual, covered, random)
+}
+
+fn is_covered(name: &str) -> bool {
+    COVERED.iter().any(|(_, line, _)| name.contains(line))
 }
 
 /// The lines of the library above the storages that call for a sync, named as the recorder names them.

@@ -331,7 +331,7 @@ pub fn name_of(barrier: &Barrier) -> String {
 pub type Proofs = BTreeMap<String, (usize, usize)>;
 
 /// How often a barrier is taken out before it counts as unproved.
-const MOST_TRIES: usize = 12;
+const MOST_TRIES: usize = 40;
 
 /// Takes each barrier out of random cases of an operation, all its calls at once; not those that others cover.
 pub fn take_out<P: Protocol>(
