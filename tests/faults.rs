@@ -8,12 +8,12 @@ use crate::support::protocol::break_all;
 
 #[test]
 fn a_writer_survives_every_fault() {
-    assert!(break_all("broken writers", 6, Writer::random) > 100);
+    assert!(break_all("broken writers", 6, Writer::random) > 350);
 }
 
 #[test]
 fn a_resize_survives_every_fault() {
-    assert!(break_all("broken resizes", 4, Resize::random) > 100);
+    assert!(break_all("broken resizes", 4, Resize::random) > 215);
 }
 
 #[test]
