@@ -26,13 +26,16 @@ mod kill;
 mod layering;
 mod locks;
 mod merge;
+mod model;
 mod plan;
 #[cfg(feature = "cli")]
 mod program_merges;
+mod protocols;
 mod qemu;
 mod rebase;
 mod review;
 mod sparse;
+mod stress;
 mod support;
 mod tables;
 mod threads;

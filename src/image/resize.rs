@@ -110,8 +110,9 @@ impl State {
 
     fn shrink(&mut self, size: u64) -> Result<()> {
         self.write_size(size)?;
-        self.storage.sync()?; // barrier: the new size before anything behind it is given up
         self.drop_mappings(size)?;
+        // The first barrier of every flush lies before the mappings: the new size is durable before anything behind it is
+        // given up.
         self.flush_and(After::Cut)
     }
 
@@ -134,7 +135,7 @@ impl State {
         }
         self.flush()?; // barrier: all that the new part shows, before it shows
         self.write_size(size)?;
-        Ok(self.storage.sync()?)
+        Ok(self.storage.sync()?) // not an order, a promise: the disk has its new size
     }
 
     /// Gives the L1 table room for a larger disk. The header names the new table at once.
@@ -170,9 +171,10 @@ impl State {
         if old_run.count > 0 {
             // An empty table may be said to lie anywhere, such as in the header's cluster.
             writer.metadata.remove(old_run.start, old_run.count);
+            // The next flush does that, behind a barrier that makes the header durable.
             writer.refcounts.free(old_run.start, old_run.count, false);
         }
-        Ok(self.storage.sync()?) // barrier: the header before the old table is free
+        Ok(())
     }
 
     /// Allocates exactly `count` adjacent clusters.

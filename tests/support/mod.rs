@@ -2,14 +2,17 @@
 //! content, and images that other people's programs made.
 
 pub mod foreign;
+pub mod images;
 #[cfg(feature = "vm")]
 pub mod lab;
 pub mod layers;
 pub mod ours;
+pub mod protocol;
 pub mod qemu;
 pub mod recipe;
 pub mod rng;
 pub mod stack;
+pub mod victim;
 
 use std::io::Write;
 
