@@ -32,6 +32,8 @@ mod program_merges;
 mod qemu;
 mod rebase;
 mod review;
+#[cfg(all(feature = "vm", unix))]
+mod scenarios;
 mod sparse;
 mod support;
 mod tables;

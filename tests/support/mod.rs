@@ -2,13 +2,18 @@
 //! content, and images that other people's programs made.
 
 pub mod foreign;
+#[cfg(all(feature = "vm", unix))]
+pub mod judge;
 #[cfg(feature = "vm")]
 pub mod lab;
 pub mod layers;
 pub mod ours;
 pub mod qemu;
+pub mod ram;
 pub mod recipe;
 pub mod rng;
+#[cfg(all(feature = "vm", unix))]
+pub mod scene;
 pub mod stack;
 
 use std::io::Write;
