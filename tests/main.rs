@@ -23,6 +23,8 @@ mod image;
 mod inspection;
 #[cfg(feature = "cli")]
 mod kill;
+#[cfg(all(feature = "cli", unix))]
+mod kill_vm;
 mod layering;
 mod locks;
 mod merge;
@@ -41,3 +43,7 @@ mod tables;
 mod vm;
 #[cfg(feature = "vm")]
 mod vm_plan;
+#[cfg(all(feature = "cli", target_os = "linux"))]
+mod vm_program;
+#[cfg(all(feature = "vm", unix))]
+mod vm_scale;

@@ -210,6 +210,19 @@ fn x2_a_hidden_current_snapshot_keeps_its_other_child() {
     });
 }
 
+#[test]
+fn mv1_ten_volumes() {
+    let Some(qemu) = Qemu::find() else { return };
+    let mut scene = Scene::new(qemu, LabShape { volumes: 10, ..SHAPES[2] });
+    scene.act("create s1");
+    scene.act("create s2");
+    let report = scene.step("delete s1", "s2(R*)=f0; f2<-f0");
+    assert_eq!(report.merged.len(), 10);
+    let report = scene.step("delete s2", "f0");
+    assert_eq!(report.merged.len(), 10);
+    scene.end();
+}
+
 /// Copies a VM's files into a new directory and opens the set there on these names.
 fn copy_of(scene: &Scene, names: Arc<dyn Names>) -> (tempfile::TempDir, SnapshotSet) {
     let dir = ram::dir();
@@ -281,35 +294,42 @@ fn x5_the_second_of_three_volumes_fails() {
     scene.act("create s1");
     scene.act("create s2");
     scene.lab.write_all(&mut crate::support::rng::Rng::new(5));
-    let mut seen = 0;
-    for call in 0.. {
+    let healthy = Faults::new(Fault::Io.at(u64::MAX));
+    let (_dir, set) = copy_of(&scene, failing(&healthy));
+    let opened = healthy.calls();
+    set.with_jobs(1).delete("s1", &Default::default(), &()).unwrap();
+    let (mut seen, mut alone) = (0, 0);
+    for call in opened..healthy.calls() {
         let faults = Faults::new(Fault::Io.at(call));
-        let dir_and_set = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| copy_of(&scene, failing(&faults))));
-        // The first calls are those of opening the set.
-        let Ok((dir, set)) = dir_and_set else { continue };
-        let done = set.with_jobs(1).delete("s1", &Default::default(), &());
-        let Err(error) = done else { break };
+        let (dir, set) = copy_of(&scene, failing(&faults));
+        // Some failures are got over: what could not be looked at was not needed.
+        let Err(error) = set.with_jobs(1).delete("s1", &Default::default(), &()) else { continue };
         let Error::Incomplete { volume, done, left, .. } = &error else { continue };
         if volume != "vdb" {
             continue;
         }
         seen += 1;
-        assert_eq!((&done[..], &left[..]), (&["vda".to_owned(), "vdc".to_owned()][..], &["vdb".to_owned()][..]));
+        // Where it was the journal that failed, the third one fails as well.
+        alone += u64::from(left == &["vdb"]);
+        assert!(done.contains(&"vda".to_owned()) && left.contains(&"vdb".to_owned()), "{error}");
+        let left = left.clone();
         let mut lab = scene.lab.on(Arc::new(HostNames)).unwrap();
         lab.catalogue = dir.path().join("vm.json");
         lab.set = SnapshotSet::load(&lab.catalogue).unwrap();
         let model = lab.model();
         assert_eq!(model.find("s1").unwrap().state, State::Merging);
-        assert_eq!(model.find("s1").unwrap().files.keys().collect::<Vec<_>>(), ["vdb"], "the others are recorded");
+        // It may have failed with its record made, and a name still to be taken away.
+        let unmerged = &model.find("s1").unwrap().files;
+        assert!(unmerged.keys().all(|volume| left.contains(volume)), "call {call}: the others are recorded");
         let now = lab.now.clone();
         lab.can_start(&now).unwrap_or_else(|wrong| panic!("call {call}: {wrong}"));
         let report = lab.set.delete("s1", &Default::default(), &()).unwrap();
-        assert!(report.merged.keys().all(|volume| volume == "vdb"), "resumed at the second: {report:?}");
+        assert!(report.merged.keys().all(|volume| left.contains(volume)), "resumed at the second: {report:?}");
         lab.taken.remove("s1");
         lab.check().unwrap_or_else(|wrong| panic!("call {call}: {wrong}"));
         if seen % 8 == 1 {
             crate::support::judge::Judge::new(qemu).judge(&lab.set);
         }
     }
-    assert!(seen > 5, "the second volume failed {seen} times");
+    assert!(seen > 5 && alone > 0, "the second volume failed {seen} times, {alone} alone");
 }

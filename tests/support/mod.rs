@@ -1,7 +1,11 @@
 //! What the integration tests share: QEMU's tools as judges, seeded randomness, random images with a model of their
 //! content, and images that other people's programs made.
 
+#[cfg(feature = "vm")]
+pub mod counted;
 pub mod foreign;
+#[cfg(target_os = "linux")]
+pub mod holder;
 #[cfg(all(feature = "vm", unix))]
 pub mod judge;
 #[cfg(feature = "vm")]
