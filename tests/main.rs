@@ -10,6 +10,8 @@ mod convert;
 mod convert_program;
 mod crash;
 mod crash_merge;
+#[cfg(feature = "vm")]
+mod crash_vm;
 mod create;
 mod devices;
 mod faults;
