@@ -36,3 +36,5 @@ mod tables;
 mod vm;
 #[cfg(feature = "vm")]
 mod vm_plan;
+#[cfg(feature = "vm")]
+mod vm_read;
