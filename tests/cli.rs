@@ -631,6 +631,17 @@ fn what_is_not_served_is_refused_before_anything_is_done() {
         "commit -r 10M a.q",
         "rebase -c -b b.q -F qcow2 a.q",
         "rebase -U -b b.q -F qcow2 a.q",
+        "rebase --image-opts -b b.q -F qcow2 driver=qcow2,file.filename=a.q",
+        "compare --image-opts driver=qcow2,file.filename=a.q a.q",
+        "convert --image-opts driver=qcow2,file.filename=a.q new",
+        "convert --object secret,id=s,data=abc a.q new",
+        "convert --target-image-opts a.q driver=raw,file.filename=new",
+        "measure --image-opts -O qcow2 driver=qcow2,file.filename=a.q",
+        "snapshot -c one a.q",
+        "bitmap --add a.q b",
+        "amend -o compat=0.10 a.q",
+        "dd if=a.q of=new",
+        "bench -w a.q",
     ] {
         let run = lab.ours(&line.split_whitespace().collect::<Vec<_>>());
         assert_eq!((run.code, run.stdout.as_str()), (1, ""), "{line}");

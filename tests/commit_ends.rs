@@ -1,12 +1,12 @@
 //! What a commit leaves: the base in the size that was asked for, and of the merged layers what was asked for.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use qcow2_chain::chain::{Chain, ChainOptions, Layer, Node};
 use qcow2_chain::format::GuestOffset;
 use qcow2_chain::image::{CreateOptions, Image, OpenOptions};
-use qcow2_chain::merge::{AfterCommit, CommitOptions, Error, commit};
+use qcow2_chain::merge::{AfterCommit, CommitOptions, Error, Phase, Progress, Step, commit};
 use qcow2_chain::storage::{MemoryNames, MemoryStorage, Names};
 
 const MIB: u64 = 1 << 20;
@@ -81,5 +81,41 @@ fn a_larger_base_is_cut_only_where_that_is_asked_for() {
         assert_eq!(after[..before.len()], before, "{shrink}");
         assert_eq!(after[before.len()..], *beneath.get(before.len()..after.len()).unwrap_or_default(), "{shrink}");
         assert_eq!(content(&names, "top"), before, "{shrink}");
+    }
+}
+
+/// Writes to a layer of the chain that is merged, from another thread, as soon as the merge tells that it copies.
+struct Meddler<'a> {
+    chain: &'a Chain,
+    layer: usize,
+    heard: Mutex<Vec<String>>,
+}
+
+impl Progress for Meddler<'_> {
+    fn step(&self, step: &Step<'_>) {
+        if step.phase == Phase::Copying {
+            let image = self.chain.layers()[self.layer].node.as_qcow2().unwrap();
+            let write = || image.write_zeroes_at(GuestOffset::ZERO, 65536);
+            let refused = std::thread::scope(|scope| scope.spawn(write).join().unwrap());
+            self.heard.lock().unwrap().push(refused.unwrap_err().to_string());
+        }
+    }
+}
+
+#[test]
+fn nobody_else_writes_an_image_that_is_being_merged() {
+    for layer in [0, 2] {
+        let names = chain([2, 2, 2]);
+        let before = content(&names, "top");
+        let chain = open(&names, "top", 3);
+        let meddler = Meddler { chain: &chain, layer, heard: Mutex::default() };
+        commit(&chain, &CommitOptions::default().with_base(2), &meddler).unwrap();
+        let heard = meddler.heard.into_inner().unwrap();
+        assert!(!heard.is_empty() && heard.iter().all(|why| why.contains("it is being merged")), "{heard:?}");
+        // Afterwards it is as before.
+        chain.write_at(&[9; 512], GuestOffset::ZERO).unwrap();
+        chain.close().unwrap();
+        assert_eq!(content(&names, "base"), before);
+        assert_eq!(content(&names, "top")[512..], before[512..]);
     }
 }

@@ -10,23 +10,27 @@ use qcow2_chain::image::{CreateOptions, Image, OpenOptions, Preallocation, RawIm
 use qcow2_chain::merge::{ConvertOptions, ConvertTarget, Error, Measurement, Progress, Step, convert, measure};
 use qcow2_chain::storage::{Access, HostNames, MemoryStorage, Names, Storage};
 
+use crate::support::layers::{format_of, layer, layers};
 use crate::support::ours::create_options;
 use crate::support::qemu::Qemu;
-use crate::support::recipe::{RandomImage, Shape};
+use crate::support::recipe::{Op, RandomImage, Shape};
 use crate::support::rng::{Rng, cases, trace};
+use crate::support::stack::content;
 
-/// A chain of one to three images with random content.
+/// A chain of one to eight images with random content; returns its top, which is qcow2.
 fn random_chain(qemu: Qemu, dir: &Path, rng: &mut Rng) -> RandomImage {
-    let mut top = RandomImage::create(qemu, dir.join("0.qcow2"), Shape::random(rng));
-    top.apply_random(qemu, rng, 12);
-    trace(&top);
-    for number in 1..=rng.within(0..3) {
-        let mut over = RandomImage::create_over(qemu, dir.join(format!("{number}.qcow2")), Shape::random(rng), &top);
-        over.apply_random(qemu, rng, 8);
-        trace(&over);
-        top = over;
+    let depth = if rng.chance(1, 5) { rng.within(4..9) } else { rng.within(1..4) };
+    let shapes = (0..depth).map(|_| Shape::random(rng)).collect();
+    let mut images = layers(qemu, dir, rng, "", shapes, 8);
+    images.iter().for_each(trace);
+    let top = images.pop().unwrap();
+    if format_of(&top) == "qcow2" {
+        return top;
     }
-    top
+    let shape = Shape::random(rng);
+    let over = layer(qemu, dir.join("over.qcow2"), rng, shape, Some(&top), 8);
+    trace(&over);
+    over
 }
 
 fn open(path: &Path, format: Format) -> Chain {
@@ -94,7 +98,7 @@ fn check_convert(qemu: Qemu, rng: &mut Rng, shape: &Shape, compress: bool) {
 #[test]
 fn what_is_converted_reads_the_same_in_qemu() {
     let Some(qemu) = Qemu::find() else { return };
-    cases("convert", 100, |rng| {
+    cases("convert", 80, |rng| {
         let shape = Shape::random(rng);
         check_convert(qemu, rng, &shape, false);
     });
@@ -103,7 +107,7 @@ fn what_is_converted_reads_the_same_in_qemu() {
 #[test]
 fn what_is_compressed_reads_the_same_in_qemu() {
     let Some(qemu) = Qemu::find() else { return };
-    cases("compressing convert", 100, |rng| {
+    cases("compressing convert", 70, |rng| {
         let shape = Shape::random(rng);
         check_convert(qemu, rng, &shape, true);
     });
@@ -112,7 +116,7 @@ fn what_is_compressed_reads_the_same_in_qemu() {
 #[test]
 fn what_becomes_raw_holds_the_same_bytes() {
     let Some(qemu) = Qemu::find() else { return };
-    cases("convert to raw", 60, |rng| {
+    cases("convert to raw", 50, |rng| {
         let dir = tempfile::tempdir().unwrap();
         let source = random_chain(qemu, dir.path(), rng);
         let chain = open(&source.path, Format::Qcow2);
@@ -142,7 +146,7 @@ fn overwritten(source: &[u8], target: &[u8]) -> Vec<u8> {
 #[test]
 fn what_goes_over_an_existing_image_replaces_it() {
     let Some(qemu) = Qemu::find() else { return };
-    cases("convert over an image", 60, |rng| {
+    cases("convert over an image", 50, |rng| {
         let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let source = random_chain(qemu, from.path(), rng);
         let target = random_chain(qemu, to.path(), rng);
@@ -164,6 +168,34 @@ fn what_goes_over_an_existing_image_replaces_it() {
             assert!(shown[..model.len()] == model[..], "{name}: {source}{target}");
         }
     });
+}
+
+/// An internal snapshot is a disk of its own to a reader, over the same backing files.
+#[test]
+fn an_internal_snapshot_reads_as_the_disk_was() {
+    let Some(qemu) = Qemu::find() else { return };
+    let seen = AtomicU64::new(0);
+    cases("internal snapshots", 40, |rng| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut top = random_chain(qemu, dir.path(), rng);
+        if top.shape.refcount_bits == 64 || top.snapshots.is_empty() && top.shape.refcount_bits >= 16 {
+            top.apply(qemu, vec![Op::Snapshot("one".to_owned()), Op::Fill(0..512, 0x77)]);
+        }
+        let chain = open(&top.path, Format::Qcow2);
+        let image = chain.top().node.as_qcow2().unwrap();
+        let views: Vec<_> = image.snapshots().unwrap().iter().map(|s| image.open_snapshot(s).unwrap()).collect();
+        let mut layers = chain.into_layers();
+        for ((name, model), view) in top.snapshots.iter().zip(views) {
+            layers[0] = Layer { node: Node::Qcow2(view), path: top.path.clone() };
+            let mut all = layers.into_iter();
+            let chain = Chain::from_layers(all.next().unwrap(), all);
+            assert!(content(&chain).unwrap() == *model, "{name}: {top}");
+            assert!(chain.write_at(&[1], GuestOffset::ZERO).is_err(), "a snapshot was written");
+            layers = chain.into_layers();
+            seen.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    assert!(seen.into_inner() >= 10 || std::env::var_os("QCOW2_CHAIN_CASE").is_some());
 }
 
 /// A device: what it held before shows nowhere.

@@ -4,10 +4,17 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 
-use qcow2_chain::storage::{Access, Error, FileStorage, LockMode, Storage};
+use qcow2_chain::chain::{Chain, ChainOptions, Policy};
+use qcow2_chain::format::GuestOffset;
+use qcow2_chain::image::{CreateOptions, Image, OpenOptions};
+use qcow2_chain::merge::{self, AfterCommit, CommitOptions, commit, plan};
+use qcow2_chain::storage::{Access, Error, FileStorage, LockMode, MemoryStorage, Storage};
 
+use crate::support::qemu::Qemu;
 use crate::support::say;
+use crate::support::stack::content;
 
 const MIB: u64 = 1 << 20;
 
@@ -34,6 +41,67 @@ impl Drop for Loop {
     fn drop(&mut self) {
         let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
     }
+}
+
+/// An image inside a device that is too short for a merge, and long enough when the device was extended.
+#[test]
+fn a_merge_into_a_full_device_is_refused_and_completed_when_it_was_extended() {
+    let Some(qemu) = Qemu::find() else { return };
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("volume");
+    let volume = std::fs::File::create(&file).expect("a file");
+    volume.set_len(MIB).expect("there is room");
+    let Some(device) = Loop::over(&file) else { return };
+    let base = FileStorage::open(&device.0, &Access::write()).expect("the device opens");
+    Image::create(Arc::new(base), &CreateOptions::new(16 * MIB)).expect("it fits").close().expect("it closes");
+    let top = directory.path().join("top.qcow2");
+    let name = device.0.to_string_lossy().into_owned();
+    let storage = Arc::new(FileStorage::create_new(&top).expect("a file"));
+    let options = CreateOptions::new(16 * MIB).with_backing(name, "qcow2");
+    Image::create(storage, &options).expect("an overlay").close().expect("it closes");
+    let open = |writable| {
+        let options = ChainOptions::default().with_policy(Policy::List(vec![device.0.clone()]));
+        Chain::open(&top, &options.with_writable(writable)).expect("the chain opens")
+    };
+    let chain = open(1);
+    for place in 0..(2 * MIB) >> 16 {
+        chain.write_at(&[7; 1 << 16], GuestOffset::new(place << 17)).expect("written");
+    }
+    chain.close().expect("it closes");
+    let before = content(&open(0)).expect("it reads");
+
+    // What the plan says is what the refusal says, and nothing is written.
+    let planned = plan(&open(0), 1).expect("a plan").commit;
+    let free = planned.space_free.expect("a device has an end");
+    assert!(planned.space_needed == 2 * MIB && free < MIB, "{planned}");
+    assert!(planned.obstacles.iter().any(|obstacle| obstacle.contains("bytes are missing")), "{planned}");
+    let bytes = std::fs::read(&device.0).expect("the device");
+    let chain = open(2);
+    let refused = commit(&chain, &CommitOptions::default().with_after(AfterCommit::Empty), &());
+    match refused {
+        Err(merge::Error::NoSpace { need, have, .. }) => assert_eq!((need, have), (2 * MIB, free)),
+        done => panic!("{done:?}"),
+    }
+    drop(chain);
+    assert!(std::fs::read(&device.0).expect("the device") == bytes, "a refused commit wrote something");
+
+    // Longer now, but not by enough; then by enough.
+    for (len, fits) in [(2 * MIB, false), (4 * MIB, true)] {
+        volume.set_len(len).expect("there is room");
+        let extended = Command::new("losetup").arg("--set-capacity").arg(&device.0).status();
+        assert!(extended.is_ok_and(|status| status.success()), "the device is not extended");
+        let chain = open(2);
+        let done = commit(&chain, &CommitOptions::default().with_after(AfterCommit::Empty), &());
+        assert!(done.is_ok() == fits, "{done:?}");
+        chain.close().expect("it closes");
+        assert!(content(&open(0)).expect("it reads") == before, "the guest sees another disk");
+    }
+    qemu.assert_clean(&device.0);
+    qemu.assert_clean(&top);
+    let base = Image::open_path(&device.0, &OpenOptions::default()).expect("the base opens");
+    let mut merged = vec![0; before.len()];
+    base.read_at(&mut merged, GuestOffset::ZERO).expect("it reads");
+    assert!(merged == before, "the base does not hold what was merged");
 }
 
 #[test]
@@ -81,4 +149,62 @@ fn a_block_device_is_a_storage_of_fixed_length() {
     assert_eq!(storage.file_id(), other.file_id());
     assert!(storage.file_id().is_some());
     assert_ne!(storage.file_id(), FileStorage::open(&file, &looker).expect("the file opens").file_id());
+}
+
+/// Memory that does not grow.
+#[derive(Debug)]
+struct Fixed(MemoryStorage);
+
+impl Storage for Fixed {
+    fn name(&self) -> &'static str {
+        "fixed"
+    }
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), Error> {
+        self.0.read_at(buf, offset)
+    }
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<(), Error> {
+        assert!(offset + buf.len() as u64 <= self.0.len()?, "written behind the end");
+        self.0.write_at(buf, offset)
+    }
+    fn len(&self) -> Result<u64, Error> {
+        self.0.len()
+    }
+    fn set_len(&self, len: u64) -> Result<(), Error> {
+        assert_eq!(len, self.0.len()?);
+        Ok(())
+    }
+    fn sync(&self) -> Result<(), Error> {
+        self.0.sync()
+    }
+    fn is_fixed_size(&self) -> bool {
+        true
+    }
+}
+
+/// What was given up makes room as soon as it is needed, not only after the caller's next flush.
+#[test]
+fn a_full_container_takes_what_replaces_something() {
+    let storage = Arc::new(Fixed(MemoryStorage::with_bytes("fixed", vec![0; 1 << 20])));
+    let image = Image::create(storage.clone(), &CreateOptions::new(16 * MIB)).expect("it fits");
+    let mut held = Vec::new();
+    for cluster in 0.. {
+        match image.write_at(&[7; 1 << 16], GuestOffset::new(cluster << 16)) {
+            Ok(()) => held.push(cluster),
+            Err(error) => {
+                assert!(error.to_string().contains("fixed"), "{error}");
+                break;
+            }
+        }
+    }
+    assert!(held.len() > 5);
+    image.flush().expect("durable");
+    image.discard_at(GuestOffset::ZERO, 1 << 16).expect("given up");
+    image.write_at(&[8; 1 << 16], GuestOffset::new(200 << 16)).expect("the room of the first");
+    image.close().expect("it closes");
+    let image = Image::open(storage, &OpenOptions::default()).expect("it opens");
+    let mut bytes = vec![0; 1 << 16];
+    for (cluster, expected) in [(0, 0), (1, 7), (200, 8)] {
+        image.read_at(&mut bytes, GuestOffset::new(cluster << 16)).expect("it reads");
+        assert!(bytes.iter().all(|&byte| byte == expected), "cluster {cluster}");
+    }
 }

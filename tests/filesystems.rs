@@ -8,10 +8,14 @@ use std::sync::Arc;
 
 use qcow2_chain::chain::{Chain, ChainOptions, Policy};
 use qcow2_chain::format::GuestOffset;
-use qcow2_chain::image::{self, CreateOptions, Image};
-use qcow2_chain::merge::{AfterCommit, CommitOptions, Error, PullOptions, commit, pull};
-use qcow2_chain::storage::{self, FileStorage, Storage as _};
+use qcow2_chain::image::{self, CheckOptions, CreateOptions, Image, OpenOptions, check};
+use qcow2_chain::merge::{
+    AfterCommit, CommitOptions, ConvertOptions, ConvertTarget, Error, Onto, Progress, PullOptions, RebaseOptions,
+    Report, commit, convert, pull, rebase,
+};
+use qcow2_chain::storage::{self, Access, FileStorage, Storage as _};
 
+use crate::support::qemu::Qemu;
 use crate::support::say;
 use crate::support::stack::content;
 
@@ -90,7 +94,7 @@ fn delta(dir: &Path, len: u64) {
 /// Fills the file system up from the merge's own progress, when it has begun to copy.
 struct Filler<'a>(&'a Path);
 
-impl qcow2_chain::merge::Progress for Filler<'_> {
+impl Progress for Filler<'_> {
     fn step(&self, step: &qcow2_chain::merge::Step) {
         let ballast = self.0.join("ballast");
         if step.done > 0 && !ballast.exists() {
@@ -101,70 +105,154 @@ impl qcow2_chain::merge::Progress for Filler<'_> {
     }
 }
 
-#[test]
-fn a_commit_that_runs_out_of_space_says_so_and_is_completed_when_there_is_room() {
-    let Some(mount) = Mount::tmpfs(40 * MIB) else { return };
-    let dir = mount.0.as_path();
-    delta(dir, 12 * MIB);
-    let before = content(&open(dir, 0)).unwrap();
-    let after = CommitOptions::default().with_after(AfterCommit::Empty);
-
-    // Not enough from the start: nothing is written.
-    std::fs::write(dir.join("first"), vec![1; usize::try_from(24 * MIB).unwrap()]).unwrap();
-    let base = std::fs::read(dir.join("base.qcow2")).unwrap();
-    let chain = open(dir, 2);
-    let refused = commit(&chain, &after, &());
-    assert!(matches!(refused, Err(Error::NoSpace { .. })), "{refused:?}");
-    drop(chain);
-    assert!(std::fs::read(dir.join("base.qcow2")).unwrap() == base, "the base was written");
-    std::fs::remove_file(dir.join("first")).unwrap();
-
-    // Enough at first, taken by another half-way.
-    let chain = open(dir, 2);
-    let full = commit(&chain, &after, &Filler(dir));
-    let is_full = matches!(&full, Err(Error::Image(image::Error::Storage(storage::Error::NoSpace { .. }))));
-    assert!(is_full, "{full:?}");
-    assert!(content(&chain).unwrap() == before, "the open chain shows another disk");
-    drop(chain);
-    assert!(content(&open(dir, 0)).unwrap() == before, "the guest sees another disk");
-
-    std::fs::remove_file(dir.join("ballast")).unwrap();
-    let chain = open(dir, 2);
-    commit(&chain, &after, &()).expect("there is room");
-    chain.close().unwrap();
-    assert!(content(&open(dir, 0)).unwrap() == before, "the guest sees another disk");
-    assert!(std::fs::metadata(dir.join("top.qcow2")).unwrap().len() < MIB, "the overlay is not empty");
+/// A merge that moves what one of the two images holds into the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Merge {
+    Commit,
+    Pull,
+    Rebase,
+    Convert,
 }
 
-/// Commits and pulls 32 MiB and returns how many bytes of the file system each took.
-fn share_blocks(mount: &Mount) {
-    let data = 32 * MIB;
-    for pulled in [false, true] {
-        let dir = mount.0.join(if pulled { "pull" } else { "commit" });
-        std::fs::create_dir(&dir).unwrap();
-        delta(&dir, data);
-        if pulled {
-            // What the overlay took in from the base goes into an overlay of its own.
+impl Merge {
+    /// The chain that it works on, with `len` bytes of data in the layer that gives.
+    fn prepare(self, dir: &Path, len: u64) {
+        delta(dir, len);
+        if matches!(self, Self::Pull | Self::Rebase) {
             std::fs::rename(dir.join("top.qcow2"), dir.join("middle.qcow2")).unwrap();
             let top = Arc::new(FileStorage::create_new(dir.join("top.qcow2")).unwrap());
             let options = CreateOptions::new(64 * MIB).with_backing("middle.qcow2", "qcow2");
             Image::create(top, &options).unwrap().close().unwrap();
         }
+    }
+
+    fn open(self, dir: &Path) -> Chain {
+        open(
+            dir,
+            match self {
+                Self::Commit => 2,
+                Self::Pull | Self::Rebase => 1,
+                Self::Convert => 0,
+            },
+        )
+    }
+
+    fn run(self, dir: &Path, chain: &Chain, progress: &dyn Progress) -> Result<Report, Error> {
+        match self {
+            Self::Commit => commit(chain, &CommitOptions::default().with_after(AfterCommit::Empty), progress),
+            Self::Pull => pull(chain, &PullOptions::default(), progress),
+            Self::Rebase => rebase(chain, Onto::Nothing, &RebaseOptions::default(), progress),
+            Self::Convert => {
+                let _ = std::fs::remove_file(dir.join("copy.qcow2"));
+                let copy = Arc::new(FileStorage::create_new(dir.join("copy.qcow2")).unwrap());
+                let target = ConvertTarget::Qcow2(copy, CreateOptions::default());
+                convert(chain, target, &ConvertOptions::default().with_offload(true), progress)
+            }
+        }
+    }
+
+    /// The image that receives.
+    fn receiver(self) -> &'static str {
+        match self {
+            Self::Commit => "base.qcow2",
+            Self::Pull | Self::Rebase => "top.qcow2",
+            Self::Convert => "copy.qcow2",
+        }
+    }
+}
+
+/// The bytes of every image but one.
+fn all_but(dir: &Path, left_out: &str) -> Vec<Vec<u8>> {
+    let names = ["base.qcow2", "middle.qcow2", "top.qcow2"];
+    names.iter().filter(|name| **name != left_out).filter_map(|name| std::fs::read(dir.join(name)).ok()).collect()
+}
+
+#[test]
+fn a_merge_that_runs_out_of_space_says_so_and_is_completed_when_there_is_room() {
+    for merge in [Merge::Commit, Merge::Pull, Merge::Rebase] {
+        let Some(mount) = Mount::tmpfs(40 * MIB) else { return };
+        let dir = mount.0.as_path();
+        merge.prepare(dir, 12 * MIB);
+        let before = content(&open(dir, 0)).unwrap();
+
+        // Not enough from the start: nothing is written.
+        std::fs::write(dir.join("first"), vec![1; usize::try_from(24 * MIB).unwrap()]).unwrap();
+        let files = all_but(dir, "");
+        let chain = merge.open(dir);
+        match merge.run(dir, &chain, &()) {
+            Err(Error::NoSpace { file, need, have }) => {
+                assert!(file.ends_with(merge.receiver()) && need == 12 * MIB && have < need, "{file} {need} {have}");
+            }
+            done => panic!("{merge:?}: {done:?}"),
+        }
+        drop(chain);
+        assert!(all_but(dir, "") == files, "{merge:?} wrote something");
+        std::fs::remove_file(dir.join("first")).unwrap();
+
+        // Enough at first, taken by another half-way.
+        let others = all_but(dir, merge.receiver());
+        let chain = merge.open(dir);
+        let full = merge.run(dir, &chain, &Filler(dir));
+        let is_full = matches!(&full, Err(Error::Image(image::Error::Storage(storage::Error::NoSpace { .. }))));
+        assert!(is_full, "{merge:?}: {full:?}");
+        let text = full.unwrap_err().to_string();
+        assert!(text.contains(merge.receiver()) && text.contains("space"), "{text}");
+        assert!(content(&chain).unwrap() == before, "{merge:?}: the open chain shows another disk");
+        drop(chain);
+        assert!(content(&open(dir, 0)).unwrap() == before, "{merge:?}: the guest sees another disk");
+        assert!(all_but(dir, merge.receiver()) == others, "{merge:?} wrote more than the receiver");
+        for name in ["base.qcow2", "top.qcow2"] {
+            let file = FileStorage::open(dir.join(name), &Access::read()).unwrap();
+            let report = check(&file, &CheckOptions::default()).unwrap();
+            assert_eq!((report.corruptions, report.check_errors), (0, 0), "{merge:?}: {name}: {report:?}");
+        }
+
+        std::fs::remove_file(dir.join("ballast")).unwrap();
+        let chain = merge.open(dir);
+        merge.run(dir, &chain, &()).expect("there is room");
+        chain.close().unwrap();
+        let chain = open(dir, 0);
+        assert!(content(&chain).unwrap() == before, "{merge:?}: the guest sees another disk");
+        if merge == Merge::Commit {
+            assert!(std::fs::metadata(dir.join("top.qcow2")).unwrap().len() < MIB, "the overlay is not empty");
+        } else {
+            assert_eq!(chain.layers().len(), 1, "{merge:?}: still over something");
+        }
+    }
+}
+
+/// Merges 32 MiB in every way: the report says that the kernel copied them, and the file system that they took no room.
+fn share_blocks(mount: &Mount) {
+    let data = 32 * MIB;
+    for merge in [Merge::Commit, Merge::Pull, Merge::Rebase, Merge::Convert] {
+        let dir = mount.0.join(format!("{merge:?}"));
+        std::fs::create_dir(&dir).unwrap();
+        merge.prepare(&dir, data);
         let before = content(&open(&dir, 0)).unwrap();
         let free = mount.free();
-        let chain = open(&dir, if pulled { 1 } else { 2 });
-        let report = if pulled {
-            pull(&chain, &PullOptions::default(), &())
-        } else {
-            commit(&chain, &CommitOptions::default(), &())
+        let chain = merge.open(&dir);
+        // The overlay keeps its blocks, or sharing them would not be seen.
+        let report = match merge {
+            Merge::Commit => commit(&chain, &CommitOptions::default(), &()),
+            _ => merge.run(&dir, &chain, &()),
         };
         let report = report.expect("the merge");
         chain.close().unwrap();
         let taken = free.saturating_sub(mount.free());
         say(&format!("{}: {report:?}, {taken} bytes taken", dir.display()));
+        assert_eq!(report.copied_in_kernel + report.copied, data, "{report:?}");
         assert!(report.copied_in_kernel >= data / 2, "{report:?}");
         assert!(taken < data / 4, "{taken} bytes of the file system for {data} bytes of data");
         assert!(content(&open(&dir, 0)).unwrap() == before, "the guest sees another disk");
+        if merge == Merge::Convert {
+            let copy = Image::open_path(dir.join("copy.qcow2"), &OpenOptions::default()).unwrap();
+            let mut read = vec![0; before.len()];
+            copy.read_at(&mut read, GuestOffset::ZERO).unwrap();
+            assert!(read == before, "the copy holds another disk");
+        }
+        if let Some(qemu) = Qemu::find() {
+            qemu.assert_clean(&dir.join(merge.receiver()));
+        }
     }
 }
 

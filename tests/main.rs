@@ -5,6 +5,7 @@ mod check;
 #[cfg(feature = "cli")]
 mod cli;
 mod commit_ends;
+mod compare;
 mod convert;
 #[cfg(feature = "cli")]
 mod convert_program;
@@ -13,6 +14,7 @@ mod crash_merge;
 #[cfg(feature = "vm")]
 mod crash_vm;
 mod create;
+mod deep;
 mod devices;
 mod faults;
 mod filesystems;
@@ -27,11 +29,15 @@ mod layering;
 mod locks;
 mod merge;
 mod plan;
+#[cfg(feature = "cli")]
+mod program_merges;
 mod qemu;
 mod rebase;
 mod review;
+mod sparse;
 mod support;
 mod tables;
+mod threads;
 #[cfg(feature = "vm")]
 mod vm;
 #[cfg(feature = "vm")]

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-use qcow2_chain::chain::{Chain, ChainOptions, Policy};
+use qcow2_chain::chain::Chain;
 use qcow2_chain::merge::{AfterCommit, CommitOptions, Error, Progress, Step, commit};
 
+use crate::support::layers::{self, copy_of};
 use crate::support::qemu::Qemu;
 use crate::support::recipe::{Op, RandomImage, Shape};
 use crate::support::rng::{Rng, cases, trace};
@@ -19,7 +20,11 @@ struct Delta {
 impl Delta {
     fn random(qemu: Qemu, dir: &Path, rng: &mut Rng, base_shape: Shape, top_shape: Shape) -> Self {
         let raw = rng.chance(1, 5);
-        let base = if raw { raw_base(dir, rng, base_shape) } else { qcow2_base(qemu, dir, rng, base_shape) };
+        let base = if raw {
+            layers::raw(dir.join("base.img"), rng, base_shape)
+        } else {
+            qcow2_base(qemu, dir, rng, base_shape)
+        };
         let base_format = if raw { "raw" } else { "qcow2" };
         let top_shape = Shape { preallocation: "off", ..top_shape };
         let path = dir.join("top.qcow2");
@@ -44,16 +49,6 @@ impl Delta {
     }
 }
 
-fn raw_base(dir: &Path, rng: &mut Rng, shape: Shape) -> RandomImage {
-    let mut model = vec![0; usize::try_from(shape.size).unwrap()];
-    for _ in 0..4 {
-        let range = rng.range(shape.size, 512);
-        model[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()].fill(rng.pattern());
-    }
-    std::fs::write(dir.join("base.img"), &model).unwrap();
-    RandomImage::from_model(dir.join("base.img"), shape, false, model)
-}
-
 fn qcow2_base(qemu: Qemu, dir: &Path, rng: &mut Rng, shape: Shape) -> RandomImage {
     let mut base = RandomImage::create(qemu, dir.join("base.img"), shape);
     base.apply_random(qemu, rng, 12);
@@ -61,27 +56,18 @@ fn qcow2_base(qemu: Qemu, dir: &Path, rng: &mut Rng, shape: Shape) -> RandomImag
 }
 
 fn open(dir: &Path, writable: usize) -> Chain {
-    let policy = Policy::Beneath(vec![dir.to_owned()]);
-    let options = ChainOptions::default().with_policy(policy).with_writable(writable);
-    Chain::open(dir.join("top.qcow2"), &options).expect("the chain opens")
-}
-
-fn copy_dir(from: &Path, to: &Path) {
-    std::fs::create_dir(to).unwrap();
-    for name in ["base.img", "top.qcow2"] {
-        std::fs::copy(from.join(name), to.join(name)).unwrap();
-    }
+    layers::open(&dir.join("top.qcow2"), "qcow2", writable)
 }
 
 /// Merges one random delta with our commit and with QEMU's, and compares everything that can be compared.
 fn check_commit(qemu: Qemu, rng: &mut Rng, base_shape: Shape, top_shape: Shape) {
     let dir = tempfile::tempdir().unwrap();
-    let (ours, theirs) = (dir.path().join("ours"), dir.path().join("theirs"));
+    let ours = dir.path().join("ours");
     std::fs::create_dir(&ours).unwrap();
     let delta = Delta::random(qemu, &ours, rng, base_shape, top_shape);
     trace(&delta.base);
     trace(&delta.top);
-    copy_dir(&ours, &theirs);
+    let theirs = copy_of(&ours, "theirs");
     let empty = rng.chance(1, 2);
 
     let name = theirs.join("top.qcow2").to_string_lossy().into_owned();

@@ -1,18 +1,19 @@
 //! Rebase, against `qemu-img rebase` on copies of the same chains, and at every instant of a crash.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use qcow2_chain::chain::{Chain, ChainOptions, Format, Layer, Node, Policy};
+use qcow2_chain::chain::{Chain, Layer, Node};
 use qcow2_chain::format::{ClusterBits, Extension, GuestOffset, HeaderCluster, Limits, Version};
 use qcow2_chain::image::{Backing as _, CheckOptions, CreateOptions, Image, OpenOptions, RawImage, check};
-use qcow2_chain::merge::{Error, Onto, RebaseOptions, rebase, rebase_unsafe};
+use qcow2_chain::merge::{Error, Onto, Phase, Progress, RebaseOptions, Step, rebase, rebase_unsafe};
 use qcow2_chain::storage::crash::{CrashState, Recorder};
 use qcow2_chain::storage::{MemoryStorage, Storage};
 
+use crate::support::layers::{copy_of, format_of, layer, layers, name_of, open};
 use crate::support::ours::Bytes;
 use crate::support::qemu::Qemu;
-use crate::support::recipe::{RandomImage, Shape};
+use crate::support::recipe::Shape;
 use crate::support::rng::{Rng, cases, trace};
 
 /// A backing file's name and format.
@@ -123,81 +124,25 @@ fn every_crash_of_a_header_change_leaves_the_old_backing_file_or_the_new() {
     assert!(torn > 300 && refused < 100);
 }
 
-/// A layer in a directory, over another one that it names relatively.
-fn layer(qemu: Qemu, path: PathBuf, rng: &mut Rng, shape: Shape, over: Option<&RandomImage>) -> RandomImage {
-    let Some(over) = over else {
-        if !rng.chance(1, 4) {
-            let mut base = RandomImage::create(qemu, path, shape);
-            base.apply_random(qemu, rng, 10);
-            return base;
-        }
-        let mut model = vec![0; usize::try_from(shape.size).unwrap()];
-        for _ in 0..4 {
-            let range = rng.range(shape.size, 512);
-            model[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()].fill(rng.pattern());
-        }
-        let path = path.with_extension("raw");
-        std::fs::write(&path, &model).unwrap();
-        return RandomImage::from_model(path, shape, false, model);
-    };
-    let shape = Shape { preallocation: "off", ..shape };
-    let (size, options, name) = (shape.size.to_string(), shape.options(), name_of(over));
-    let file = path.to_string_lossy().into_owned();
-    qemu.img(&["create", "-q", "-f", "qcow2", "-b", &name, "-F", format_of(over), "-o", &options, &file, &size]);
-    let mut image = RandomImage::from_model(path, shape, true, over.model.clone());
-    image.apply_random(qemu, rng, 10);
-    image
-}
-
-fn name_of(image: &RandomImage) -> String {
-    image.path.file_name().unwrap().to_string_lossy().into_owned()
-}
-
-fn format_of(image: &RandomImage) -> &'static str {
-    if image.path.extension().is_some_and(|extension| extension == "raw") { "raw" } else { "qcow2" }
-}
-
-/// Layers from the base up, in a directory.
-fn layers(qemu: Qemu, dir: &Path, rng: &mut Rng, prefix: &str, shapes: Vec<Shape>) -> Vec<RandomImage> {
-    let mut images: Vec<RandomImage> = Vec::new();
-    for (number, shape) in shapes.into_iter().enumerate() {
-        let path = dir.join(format!("{prefix}{number}.qcow2"));
-        let image = layer(qemu, path, rng, shape, images.last());
-        images.push(image);
-    }
-    images
-}
-
-fn open(path: &Path, format: &str, writable: usize) -> Chain {
-    let policy = Policy::Beneath(vec![path.parent().unwrap().to_owned()]);
-    let format = if format == "raw" { Format::Raw } else { Format::Qcow2 };
-    let options = ChainOptions::default().with_policy(policy).with_writable(writable).with_format(format);
-    Chain::open(path, &options).expect("the chain opens")
-}
-
 /// Rebases one random chain with our rebase and with QEMU's, and compares everything that can be compared.
 fn check_rebase(qemu: Qemu, rng: &mut Rng, shapes: Vec<Shape>, other_shapes: Vec<Shape>) {
     let dir = tempfile::tempdir().unwrap();
-    let (ours, theirs) = (dir.path().join("ours"), dir.path().join("theirs"));
+    let ours = dir.path().join("ours");
     std::fs::create_dir(&ours).unwrap();
-    std::fs::create_dir(&theirs).unwrap();
-    let old = layers(qemu, &ours, rng, "old", shapes);
-    let mut new = layers(qemu, &ours, rng, "new", other_shapes);
+    let old = layers(qemu, &ours, rng, "old", shapes, 10);
+    let mut new = layers(qemu, &ours, rng, "new", other_shapes, 10);
     if old.len() > 1 && rng.chance(1, 3) {
         // A sibling: the other chain shares a layer with this one.
         let shared = &old[usize::try_from(rng.within(0..old.len() as u64 - 1)).unwrap()];
         let shape = Shape::random(rng);
-        new.push(layer(qemu, ours.join("sibling.qcow2"), rng, shape, Some(shared)));
+        new.push(layer(qemu, ours.join("sibling.qcow2"), rng, shape, Some(shared), 10));
     }
     let top = old.last().unwrap();
     if format_of(top) == "raw" {
         return;
     }
     old.iter().chain(&new).for_each(trace);
-    for file in std::fs::read_dir(&ours).unwrap() {
-        let file = file.unwrap();
-        std::fs::copy(file.path(), theirs.join(file.file_name())).unwrap();
-    }
+    let theirs = copy_of(&ours, "theirs");
     let index = usize::try_from(rng.within(0..old.len() as u64)).unwrap();
     let drop_equal = rng.chance(1, 3);
     let options = RebaseOptions::default().with_drop_equal(drop_equal);
@@ -233,7 +178,10 @@ fn check_rebase(qemu: Qemu, rng: &mut Rng, shapes: Vec<Shape>, other_shapes: Vec
     assert!(qemu.content(&top.path, None) == top.model, "the top reads as before: {}", what());
     qemu.assert_clean(&top.path);
     let run = qemu.try_img(&["compare", "-f", "qcow2", "-F", "qcow2", &top.path.to_string_lossy(), &their_name]);
-    assert_eq!(run.code, 0, "{}{}{}", run.stdout, run.stderr, what());
+    // QEMU 10.0 writes no zeroes into an image of version 2 without a backing file, where they would change nothing; then it
+    // names one, which shows through.
+    let shows_through = !top.backed && top.shape.compat == "0.10";
+    assert!(run.code == 0 || shows_through, "{}{}{}", run.stdout, run.stderr, what());
     let [a, b] = [&top.path, &their_top].map(|path| qemu.info(path));
     for key in ["backing-filename", "backing-filename-format"] {
         assert_eq!(a[key], b[key], "{key}: {}", what());
@@ -241,7 +189,7 @@ fn check_rebase(qemu: Qemu, rng: &mut Rng, shapes: Vec<Shape>, other_shapes: Vec
     // An internal snapshot shows the new backing file where it holds nothing itself, here as there.
     for (name, _) in &top.snapshots {
         let [ours, theirs] = [&top.path, &their_top].map(|path| qemu.content(path, Some(name)));
-        assert!(ours == theirs, "{name}: {}", what());
+        assert!(ours == theirs || shows_through, "{name}: {}", what());
     }
 }
 
@@ -253,7 +201,7 @@ fn rebase_agrees_with_qemu() {
             let count = rng.within(range);
             (0..count).map(|_| Shape::random(rng)).collect::<Vec<_>>()
         };
-        let (old, new) = (shapes(1..5), shapes(1..3));
+        let (old, new) = (shapes(1..5), shapes(1..4));
         check_rebase(qemu, rng, old, new);
     });
 }
@@ -265,7 +213,7 @@ fn rebase_onto_a_copy_writes_only_what_differs() {
     cases("rebase onto a copy", 40, |rng| {
         let dir = tempfile::tempdir().unwrap();
         let shapes = vec![Shape::random(rng), Shape::random(rng)];
-        let old = layers(qemu, dir.path(), rng, "old", shapes);
+        let old = layers(qemu, dir.path(), rng, "old", shapes, 10);
         let (base, top) = (&old[0], &old[1]);
         if !top.snapshots.is_empty() {
             return;
@@ -484,6 +432,47 @@ fn what_is_the_same_is_neither_read_nor_kept() {
     chain.read_at(&mut after, GuestOffset::ZERO).unwrap();
     assert!(after == before);
     assert_eq!(check(&*top, &CheckOptions::default()).unwrap().leaks, 0);
+}
+
+/// Stopped while it gives up what is equal, a rebase has its new backing file already, and reads as before.
+#[test]
+fn a_rebase_stopped_while_dropping_stands_on_its_new_backing_file() {
+    struct Stop(std::sync::atomic::AtomicBool);
+    impl Progress for Stop {
+        fn step(&self, step: &Step<'_>) {
+            self.0.fetch_or(step.phase == Phase::Emptying, std::sync::atomic::Ordering::SeqCst);
+        }
+        fn is_cancelled(&self) -> bool {
+            self.0.load(std::sync::atomic::Ordering::SeqCst)
+        }
+    }
+    cases("rebases stopped late", 30, |rng| {
+        let size = rng.within(8..96) * 512;
+        let (base, base_model) = memory_image(rng, size, None);
+        let (other, other_model) = memory_image(rng, size, None);
+        let (top, model) = memory_image(rng, size, Some(("base", &base_model)));
+        let storage = Arc::new(MemoryStorage::with_bytes("top", top));
+        let image = Image::open(storage.clone(), &OpenOptions::default().with_write(true)).unwrap();
+        let top = Layer { node: Node::Qcow2(image), path: PathBuf::from("top") };
+        let chain = Chain::from_layers(top, [memory_layer("base", base)]);
+        let onto = Chain::from_layers(memory_layer("other", other), []);
+        let options = RebaseOptions::default().with_drop_equal(true);
+        let done = rebase(&chain, Onto::Chain(&onto), &options, &Stop(false.into()));
+        // Where the top holds nothing, there is nothing to stop at.
+        assert!(matches!(done, Ok(_) | Err(Error::Cancelled)), "{done:?}");
+        let header = chain.top().node.as_qcow2().unwrap().header();
+        assert_eq!(header.backing_file.as_deref(), Some(&b"other"[..]));
+        for settle in [false, true] {
+            if settle {
+                chain.flush().unwrap();
+            }
+            let state = Arc::new(MemoryStorage::with_bytes("state", storage.to_vec()));
+            let report = check(&*state, &CheckOptions::default()).unwrap();
+            assert_eq!((report.corruptions, report.check_errors), (0, 0), "{report:?}");
+            let image = Image::open(state, &OpenOptions::default()).unwrap();
+            assert!(try_shown(&image, &other_model).unwrap() == model, "flushed {settle}");
+        }
+    });
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! Whether two chains hold the same.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use crate::format::GuestOffset;
 use crate::image::ExtentKind;
 
-use super::{Chain, ChainExtent, ChainExtents, Error, Result};
+use super::{Chain, ChainExtent, Error, Result, Walk};
 
 /// How [`compare`] goes about it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -11,6 +13,8 @@ use super::{Chain, ChainExtent, ChainExtents, Error, Result};
 pub struct CompareOptions {
     /// Whether unequal sizes are a difference, and unequal allocation too, as for `qemu-img compare -s`.
     pub strict: bool,
+    /// Only so many bytes from the start are compared; none compares all.
+    pub end: Option<u64>,
 }
 
 impl CompareOptions {
@@ -18,6 +22,13 @@ impl CompareOptions {
     #[must_use]
     pub fn with_strict(mut self, strict: bool) -> Self {
         self.strict = strict;
+        self
+    }
+
+    /// The same, for so many bytes from the start.
+    #[must_use]
+    pub fn with_end(mut self, end: Option<u64>) -> Self {
+        self.end = end;
         self
     }
 }
@@ -38,45 +49,194 @@ pub enum Comparison {
 }
 
 /// The bytes read at once from each side.
-const CHUNK: usize = 2 << 20;
+const CHUNK: u64 = 1 << 20;
+/// The most threads that read; each has two buffers of a chunk.
+const MAX_THREADS: usize = 4;
 
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
-/// Compares what the guest would see of two chains. What both are known to read as zeroes is not read.
+/// Compares what the guest would see of two chains, on several threads. What both are known to read as zeroes is not read.
 ///
 /// `cancelled` is asked before every read.
 ///
 /// # Errors
 /// [`Error::Cancelled`]; what reading either chain comes to.
-pub fn compare(a: &Chain, b: &Chain, options: &CompareOptions, cancelled: &dyn Fn() -> bool) -> Result<Comparison> {
-    let (longer, common) =
-        if a.virtual_size() < b.virtual_size() { (b, a.virtual_size()) } else { (a, b.virtual_size()) };
-    if options.strict && longer.virtual_size() != common {
+pub fn compare(
+    a: &Chain,
+    b: &Chain,
+    options: &CompareOptions,
+    cancelled: &(dyn Fn() -> bool + Sync),
+) -> Result<Comparison> {
+    compare_with_progress(a, b, options, &|_| cancelled())
+}
+
+/// As [`compare`]. Before every read, `watch` hears the guest offset and tells whether to stop; what lies before it is
+/// compared, or is just being so.
+///
+/// # Errors
+/// As [`compare`].
+pub fn compare_with_progress(
+    a: &Chain,
+    b: &Chain,
+    options: &CompareOptions,
+    watch: &(dyn Fn(u64) -> bool + Sync),
+) -> Result<Comparison> {
+    if options.strict && a.virtual_size() != b.virtual_size() {
         return Ok(Comparison::SizeDiffers);
     }
-    let mut work = Work { left: Vec::new(), right: Vec::new(), cancelled };
-    let mut extents = (Pieces::new(a, common), Pieces::new(b, common));
-    let mut at = 0;
-    while at < common {
-        let (left, right) = (extents.0.at(at)?, extents.1.at(at)?);
-        if options.strict && allocation(a, &left) != allocation(b, &right) {
-            return Ok(Comparison::AllocationDiffersAt(at));
+    let work = Work { pieces: Mutex::new(Pieces::new(a, b, options)), found: Mutex::new(None), watch };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            // Where there are no more threads, fewer do it.
+            let _ = std::thread::Builder::new().spawn_scoped(scope, || work.run());
         }
-        let end = left.end().min(right.end());
-        let sides = [(a, &left), (b, &right)].map(|(chain, extent)| (!extent.is_zero()).then_some(chain));
-        if let Some(offset) = work.first_difference(sides, at, end)? {
-            return Ok(Comparison::DiffersAt(offset));
+        work.run();
+    });
+    let found = work.found.into_inner().unwrap_or_else(PoisonError::into_inner);
+    found.map_or(Ok(Comparison::Same), |(_, found)| found)
+}
+
+/// What the threads share.
+struct Work<'a> {
+    pieces: Mutex<Pieces<'a>>,
+    /// What ends the comparison, and where on the disk: the first counts.
+    found: Mutex<Option<(u64, Result<Comparison>)>>,
+    watch: &'a (dyn Fn(u64) -> bool + Sync),
+}
+
+impl Work<'_> {
+    fn run(&self) {
+        let (mut left, mut right) = (Vec::new(), Vec::new());
+        loop {
+            let mut pieces = lock(&self.pieces);
+            let (at, found) = match pieces.next() {
+                Ok(None) => return,
+                Ok(Some(Next::Ends(found))) => (pieces.at, Ok(found)),
+                Err(error) => (pieces.at, Err(error)),
+                Ok(Some(Next::Read(piece))) => {
+                    drop(pieces);
+                    let difference = if (self.watch)(piece.at) {
+                        Err(Error::Cancelled)
+                    } else {
+                        piece.first_difference(&mut left, &mut right)
+                    };
+                    pieces = lock(&self.pieces);
+                    match difference {
+                        Ok(None) => continue,
+                        Ok(Some(offset)) => (offset, Ok(Comparison::DiffersAt(offset))),
+                        Err(error) => (piece.at, Err(error)),
+                    }
+                }
+            };
+            // Pieces are given out in order: what could be found before this one is being looked for already.
+            pieces.ended = true;
+            drop(pieces);
+            let mut first = lock(&self.found);
+            if first.as_ref().is_none_or(|(other, _)| at < *other) {
+                *first = Some((at, found));
+            }
+            return;
         }
-        at = end;
     }
-    for extent in longer.extents(common..longer.virtual_size()) {
-        let extent = extent?;
-        let side = (!extent.is_zero()).then_some(longer);
-        if let Some(offset) = work.first_difference([side, None], extent.guest.get(), extent.end())? {
-            return Ok(Comparison::DiffersAt(offset));
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What comes next: something to read, or the end of it all.
+enum Next<'a> {
+    Read(Piece<'a>),
+    Ends(Comparison),
+}
+
+/// A range to be read; `None` stands for zeroes.
+struct Piece<'a> {
+    at: u64,
+    len: usize,
+    sides: [Option<&'a Chain>; 2],
+}
+
+/// Walks both chains and gives out what must be read, in order.
+struct Pieces<'a> {
+    chains: [&'a Chain; 2],
+    walks: [Walk<'a>; 2],
+    strict: bool,
+    /// The shorter one's size, and the longer one's.
+    sizes: [u64; 2],
+    at: u64,
+    /// The end of the run that is being given out, and its sides.
+    run: (u64, [Option<&'a Chain>; 2]),
+    /// What was met when looking ahead, and ends the comparison there.
+    met: Option<Result<Comparison>>,
+    ended: bool,
+}
+
+impl<'a> Pieces<'a> {
+    fn new(a: &'a Chain, b: &'a Chain, options: &CompareOptions) -> Self {
+        let end = options.end.unwrap_or(u64::MAX);
+        let [x, y] = [a, b].map(|chain| chain.virtual_size().min(end));
+        let walks = [(a, x), (b, y)].map(|(chain, end)| Walk::new(Some(chain.extents(0..end))));
+        let sizes = [x.min(y), x.max(y)];
+        Self {
+            chains: [a, b],
+            walks,
+            strict: options.strict,
+            sizes,
+            at: 0,
+            run: (0, [None; 2]),
+            met: None,
+            ended: false,
         }
     }
-    Ok(Comparison::Same)
+
+    fn next(&mut self) -> Result<Option<Next<'a>>> {
+        loop {
+            if self.ended || self.at >= self.sizes[1] {
+                return Ok(None);
+            }
+            if let Some(met) = self.met.take().or_else(|| self.look()) {
+                return met.map(|found| Some(Next::Ends(found)));
+            }
+            let (at, sides) = (self.at, self.run.1);
+            let most = at.saturating_add(CHUNK);
+            self.at = self.run.0.min(most);
+            if sides.iter().all(Option::is_none) {
+                self.at = self.run.0;
+                continue;
+            }
+            // Runs of one kind that follow each other are read at once.
+            while self.at < most && self.at < self.sizes[1] {
+                self.met = self.look();
+                if self.met.is_some() || self.run.1.map(|side| side.is_some()) != sides.map(|side| side.is_some()) {
+                    break;
+                }
+                self.at = self.run.0.min(most);
+            }
+            let len = usize::try_from(self.at - at).unwrap_or(usize::MAX);
+            return Ok(Some(Next::Read(Piece { at, len, sides })));
+        }
+    }
+
+    /// Finds the run at the present position, which must lie on the disk; else says what ends the comparison there.
+    fn look(&mut self) -> Option<Result<Comparison>> {
+        if self.at < self.run.0 { None } else { self.find_run().transpose() }
+    }
+
+    fn find_run(&mut self) -> Result<Option<Comparison>> {
+        let [a, b] = self.chains;
+        let [left, right] = [self.walks[0].at(self.at)?, self.walks[1].at(self.at)?];
+        let common = self.at < self.sizes[0];
+        if self.strict && common && allocation(a, &left) != allocation(b, &right) {
+            return Ok(Some(Comparison::AllocationDiffersAt(self.at)));
+        }
+        // What the longer one holds behind the end of the other is compared with zeroes.
+        let limit = if common { self.sizes[0] } else { self.sizes[1] };
+        let side = |chain: &'a Chain, extent: &ChainExtent| (!extent.is_zero()).then_some(chain);
+        self.run = (left.end().min(right.end()).min(limit), [side(a, &left), side(b, &right)]);
+        Ok(None)
+    }
 }
 
 /// How a chain holds an extent, as far as that can be compared between two chains.
@@ -86,77 +246,24 @@ fn allocation(chain: &Chain, extent: &ChainExtent) -> (bool, std::mem::Discrimin
     (present, std::mem::discriminant(&extent.kind))
 }
 
-/// The extents of a chain, by position.
-struct Pieces<'a> {
-    extents: ChainExtents<'a>,
-    current: Option<ChainExtent>,
-}
-
-impl<'a> Pieces<'a> {
-    fn new(chain: &'a Chain, end: u64) -> Self {
-        Self { extents: chain.extents(0..end), current: None }
+impl Piece<'_> {
+    /// The first address at which the two sides differ.
+    fn first_difference(&self, left: &mut Vec<u8>, right: &mut Vec<u8>) -> Result<Option<u64>> {
+        let difference = match self.sides {
+            [Some(a), Some(b)] => first_difference(self.read(a, left)?, self.read(b, right)?),
+            [Some(side), None] | [None, Some(side)] => first_nonzero(self.read(side, left)?),
+            [None, None] => None,
+        };
+        Ok(difference.map(|offset| self.at + offset as u64))
     }
 
-    /// The extent that holds a position. Positions never go back.
-    fn at(&mut self, position: u64) -> Result<ChainExtent> {
-        loop {
-            if let Some(current) = self.current.filter(|current| position < current.end()) {
-                return Ok(current);
-            }
-            // A chain that somebody is just shrinking may end early.
-            let rest = ChainExtent {
-                guest: GuestOffset::new(position),
-                len: u64::MAX - position,
-                layer: None,
-                depth: 0,
-                kind: ExtentKind::Zero { host: None },
-            };
-            self.current = Some(self.extents.next().transpose()?.unwrap_or(rest));
+    fn read<'b>(&self, chain: &Chain, buf: &'b mut Vec<u8>) -> Result<&'b [u8]> {
+        if buf.len() < self.len {
+            buf.resize(self.len, 0);
         }
+        chain.read_at(&mut buf[..self.len], GuestOffset::new(self.at))?;
+        Ok(&buf[..self.len])
     }
-}
-
-/// The buffers of a comparison.
-struct Work<'a> {
-    left: Vec<u8>,
-    right: Vec<u8>,
-    cancelled: &'a dyn Fn() -> bool,
-}
-
-impl Work<'_> {
-    /// The first address in a range at which two chains differ; `None` stands for zeroes.
-    fn first_difference(&mut self, sides: [Option<&Chain>; 2], mut at: u64, end: u64) -> Result<Option<u64>> {
-        if let [None, None] = sides {
-            return Ok(None);
-        }
-        while at < end {
-            if (self.cancelled)() {
-                return Err(Error::Cancelled);
-            }
-            let len = usize::try_from(end - at).unwrap_or(usize::MAX).min(CHUNK);
-            let difference = match sides {
-                [Some(a), Some(b)] => {
-                    let left = read(a, &mut self.left, at, len)?;
-                    first_difference(left, read(b, &mut self.right, at, len)?)
-                }
-                [Some(side), None] | [None, Some(side)] => first_nonzero(read(side, &mut self.left, at, len)?),
-                [None, None] => None,
-            };
-            if let Some(offset) = difference {
-                return Ok(Some(at + offset as u64));
-            }
-            at += len as u64;
-        }
-        Ok(None)
-    }
-}
-
-fn read<'b>(chain: &Chain, buf: &'b mut Vec<u8>, at: u64, len: usize) -> Result<&'b [u8]> {
-    if buf.len() < len {
-        buf.resize(len, 0);
-    }
-    chain.read_at(&mut buf[..len], GuestOffset::new(at))?;
-    Ok(&buf[..len])
 }
 
 /// Where two slices of one length first differ. Whole pieces are compared at memory's speed.

@@ -203,3 +203,32 @@ impl Chain {
         }
     }
 }
+
+/// Extents by position; behind the last one, zeroes.
+#[derive(Debug)]
+pub(crate) struct Walk<'a> {
+    extents: Option<ChainExtents<'a>>,
+    current: Option<ChainExtent>,
+}
+
+impl<'a> Walk<'a> {
+    pub(crate) fn new(extents: Option<ChainExtents<'a>>) -> Self {
+        Self { extents, current: None }
+    }
+
+    /// The extent at a position, from there on. Positions never go back.
+    pub(crate) fn at(&mut self, position: u64) -> Result<ChainExtent> {
+        loop {
+            if let Some(current) = self.current.filter(|current| position < current.end()) {
+                let skipped = position.saturating_sub(current.guest.get());
+                let (guest, kind) = (GuestOffset::new(position), current.kind.advanced(skipped));
+                return Ok(ChainExtent { guest, len: current.len - skipped, kind, ..current });
+            }
+            let kind = ExtentKind::Zero { host: None };
+            let (guest, len) = (GuestOffset::new(position), u64::MAX - position);
+            let rest = ChainExtent { guest, len, layer: None, depth: 0, kind };
+            let next = self.extents.as_mut().and_then(Iterator::next).transpose()?;
+            self.current = Some(next.unwrap_or(rest));
+        }
+    }
+}

@@ -3,30 +3,34 @@
 //! A chain is opened from its top ([`Chain::open`]) by a [`Policy`] that says which of the backing files that images
 //! name are followed, and by formats that are told, never guessed. It is then read and written like one image
 //! ([`Chain::read_at`], [`Chain::write_at`], [`ChainReader`]), asked which layer decides what ([`Chain::extents`]),
-//! described ([`Chain::describe`]) and compared ([`compare`](compare())).
+//! described ([`Chain::describe`]) and compared ([`compare`](compare()), [`differences`](differences())).
 //!
 //! A layer that is shorter than the one above it reads as zeroes beyond its end: what deeper layers hold there stays
 //! hidden. A longer one is cut.
 
+use std::sync::Arc;
+
+use crate::storage::Names;
+
 mod compare;
 mod describe;
+mod differences;
 mod digest;
 mod error;
 mod extents;
+pub(crate) mod in_order;
 mod node;
 mod open;
 mod policy;
 mod read;
 mod reader;
 
-use std::sync::Arc;
-
-use crate::storage::Names;
-
-pub use compare::{CompareOptions, Comparison, compare};
+pub use compare::{CompareOptions, Comparison, compare, compare_with_progress};
 pub(crate) use describe::Bytes;
 pub use describe::{BackingDescription, Description, Flags, Held, LayerDescription};
+pub use differences::differences;
 pub use error::{Error, Remedy, Result};
+pub(crate) use extents::Walk;
 pub use extents::{ChainExtent, ChainExtents};
 pub use node::{Format, Layer, Node};
 pub use open::ChainOptions;

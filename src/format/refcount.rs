@@ -191,6 +191,12 @@ impl RefcountBlock {
         self.search(from, |word, hidden| word & !hidden)
     }
 
+    /// How many entries from `start` on are free, up to `most`.
+    pub(crate) fn free_entries(&self, start: usize, most: usize) -> usize {
+        let end = start.saturating_add(most).min(self.len());
+        (start..end).take_while(|&index| self.get(index) == 0).count()
+    }
+
     /// The first run of free entries at or behind `from`: where it starts, and how long it is, to the block's end at most.
     #[must_use]
     pub fn free_run(&self, from: usize) -> Option<(usize, usize)> {

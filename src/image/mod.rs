@@ -27,7 +27,8 @@ mod zero;
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::thread::ThreadId;
 
 use crate::format::{
     BitmapDirectoryEntry, CryptMethod, Geometry, GuestOffset, HeaderCluster, IncompatibleFeatures, SnapshotEntry,
@@ -45,6 +46,9 @@ pub use raw::RawImage;
 pub use resize::ResizeOptions;
 use state::State;
 pub(crate) use zero::Space;
+
+/// Why an image is not written by others while a merge is under way.
+const IN_A_MERGE: &str = "it is being merged, and is not written by anybody else until that is done";
 
 /// What lies beneath an overlay, for the part of a cluster that a write does not cover.
 pub trait Backing: Send + Sync {
@@ -73,7 +77,20 @@ pub struct Image {
     geometry: Geometry,
     writable: bool,
     poisoned: AtomicBool,
+    /// The thread that merges this image, if one does: nobody else writes meanwhile.
+    reserved: Mutex<Option<ThreadId>>,
     state: Box<RwLock<State>>,
+}
+
+/// Keeps all threads but this one from writing an image, until it is dropped.
+#[derive(Debug)]
+#[must_use = "the image can be written again when this is dropped"]
+pub(crate) struct Reservation<'a>(&'a Image);
+
+impl Drop for Reservation<'_> {
+    fn drop(&mut self) {
+        *self.0.reserved() = None;
+    }
 }
 
 impl fmt::Debug for Image {
@@ -308,6 +325,23 @@ impl Image {
         tables::read_bitmap_directory(&*self.storage, &self.header())
     }
 
+    /// Keeps the image for this thread to write: a merge finds places in it, and fills them without its lock.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where it is reserved already.
+    pub(crate) fn reserve(&self) -> Result<Reservation<'_>> {
+        let mut reserved = self.reserved();
+        if reserved.is_some() {
+            return Err(Error::refused(self.name(), IN_A_MERGE));
+        }
+        *reserved = Some(std::thread::current().id());
+        Ok(Reservation(self))
+    }
+
+    fn reserved(&self) -> MutexGuard<'_, Option<ThreadId>> {
+        self.reserved.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Looks at the state beside other readers.
     fn peek<T>(&self, look: impl FnOnce(&State) -> T) -> T {
         look(&self.state.read().unwrap_or_else(PoisonError::into_inner))
@@ -380,6 +414,9 @@ impl Image {
             return Err(crate::storage::Error::ReadOnly { name: self.name().to_owned() }.into());
         }
         self.check_poison()?;
+        if self.reserved().is_some_and(|thread| thread != std::thread::current().id()) {
+            return Err(Error::refused(self.name(), IN_A_MERGE));
+        }
         self.data_access()?;
         self.check_range(offset, len)
     }

@@ -1,12 +1,11 @@
 //! Opening an image.
 
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::RwLock;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, RwLock};
 
 use crate::format::limits::{MAX_CLUSTER_BITS, MIN_CLUSTER_BITS};
-use crate::format::{HeaderCluster, IncompatibleFeatures, Limits, Version};
+use crate::format::{Geometry, HeaderCluster, IncompatibleFeatures, Limits, SnapshotEntry, Version};
 use crate::storage::{Access, FileStorage, Storage};
 
 use super::check::{CheckOptions, Fix, check};
@@ -65,8 +64,45 @@ impl Image {
         }
         let geometry = header.header.geometry();
         let state = State::load(Arc::clone(&storage), header, bytes, options.limits.clone())?;
-        let poisoned = AtomicBool::new(false);
-        Ok(Self { storage, geometry, writable: options.write, poisoned, state: Box::new(RwLock::new(state)) })
+        Ok(Self::with_state(storage, geometry, options.write, state))
+    }
+
+    /// Opens an internal snapshot for reading, as the disk that it was: in the size that it records, else in the present
+    /// one. What it does not hold is the backing file's, as ever. Nobody must delete it meanwhile.
+    ///
+    /// ```
+    /// use qcow2_chain::image::{Image, OpenOptions};
+    ///
+    /// # fn look(path: &std::path::Path) -> Result<(), qcow2_chain::image::Error> {
+    /// let image = Image::open_path(path, &OpenOptions::default())?;
+    /// for snapshot in image.snapshots()? {
+    ///     let disk = image.open_snapshot(&snapshot)?;
+    ///     println!("{}: {} bytes", String::from_utf8_lossy(&snapshot.name), disk.virtual_size());
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] and [`Error::Limit`] for what the snapshot claims, [`Error::Storage`].
+    pub fn open_snapshot(&self, snapshot: &SnapshotEntry) -> Result<Self> {
+        let storage = Arc::clone(self.storage());
+        let (mut header, limits) = self.peek(|state| (state.header.clone(), state.limits.clone()));
+        snapshot.validate_l1(self.geometry, &limits).map_err(|e| Error::format(storage.name(), e))?;
+        header.header.l1_table_offset = snapshot.l1_table_offset;
+        header.header.l1_size = snapshot.l1_size;
+        header.header.size = snapshot.disk_size().unwrap_or(header.header.size);
+        if header.header.size > limits.max_virtual_size {
+            let what = format!("virtual size {}, at most {}", header.header.size, limits.max_virtual_size);
+            return Err(Error::Limit { file: storage.name().to_owned(), what });
+        }
+        let state = State::load(Arc::clone(&storage), header, Vec::new(), limits)?;
+        Ok(Self::with_state(storage, self.geometry, false, state))
+    }
+
+    fn with_state(storage: Arc<dyn Storage>, geometry: Geometry, writable: bool, state: State) -> Self {
+        let (poisoned, reserved) = (AtomicBool::new(false), Mutex::default());
+        Self { storage, geometry, writable, poisoned, reserved, state: Box::new(RwLock::new(state)) }
     }
 
     /// Opens the image at a path, with the locks that QEMU would take.

@@ -131,82 +131,86 @@ impl Refcounts {
 
     /// Replaces the refcount of a cluster whose block exists.
     pub(super) fn set(&mut self, cluster: HostCluster, value: u64) -> Result<()> {
-        if value == 0 && self.partial.is_some_and(|at| self.geometry.host_cluster(at) == cluster) {
+        self.set_run(ClusterRun { start: cluster, count: 1 }, value)
+    }
+
+    /// Replaces the refcounts of a run of clusters whose blocks exist.
+    fn set_run(&mut self, run: ClusterRun, value: u64) -> Result<()> {
+        let end = run.start.get() + run.count;
+        let partial = self.partial.map(|at| self.geometry.host_cluster(at).get());
+        if value == 0 && partial.is_some_and(|cluster| (run.start.get()..end).contains(&cluster)) {
             // All that began to fill it is gone, and it may become anything.
             self.partial = None;
         }
-        let Some((at, _)) = self.block(self.table_index(cluster))? else {
-            let offset = self.table_offset.get();
-            let found =
-                FormatError::corrupt("refcount table", offset, "block", "none", format!("one for cluster {cluster}"));
-            return Err(Error::format(self.storage.name(), found));
-        };
-        let index = self.geometry.refcount_block_index(cluster);
         let bits = self.geometry.refcount_order().bits() as usize;
-        let dirty = index * bits / 8..((index + 1) * bits).div_ceil(8);
-        self.blocks.modify(at, dirty, |block| block.set(index, value));
+        let mut at = run.start.get();
+        while at < end {
+            let cluster = HostCluster::new(at);
+            // Whoever holds on to the block here has it copied by the change.
+            let Some(block) = self.block(self.table_index(cluster))?.map(|(block, _)| block) else {
+                let offset = self.table_offset.get();
+                let found = FormatError::corrupt(
+                    "refcount table",
+                    offset,
+                    "block",
+                    "none",
+                    format!("one for cluster {cluster}"),
+                );
+                return Err(Error::format(self.storage.name(), found));
+            };
+            let first = self.geometry.refcount_block_index(cluster);
+            let len = (self.geometry.refcount_block_entries() - first as u64).min(end - at);
+            let last = first + super::as_len(len);
+            self.blocks.modify(block, first * bits / 8..(last * bits).div_ceil(8), |block| {
+                (first..last).for_each(|index| block.set(index, value));
+            });
+            at += len;
+        }
         Ok(())
     }
 
     /// Allocates a run of at least one and at most `want` clusters, each with refcount one.
     pub(super) fn allocate(&mut self, want: u64, metadata: &mut Metadata) -> Result<ClusterRun> {
         assert!(want > 0, "an allocation of nothing");
+        let run = self.find_free(1, want, metadata)?;
+        self.hint = HostCluster::new(run.start.get() + run.count);
+        Ok(run)
+    }
+
+    /// Allocates exactly `count` adjacent clusters, each with refcount one.
+    pub(super) fn allocate_adjacent(&mut self, count: u64, metadata: &mut Metadata) -> Result<ClusterRun> {
+        if count >= self.geometry.refcount_block_entries() {
+            return self.append_area(count, metadata);
+        }
+        self.find_free(count, count, metadata)
+    }
+
+    /// Takes the first free run of at least `least` clusters within one block, and at most `most` of it.
+    fn find_free(&mut self, least: u64, most: u64, metadata: &mut Metadata) -> Result<ClusterRun> {
+        let entries = super::as_len(self.geometry.refcount_block_entries());
         let mut at = self.hint;
         loop {
             let Some((_, block)) = self.block(self.table_index(at))? else {
                 self.add_block(self.table_index(at), metadata)?;
                 continue;
             };
-            let entries = super::as_len(self.geometry.refcount_block_entries());
             let from = self.geometry.refcount_block_index(at);
             let base = at.get() - from as u64;
             let Some(first) = block.next_free(from) else {
                 at = HostCluster::new(base + entries as u64);
                 continue;
             };
-            let longest = super::as_len(want).min(entries - first);
-            let count = block.next_used(first).map_or(longest, |used| longest.min(used - first)) as u64;
+            let count = block.free_entries(first, super::as_len(most)) as u64;
+            drop(block);
             let start = HostCluster::new(base + first as u64);
+            if count < least {
+                at = HostCluster::new(start.get() + count);
+                continue;
+            }
             let run = ClusterRun { start, count };
             self.check_room(run)?;
             metadata.check(run, self.storage.name(), self.geometry)?;
-            for cluster in start.get()..start.get() + count {
-                self.set(HostCluster::new(cluster), 1)?;
-            }
-            self.hint = HostCluster::new(start.get() + count);
-            return Ok(run);
-        }
-    }
-
-    /// Allocates exactly `count` adjacent clusters, each with refcount one.
-    pub(super) fn allocate_adjacent(&mut self, count: u64, metadata: &mut Metadata) -> Result<ClusterRun> {
-        let entries = self.geometry.refcount_block_entries();
-        if count >= entries {
-            return self.append_area(count, metadata);
-        }
-        let mut at = self.hint;
-        loop {
-            let Some((_, block)) = self.block(self.table_index(at))? else {
-                self.add_block(self.table_index(at), metadata)?;
-                continue;
-            };
-            let from = self.geometry.refcount_block_index(at);
-            let base = at.get() - from as u64;
-            let Some(first) = block.next_free(from) else {
-                at = HostCluster::new(base + entries);
-                continue;
-            };
-            let end = block.next_used(first).unwrap_or(super::as_len(entries));
-            if ((end - first) as u64) < count {
-                at = HostCluster::new(base + end as u64);
-                continue;
-            }
-            let run = ClusterRun { start: HostCluster::new(base + first as u64), count };
-            self.check_room(run)?;
-            metadata.check(run, self.storage.name(), self.geometry)?;
-            for cluster in run.start.get()..run.start.get() + count {
-                self.set(HostCluster::new(cluster), 1)?;
-            }
+            self.set_run(run, 1)?;
             return Ok(run);
         }
     }
@@ -260,9 +264,7 @@ impl Refcounts {
 
     /// Takes back clusters that were allocated but never mapped.
     pub(super) fn release(&mut self, run: ClusterRun) -> Result<()> {
-        for cluster in run.start.get()..run.start.get() + run.count {
-            self.set(HostCluster::new(cluster), 0)?;
-        }
+        self.set_run(run, 0)?;
         self.hint = self.hint.min(run.start);
         Ok(())
     }

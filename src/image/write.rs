@@ -4,10 +4,12 @@ use std::sync::PoisonError;
 
 use crate::format::{GuestOffset, HostCluster, HostOffset, L1Entry, L2Entry, L2Table, NormalCluster, Subclusters};
 
+use crate::storage;
+
 use super::overlap::Structure;
 use super::refcounts::ClusterRun;
 use super::state::State;
-use super::{Backing, Result, as_len};
+use super::{Backing, Error, Result, as_len};
 
 impl State {
     /// The run of bytes from `offset` on that may be overwritten where they lie: allocated, in clusters with refcount one,
@@ -193,9 +195,16 @@ impl State {
             return Ok(self.storage.write_at(data, host.get() + span.0 as u64)?);
         }
         let mut buf = vec![0; hull.1 - hull.0];
-        self.fill(&mut buf[..span.0 - hull.0], start, hull.0, old, touched, backing)?;
+        let bits = self.geometry.subcluster_bits();
+        let inside = |edge: usize| edge & ((1 << bits) - 1) != 0;
+        if touched.count_ones() == 1 && inside(span.0) && inside(span.1) {
+            // Before it and behind it lies the same subcluster: one read across costs less than two.
+            self.fill(&mut buf, start, hull.0, old, touched, backing)?;
+        } else {
+            self.fill(&mut buf[..span.0 - hull.0], start, hull.0, old, touched, backing)?;
+            self.fill(&mut buf[span.1 - hull.0..], start, span.1, old, touched, backing)?;
+        }
         buf[span.0 - hull.0..span.1 - hull.0].copy_from_slice(data);
-        self.fill(&mut buf[span.1 - hull.0..], start, span.1, old, touched, backing)?;
         Ok(self.storage.write_at(&buf, host.get() + hull.0 as u64)?)
     }
 
@@ -243,7 +252,17 @@ impl State {
     pub(super) fn allocate(&mut self, want: u64) -> Result<(ClusterRun, bool)> {
         let cluster_bits = self.geometry.cluster_bits().get();
         let writer = self.writer()?;
-        let run = writer.refcounts.allocate(want, &mut writer.metadata)?;
+        let found = match writer.refcounts.allocate(want, &mut writer.metadata) {
+            // What was given up since the last flush is free after the next one.
+            Err(Error::Storage(storage::Error::NoSpace { .. })) if writer.refcounts.has_pending() => {
+                self.flush()?;
+                let writer = self.writer()?;
+                writer.refcounts.allocate(want, &mut writer.metadata)
+            }
+            found => found,
+        };
+        let run = found?;
+        let writer = self.writer()?;
         let fresh = run.start.get() << cluster_bits >= writer.file_end;
         writer.file_end = writer.file_end.max((run.start.get() + run.count) << cluster_bits);
         Ok((run, fresh))

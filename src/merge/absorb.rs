@@ -33,14 +33,16 @@ impl<'a, W: Fn(&ChainExtent) -> bool> Absorb<'a, W> {
         Ok(Self { chain, target, layers, wanted, work })
     }
 
-    /// Does it. All of it is durable on return.
-    pub(super) fn run(&self, rate_limit: Option<u64>, progress: &dyn Progress) -> Result<Report> {
+    /// Does it. All of it is durable on return. Of the layers, nobody will read the uppermost `spent` again.
+    pub(super) fn run(&self, rate_limit: Option<u64>, spent: usize, progress: &dyn Progress) -> Result<Report> {
         let (chain, target) = (self.chain, self.target);
-        let mut copier = Copier::new(chain, target, self.work.total, progress).with_rate(rate_limit);
+        let mut copier = Copier::new(chain, target, self.work.total, progress).with_rate(rate_limit).with_spent(spent);
         for extent in chain.extents_of(0..self.layers, 0..chain.virtual_size()) {
             let extent = extent?;
             if (self.wanted)(&extent) {
                 copier.take(extent)?;
+            } else if extent.layer.is_some() {
+                copier.report.skipped += extent.len;
             }
         }
         let report = copier.finish()?;

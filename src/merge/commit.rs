@@ -13,7 +13,7 @@ use super::copy::Report;
 use super::progress::{Phase, Progress};
 use super::refuse::{Bitmaps, refuse_dependents, refuse_stale_snapshots};
 use super::target::Target;
-use super::{Error, Result};
+use super::{Error, Result, reserve};
 
 /// What becomes of the top after its content has reached the base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -120,10 +120,12 @@ impl CommitOptions {
 pub fn commit(chain: &Chain, options: &CommitOptions, progress: &dyn Progress) -> Result<Report> {
     let names = refuse_unfit(chain, options)?;
     let target = Target::of(chain, options.base)?;
+    let _reserved = reserve(&chain.layers()[..=options.base])?;
     let merge = Absorb::survey(chain, &target, options.base, |_| true, progress)?;
     let bitmaps = Bitmaps::of(&chain.layers()[..=options.base])?;
     target.grow_to(chain.virtual_size())?;
-    let mut report = merge.run(options.rate_limit, progress)?; // barriers: see there
+    let spent = if options.after == AfterCommit::Keep { 0 } else { options.base };
+    let mut report = merge.run(options.rate_limit, spent, progress)?; // barriers: see there
     if options.shrink_base {
         target.shrink_to(chain.virtual_size())?; // after all is durable: the top does not show what is cut off
     }

@@ -7,6 +7,7 @@ mod workers;
 
 use std::sync::Arc;
 
+use crate::chain::in_order;
 use crate::chain::{Chain, Layer, Node};
 use crate::format::GuestOffset;
 use crate::image::{CreateOptions, Image, Preallocation, RawImage};
@@ -119,6 +120,8 @@ impl ConvertOptions {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
+/// Nobody may write the source meanwhile.
+///
 /// # Errors
 /// [`Error::Refused`] for options and targets that do not go together, for a target that is one of the source's files, is
 /// not empty, or is too small; [`Error::Image`] with [`crate::image::Error::Unsupported`] for encrypted sources and those with an
@@ -174,15 +177,12 @@ fn pipe(
     let plan = Plan::new(source, look.unit, options.sparse == 0, sort);
     let mut store = Store::new(target, source.virtual_size(), total, progress);
     let threads = match options.threads {
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
-        threads => threads.min(MAX_THREADS),
+        0 => in_order::threads(),
+        threads => threads.min(in_order::MAX_THREADS),
     };
     look_at_all(source, plan, &look, threads, &mut |seen| store.take(seen))?;
     store.finish()
 }
-
-/// The most threads that are started.
-const MAX_THREADS: usize = 64;
 
 impl Target<'_> {
     /// What is written whole, or not at all where it is zero.

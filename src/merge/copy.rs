@@ -1,15 +1,17 @@
 //! The copy engine: extents in, long runs from file to file out.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::chain::{Chain, ChainExtent};
 use crate::format::GuestOffset;
 use crate::image::{ExtentKind, Placement};
-use crate::storage::{self, Storage};
+use crate::storage;
 
 use super::progress::{Phase, Progress, Step};
 use super::rate::Rate;
 use super::target::Target;
+use super::transfer::{Carried, Gate, Run, Transfer};
 use super::writeback::Writeback;
 use super::{Error, Result};
 
@@ -19,10 +21,12 @@ use super::{Error, Result};
 pub struct Report {
     /// Data that was read and written.
     pub copied: u64,
-    /// Data that the kernel copied, sharing blocks where the file system can.
+    /// Data that the kernel copied, because both files lie on a file system that shares blocks, or whose server copies.
     pub copied_in_kernel: u64,
     /// Ranges that were made zero, or found to be.
     pub zeroed: u64,
+    /// What the layers hold and what did not have to move: the image that was written shows the same without.
+    pub skipped: u64,
     /// Data that was read on both sides of a rebase and compared.
     pub compared: u64,
     /// What a rebase dropped from the top, as it equals the new backing file.
@@ -38,10 +42,10 @@ pub struct Report {
 const BATCH_BYTES: u64 = 1 << 30;
 /// Moves that are gathered at most, whatever their length.
 const BATCH_MOVES: usize = 32 << 10;
-/// The copy buffer.
+/// What is read from the chain at once where it cannot go from file to file.
 const BUFFER: usize = 1 << 20;
-/// Runs from this length on are left to the kernel; below, gathering them in the buffer is quicker.
-const KERNEL_RUN: u64 = 1 << 20;
+/// Blocks are reserved for new runs from this length on.
+const WORTH_RESERVING: u64 = 1 << 20;
 
 /// Whole target clusters that lie adjacent in one source file.
 #[derive(Clone, Copy, Debug)]
@@ -52,54 +56,56 @@ struct Move {
     len: u64,
 }
 
-/// One run of bytes from file to file.
-#[derive(Clone, Copy, Debug)]
-struct Run {
-    layer: usize,
-    from: u64,
-    to: u64,
-    len: u64,
-}
-
 /// Moves extents of a chain's upper layers into a target.
 pub(super) struct Copier<'a> {
     chain: &'a Chain,
     target: &'a Target<'a>,
-    progress: &'a dyn Progress,
-    total: u64,
-    done: u64,
+    transfer: Transfer<'a>,
+    course: Course<'a>,
     pub(super) report: Report,
     moves: Vec<Move>,
     gathered: u64,
     buffer: Vec<u8>,
-    in_kernel: bool,
-    writeback: Writeback,
-    rate: Rate,
 }
 
 impl<'a> Copier<'a> {
     pub(super) fn new(chain: &'a Chain, target: &'a Target<'a>, total: u64, progress: &'a dyn Progress) -> Self {
-        let report = Report::default();
-        let buffer = vec![0; BUFFER];
-        Self {
-            chain,
+        let sources = chain.layers().iter().map(|layer| &**layer.node.storage()).collect();
+        let course = Course {
             target,
             progress,
             total,
             done: 0,
-            report,
+            writeback: Writeback::new(
+                chain.layers().iter().map(|layer| Arc::clone(layer.node.storage())).collect(),
+                Arc::clone(target.storage()),
+                total,
+            ),
+            rate: Rate::default(),
+            told: 0,
+            told_before: 0,
+        };
+        Self {
+            chain,
+            target,
+            transfer: Transfer::new(sources, &**target.storage()),
+            course,
+            report: Report::default(),
             moves: Vec::new(),
             gathered: 0,
-            buffer,
-            in_kernel: true,
-            writeback: Writeback::new(target.storage(), total),
-            rate: Rate::default(),
+            buffer: Vec::new(),
         }
     }
 
     /// The same, copying at most so many bytes of data a second.
     pub(super) fn with_rate(mut self, limit: Option<u64>) -> Self {
-        self.rate = Rate::new(limit);
+        self.course.rate = Rate::new(limit);
+        self
+    }
+
+    /// The same, where nobody will read so many layers from the top again.
+    pub(super) fn with_spent(mut self, layers: usize) -> Self {
+        self.transfer.spent = 0..layers;
         self
     }
 
@@ -109,8 +115,7 @@ impl<'a> Copier<'a> {
             ExtentKind::Unallocated => {}
             // Also where a layer in between is too short and hides what lies deeper.
             ExtentKind::Zero { .. } => {
-                self.target.zero(extent.guest, extent.len)?;
-                self.report.zeroed += extent.len;
+                self.zero(extent.guest, extent.len)?;
                 self.advance(extent.len)?;
             }
             ExtentKind::Compressed => self.write_through(extent.guest, extent.len)?,
@@ -131,16 +136,29 @@ impl<'a> Copier<'a> {
         Ok(())
     }
 
+    /// The same of an extent that was counted as done before, when it was compared.
+    pub(super) fn take_told(&mut self, extent: ChainExtent) -> Result<()> {
+        self.course.told_before += extent.len;
+        self.take(extent)
+    }
+
+    /// Makes a range of the target zero.
+    pub(super) fn zero(&mut self, offset: GuestOffset, len: u64) -> Result<()> {
+        self.target.zero(offset, len)?;
+        self.report.zeroed += len;
+        Ok(())
+    }
+
     /// Carries out what is gathered and tells what was done.
     pub(super) fn finish(mut self) -> Result<Report> {
         self.carry_out()?;
-        self.writeback.finish()?;
         Ok(self.report)
     }
 
     /// Reads from the chain and writes to the target, cluster by cluster where need be.
     fn write_through(&mut self, offset: GuestOffset, len: u64) -> Result<()> {
         let mut at = 0;
+        self.buffer.resize(if len > 0 { BUFFER } else { self.buffer.len() }, 0);
         while at < len {
             let size = usize::try_from(len - at).unwrap_or(usize::MAX).min(BUFFER);
             let position = offset.saturating_add(at);
@@ -148,7 +166,8 @@ impl<'a> Copier<'a> {
             self.target.write(&self.buffer[..size], position)?;
             self.report.copied += size as u64;
             at += size as u64;
-            self.advance_data(size as u64)?;
+            self.course.spend(size as u64)?;
+            self.advance(size as u64)?;
         }
         Ok(())
     }
@@ -178,14 +197,27 @@ impl<'a> Copier<'a> {
         }
         let mut placements = Vec::with_capacity(moves.len());
         let mut runs: Vec<Run> = Vec::with_capacity(moves.len());
-        let placed = self.place(&moves, &mut placements, &mut runs);
-        let copied = placed.and_then(|()| runs.chunk_by(follows).try_for_each(|runs| self.copy(runs)));
-        if let Err(error) = copied {
-            // What went wrong first is what the caller must hear of; at worst, clusters leak.
-            let _ = self.target.abandon(&placements);
+        let carried = Carried::default();
+        let placed = self.place(&moves, &mut placements, &mut runs).and_then(|()| self.reserve(&runs));
+        let done = placed.and_then(|()| self.transfer.carry(&runs, &mut self.course, &carried));
+        let (copied, in_kernel) = carried.bytes();
+        self.report.copied += copied;
+        self.report.copied_in_kernel += in_kernel;
+        if let Err(error) = done {
+            self.give_back(&placements, &runs);
             return Err(error);
         }
-        self.target.publish(&placements)
+        self.target.publish(&placements)?;
+        self.course.settle(&carried)
+    }
+
+    /// After a failure: nothing names the new places. At worst, clusters leak; what went wrong first is what the caller
+    /// must hear of.
+    fn give_back(&self, placements: &[Placement], runs: &[Run]) {
+        for run in runs.iter().filter(|run| run.fresh) {
+            let _ = self.target.storage().punch_range(run.to..run.to + run.len);
+        }
+        let _ = self.target.abandon(placements);
     }
 
     fn place(&self, moves: &[Move], placements: &mut Vec<Placement>, runs: &mut Vec<Run>) -> Result<()> {
@@ -194,99 +226,37 @@ impl<'a> Copier<'a> {
             self.target.place(next.guest, next.len, placements)?;
             for placement in &placements[first..] {
                 let from = next.from + placement.guest.distance_from(next.guest);
-                let run = Run { layer: next.layer, from, to: placement.host.get(), len: placement.len };
-                match runs.last_mut() {
-                    Some(last)
-                        if last.layer == run.layer
-                            && last.from + last.len == run.from
-                            && last.to + last.len == run.to =>
-                    {
-                        last.len += run.len;
-                    }
-                    _ => runs.push(run),
+                let (to, len, fresh) = (placement.host.get(), placement.len, !placement.mapped);
+                let run = Run { layer: next.layer, from, to, len, fresh };
+                if !runs.last_mut().is_some_and(|last| last.absorb(&run)) {
+                    runs.push(run);
                 }
             }
         }
         Ok(())
     }
 
-    /// Copies runs that are adjacent in the target: long ones in the kernel, short ones together through the buffer.
-    fn copy(&mut self, runs: &[Run]) -> Result<()> {
-        let mut filled = 0;
-        let mut to = runs.first().map_or(0, |run| run.to);
-        for run in runs {
-            let (mut from, mut len) = (run.from, run.len);
-            if self.in_kernel && len >= KERNEL_RUN {
-                self.write_buffer(&mut filled, &mut to)?;
-                let copied = self.copy_in_kernel(run)?;
-                from += copied;
-                to += copied;
-                len -= copied;
-            }
-            while len > 0 {
-                let part = usize::try_from(len).unwrap_or(usize::MAX).min(BUFFER - filled);
-                let source = self.source(run.layer);
-                source.read_at(&mut self.buffer[filled..filled + part], from)?;
-                filled += part;
-                from += part as u64;
-                len -= part as u64;
-                if filled == BUFFER {
-                    self.write_buffer(&mut filled, &mut to)?;
-                }
-            }
-        }
-        self.write_buffer(&mut filled, &mut to)
-    }
-
-    /// Writes what the buffer holds to `to`, and moves on.
-    fn write_buffer(&mut self, filled: &mut usize, to: &mut u64) -> Result<()> {
-        let len = std::mem::take(filled);
-        if len == 0 {
+    /// Reserves blocks for what goes behind the target's end, so that threads can fill it in any order, and so that a lack
+    /// of space shows before anything is written.
+    fn reserve(&self, runs: &[Run]) -> Result<()> {
+        let storage = self.target.storage();
+        if storage.is_fixed_size() {
             return Ok(());
         }
-        self.target.storage().write_at(&self.buffer[..len], *to)?;
-        *to += len as u64;
-        self.report.copied += len as u64;
-        self.writeback.written(len as u64);
-        self.advance_data(len as u64)
-    }
-
-    /// Leaves a run to the kernel, as far as it goes. Returns how much it copied.
-    fn copy_in_kernel(&mut self, run: &Run) -> Result<u64> {
-        let mut copied = 0;
-        while copied < run.len {
-            let len = (run.len - copied).min(self.rate.step(64 << 20));
-            let source = self.source(run.layer);
-            match self.target.storage().copy_from(source, run.from + copied, run.to + copied, len) {
-                Ok(0) => break,
-                Ok(count) => {
-                    copied += count;
-                    self.report.copied_in_kernel += count;
-                    self.writeback.written(count);
-                    self.advance_data(count)?;
-                }
-                Err(storage::Error::Unsupported { .. }) => {
-                    self.in_kernel = false;
-                    break;
-                }
-                Err(error) => return Err(error.into()),
+        let end = storage.len()?;
+        let new = |run: &&Run| run.fresh && run.to >= end && !self.transfer.is_for_kernel(run);
+        let mut new = runs.iter().filter(new).peekable();
+        while let Some(first) = new.next() {
+            let mut range = first.to..first.to + first.len;
+            while let Some(next) = new.next_if(|next| next.to == range.end) {
+                range.end += next.len;
             }
-        }
-        Ok(copied)
-    }
-
-    fn source(&self, layer: usize) -> &'a dyn Storage {
-        &**self.chain.layers()[layer].node.storage()
-    }
-
-    /// As [`Copier::advance`], for data; waits where it came too quickly.
-    fn advance_data(&mut self, len: u64) -> Result<()> {
-        self.advance(len)?;
-        self.rate.spend(len);
-        while let Some(pause) = self.rate.owed() {
-            std::thread::sleep(pause.min(Duration::from_millis(100)));
-            if self.progress.is_cancelled() {
-                return Err(Error::Cancelled);
+            if range.end - range.start < WORTH_RESERVING {
+                continue;
+            }
+            match storage.allocate_range(range) {
+                Err(storage::Error::Unsupported { .. }) => return Ok(()),
+                done => done?,
             }
         }
         Ok(())
@@ -294,14 +264,70 @@ impl<'a> Copier<'a> {
 
     /// So many bytes more are merged: tells of it, and stops where the caller wants that.
     pub(super) fn advance(&mut self, len: u64) -> Result<()> {
-        self.done += len;
+        self.course.advance(len)
+    }
+}
+
+/// How far a merge is, and how quickly it may go on.
+struct Course<'a> {
+    target: &'a Target<'a>,
+    progress: &'a dyn Progress,
+    total: u64,
+    done: u64,
+    writeback: Writeback,
+    rate: Rate,
+    /// What the present transfer has told of.
+    told: u64,
+    /// What comes once more and has been told of before.
+    told_before: u64,
+}
+
+impl Course<'_> {
+    fn advance(&mut self, len: u64) -> Result<()> {
+        let again = self.told_before.min(len);
+        self.told_before -= again;
+        self.done += len - again;
         let file = self.target.file();
         self.progress.step(&Step { phase: Phase::Copying, done: self.done, total: self.total, file });
         if self.progress.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
     }
+
+    /// So many bytes of data are about to be copied; waits where they come too quickly.
+    fn spend(&mut self, len: u64) -> Result<()> {
+        while let Some(pause) = self.rate.owed() {
+            std::thread::sleep(pause.min(Duration::from_millis(100)));
+            if self.progress.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+        }
+        self.rate.spend(len);
+        Ok(())
+    }
+
+    /// What a transfer has come to.
+    fn catch_up(&mut self, carried: &Carried) -> Result<()> {
+        let (copied, in_kernel) = carried.bytes();
+        let new = copied + in_kernel - self.told;
+        self.told += new;
+        self.writeback.written(|| carried.take_cached(), new);
+        self.advance(new)
+    }
+
+    /// The same, of a transfer that has ended.
+    fn settle(&mut self, carried: &Carried) -> Result<()> {
+        let ended = self.catch_up(carried);
+        self.told = 0;
+        ended
+    }
 }
 
-/// Whether a run is adjacent to the one before it in the target.
-fn follows(a: &Run, b: &Run) -> bool {
-    a.to + a.len == b.to
+impl Gate for Course<'_> {
+    fn step(&self, most: u64) -> u64 {
+        self.rate.step(most)
+    }
+
+    fn pass(&mut self, len: u64, carried: &Carried) -> Result<()> {
+        self.catch_up(carried)?;
+        self.spend(len)
+    }
 }

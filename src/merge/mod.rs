@@ -22,6 +22,7 @@ mod rate;
 mod rebase;
 mod refuse;
 mod target;
+mod transfer;
 mod writeback;
 
 pub use commit::{AfterCommit, CommitOptions, commit};
@@ -32,4 +33,13 @@ pub use measure::{Measurement, measure};
 pub use plan::{Direction, MergePlan, Way, plan};
 pub use progress::{Phase, Progress, Step};
 pub use pull::{PullOptions, pull};
-pub use rebase::{Onto, RebaseOptions, rebase, rebase_unsafe};
+pub use rebase::{Onto, RebaseOptions, RebasePlan, plan_rebase, rebase, rebase_unsafe};
+
+use crate::chain::Layer;
+use crate::image::{self, Image, Reservation};
+
+/// Keeps layers for this merge: while it reads and fills clusters, no other thread of this program may free them.
+fn reserve(layers: &[Layer]) -> image::Result<Vec<Reservation<'_>>> {
+    let images = layers.iter().filter_map(|layer| layer.node.as_qcow2());
+    images.filter(|image| !image.is_read_only()).map(Image::reserve).collect()
+}

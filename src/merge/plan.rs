@@ -194,7 +194,10 @@ fn paths(layers: &[Layer]) -> Vec<PathBuf> {
 }
 
 #[cfg(feature = "json")]
-fn path_as_text<S: serde::Serializer>(path: &std::path::Path, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+pub(super) fn path_as_text<S: serde::Serializer>(
+    path: &std::path::Path,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
     serializer.collect_str(&path.display())
 }
 

@@ -10,7 +10,7 @@ use super::copy::Report;
 use super::progress::Progress;
 use super::refuse::{Bitmaps, refuse_stale_snapshots};
 use super::target::Target;
-use super::{Error, Result};
+use super::{Error, Result, reserve};
 
 /// How to pull.
 #[derive(Clone, Debug, Default)]
@@ -84,9 +84,10 @@ pub fn pull(chain: &Chain, options: &PullOptions, progress: &dyn Progress) -> Re
     if !options.allow_stale_snapshots {
         refuse_stale_snapshots(&chain.layers()[..1])?;
     }
+    let _reserved = reserve(&chain.layers()[..base])?;
     let merge = Absorb::survey(chain, &target, base, |extent| wanted(extent, base < depth), progress)?;
     let bitmaps = Bitmaps::of(&chain.layers()[..1])?;
-    let mut report = merge.run(options.rate_limit, progress)?; // barrier: all that the top takes in, before it stops looking beneath
+    let mut report = merge.run(options.rate_limit, 0, progress)?; // barrier: all that the top takes in, before it stops looking beneath
 
     match chain.layers().get(base) {
         None => image.set_backing_file(None, None)?,

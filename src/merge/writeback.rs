@@ -1,102 +1,102 @@
 //! Writing back early: while a long merge copies, what it has copied already goes to the medium.
 //!
-//! The barriers of the merge stand where they stood; they find less left to do. Early syncs order nothing: what they make
-//! durable is data that no mapping names yet, or that the layer above still covers.
+//! The barriers of the merge stand where they stood; they find less left to do. Nothing is ordered or promised here, and
+//! nothing can fail: what the medium refuses, the barriers tell.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 
-use crate::storage::{self, Storage};
+use crate::storage::Storage;
+
+use super::transfer::Cached;
 
 /// Merges of less data leave all to the barriers.
 const WORTH_IT: u64 = 128 << 20;
-/// How many early syncs there are at the most, however much is copied.
-const SYNCS: u64 = 6;
+/// What is gathered before it is passed on, so that it goes to the medium in long strokes.
+const STROKE: u64 = 64 << 20;
 
-/// A thread that syncs when it is told to.
+/// A thread that tells storages what they need not keep: of the target that has what is dirty written out.
 #[derive(Debug, Default)]
 pub(super) struct Writeback {
-    thread: Option<(Sender<()>, JoinHandle<storage::Result<()>>)>,
-    /// Bytes between two syncs.
-    every: u64,
+    sender: Option<Sender<Vec<Cached>>>,
+    thread: Option<JoinHandle<()>>,
     since: u64,
 }
 
 impl Writeback {
     /// Prepares for a merge of so many bytes.
-    pub(super) fn new(storage: &Arc<dyn Storage>, total: u64) -> Self {
+    pub(super) fn new(sources: Vec<Arc<dyn Storage>>, target: Arc<dyn Storage>, total: u64) -> Self {
         if total < WORTH_IT {
             return Self::default();
         }
         let (sender, receiver) = channel();
-        let storage = Arc::clone(storage);
         let work = move || {
-            while receiver.recv().is_ok() {
-                storage.sync()?;
+            for cached in receiver {
+                for Cached { layer, start, end } in joined(cached) {
+                    let storage = layer.map_or(Some(&target), |layer| sources.get(layer));
+                    if let Some(storage) = storage {
+                        storage.will_not_need(start..end);
+                    }
+                }
             }
-            Ok(())
         };
         let thread = std::thread::Builder::new().name("writeback".to_owned()).spawn(work).ok();
-        Self { thread: thread.map(|thread| (sender, thread)), every: total / SYNCS, since: 0 }
+        Self { sender: thread.is_some().then_some(sender), thread, since: 0 }
     }
 
-    /// Tells of bytes that were written.
-    pub(super) fn written(&mut self, len: u64) {
-        let Some((sender, _)) = &self.thread else { return };
+    /// Tells of so many bytes that were written; the ranges are asked for where it is time to write them out.
+    pub(super) fn written(&mut self, cached: impl FnOnce() -> Vec<Cached>, len: u64) {
+        let Some(sender) = &self.sender else { return };
         self.since += len;
-        if self.since >= self.every {
+        if self.since >= STROKE {
             self.since = 0;
-            // Where the thread has ended, a sync has failed: `finish` tells.
-            let _ = sender.send(());
+            // The thread ends when this end of the channel does, not before.
+            let _ = sender.send(cached());
         }
-    }
-
-    /// Waits for what is under way: no early sync comes between the barriers of the merge.
-    ///
-    /// # Errors
-    /// That of the early sync that failed. A later one may succeed although the system has dropped what was written, so
-    /// that the merge must not go on to its barriers.
-    pub(super) fn finish(&mut self) -> storage::Result<()> {
-        let Some((sender, thread)) = self.thread.take() else { return Ok(()) };
-        drop(sender);
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 }
 
 impl Drop for Writeback {
-    /// Where a merge ends early: waits, so that nothing is synced behind the caller's back.
+    /// Waits, so that nothing is touched behind the back of what comes next.
     fn drop(&mut self) {
-        if let Some((sender, thread)) = self.thread.take() {
-            drop(sender);
+        drop(self.sender.take());
+        if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
     }
 }
 
+/// Ranges in the order of their files, those that touch joined.
+fn joined(mut ranges: Vec<Cached>) -> Vec<Cached> {
+    ranges.sort_unstable();
+    ranges.dedup_by(|next, last| {
+        let touches = next.layer == last.layer && next.start <= last.end;
+        if touches {
+            last.end = last.end.max(next.end);
+        }
+        touches
+    });
+    ranges
+}
+
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::ops::Range;
+    use std::sync::{Arc, Mutex};
 
-    use super::{WORTH_IT, Writeback};
-    use crate::storage::{Error, MemoryStorage, Result, Storage};
+    use super::super::transfer::Cached;
+    use super::{STROKE, WORTH_IT, Writeback};
+    use crate::storage::{MemoryStorage, Result, Storage};
 
-    /// Fails the sync with this number, and forgets that it did.
+    /// Notes what it need not keep.
     #[derive(Debug)]
-    struct Forgetful {
+    struct Noting {
         inner: MemoryStorage,
-        failing: u64,
-        syncs: AtomicU64,
+        heard: Mutex<Vec<Range<u64>>>,
     }
 
-    impl Forgetful {
-        fn new(failing: u64) -> Arc<Self> {
-            Arc::new(Self { inner: MemoryStorage::new("forgetful"), failing, syncs: AtomicU64::new(0) })
-        }
-    }
-
-    impl Storage for Forgetful {
+    impl Storage for Noting {
         fn name(&self) -> &str {
             self.inner.name()
         }
@@ -113,32 +113,32 @@ mod tests {
             self.inner.set_len(len)
         }
         fn sync(&self) -> Result<()> {
-            let number = self.syncs.fetch_add(1, Ordering::SeqCst);
-            if number == self.failing { Err(Error::unsupported(self.name(), "this one sync")) } else { Ok(()) }
+            self.inner.sync()
+        }
+        fn will_not_need(&self, range: Range<u64>) {
+            self.heard.lock().unwrap().push(range);
         }
     }
 
-    fn run(storage: &Arc<Forgetful>, total: u64) -> Result<()> {
-        let seam: Arc<dyn Storage> = storage.clone();
-        let mut writeback = Writeback::new(&seam, total);
-        for _ in 0..8 {
-            writeback.written(total / 8);
-        }
-        writeback.finish()
+    fn noting() -> Arc<Noting> {
+        Arc::new(Noting { inner: MemoryStorage::new("noting"), heard: Mutex::default() })
+    }
+
+    fn heard(total: u64) -> [Vec<(u64, u64)>; 2] {
+        let (source, target) = (noting(), noting());
+        let mut writeback = Writeback::new(vec![source.clone()], target.clone(), total);
+        let cached = |layer, start| Cached { layer, start, end: start + 10 };
+        writeback.written(|| vec![cached(None, 10), cached(None, 0)], STROKE - 1);
+        writeback.written(|| vec![cached(None, 130), cached(Some(0), 5), cached(None, 100), cached(None, 110)], 1);
+        writeback.written(|| vec![cached(None, 200)], 1);
+        drop(writeback);
+        [source, target]
+            .map(|storage| storage.heard.lock().unwrap().iter().map(|heard| (heard.start, heard.end)).collect())
     }
 
     #[test]
-    fn an_early_sync_that_failed_fails_the_merge() {
-        run(&Forgetful::new(1), WORTH_IT).expect_err("the second sync failed");
-    }
-
-    #[test]
-    fn early_syncs_are_few_and_small_merges_have_none() {
-        let storage = Forgetful::new(u64::MAX);
-        run(&storage, 4 * WORTH_IT).expect("no sync fails");
-        assert!((1..=super::SYNCS).contains(&storage.syncs.load(Ordering::SeqCst)));
-        let storage = Forgetful::new(0);
-        run(&storage, WORTH_IT / 2).expect("nothing is synced");
-        assert_eq!(storage.syncs.load(Ordering::SeqCst), 0);
+    fn ranges_are_passed_on_in_long_strokes() {
+        assert_eq!(heard(WORTH_IT), [vec![(5, 15)], vec![(100, 120), (130, 140)]]);
+        assert_eq!(heard(WORTH_IT - 1), [vec![], vec![]]);
     }
 }

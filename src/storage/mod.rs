@@ -220,6 +220,24 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Err(Error::unsupported(self.name(), "copying in the kernel"))
     }
 
+    /// Whether [`Storage::copy_from`] costs less than reading and writing: blocks are shared, or a server copies them.
+    fn prefers_copy_from(&self, _source: &dyn Storage) -> bool {
+        false
+    }
+
+    /// As [`Storage::write_at`], for much data that nobody is about to read: a storage may go around its cache.
+    /// That pays for buffers that start at a multiple of 4096 in memory, of whole 4096 bytes, at such offsets.
+    ///
+    /// # Errors
+    /// As [`Storage::write_at`].
+    fn write_bulk_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.write_at(buf, offset)
+    }
+
+    /// Hears that a range is not about to be read or written again. What a cache holds of it may go: to the medium where
+    /// that does not have it yet. Promises nothing, and orders nothing.
+    fn will_not_need(&self, _range: Range<u64>) {}
+
     /// The first run of data at or behind `offset`, or `None` where only holes follow. A storage that does not know
     /// holes says that all is data.
     ///

@@ -64,6 +64,12 @@ impl Storage for ReadOnlyStorage {
     fn copy_from(&self, _source: &dyn Storage, _from: u64, _to: u64, _len: u64) -> Result<u64> {
         self.refuse()
     }
+    fn write_bulk_at(&self, _buf: &[u8], _offset: u64) -> Result<()> {
+        self.refuse()
+    }
+    fn will_not_need(&self, range: Range<u64>) {
+        self.inner.will_not_need(range);
+    }
     fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {
         self.inner.next_data(offset)
     }

@@ -4,6 +4,7 @@
 pub mod foreign;
 #[cfg(feature = "vm")]
 pub mod lab;
+pub mod layers;
 pub mod ours;
 pub mod qemu;
 pub mod recipe;

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, Subcommand};
 
 use crate::failure::{Failure, Outcome};
@@ -70,8 +70,17 @@ pub(crate) fn run(mut args: Vec<OsString>) -> Outcome {
     }
 }
 
+/// Verbs of qemu-img that are known but not served.
+const UNSERVED: &[&str] = &["amend", "bench", "bitmap", "dd", "snapshot"];
+
 /// Help and version are no failure; everything else has qemu-img's exit code for it.
 fn refuse(error: &clap::Error) -> Outcome {
+    if let (ErrorKind::InvalidSubcommand, Some(ContextValue::String(verb))) =
+        (error.kind(), error.get(ContextKind::InvalidSubcommand))
+        && UNSERVED.contains(&verb.as_str())
+    {
+        return Err(Failure::unserved(verb, &format!("qemu-img {verb}")));
+    }
     if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
         emit(&error.render().to_string())?;
         return Ok(0);

@@ -11,7 +11,6 @@ use crate::failure::{Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::open;
 use crate::options::{PolicyArgs, Unserved, cache_mode};
-use crate::output::say;
 use crate::planning::{MergeArgs, explain, warn_of_snapshots};
 use crate::progress::Progress;
 
@@ -88,7 +87,7 @@ pub(crate) fn run(args: &Args) -> Outcome {
     if direction == Direction::Pull {
         let below = (base + 1 < chain.layers().len()).then_some(base + 1);
         let options = PullOptions::default().with_base(below).with_rate_limit(rate).with_allow_stale_snapshots(true);
-        return pull(chain, &options, args.progress, args.quiet);
+        return pull(chain, &options, &args.merge, args.progress, args.quiet);
     }
     warn_of_snapshots(chain.layers().get(..base).unwrap_or_default())?;
     let keep = args.drop || args.base.is_some();
@@ -96,19 +95,17 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let mut options = options.with_after(if keep { AfterCommit::Keep } else { AfterCommit::Empty });
     options.dependents_in.clone_from(&args.dependents_in);
     let done = with_progress(args.progress && !args.quiet, |face| merge::commit(&chain, &options, face));
-    done.map_err(|error| explain(error, &chain, base))?;
-    say(args.quiet, "Image committed.")?;
-    Ok(0)
+    let report = done.map_err(|error| explain(error, &chain, base))?;
+    args.merge.tell(args.quiet, "Image committed.", "commit", &report)
 }
 
 /// Pulls; what this verb and `pull` share.
-pub(crate) fn pull(chain: Chain, options: &PullOptions, progress: bool, quiet: bool) -> Outcome {
+pub(crate) fn pull(chain: Chain, options: &PullOptions, merge: &MergeArgs, progress: bool, quiet: bool) -> Outcome {
     warn_of_snapshots(chain.layers().get(..1).unwrap_or_default())?;
     let done = with_progress(progress && !quiet, |face| merge::pull(&chain, options, face));
-    done.map_err(|error| explain(error, &chain, 0))?;
+    let report = done.map_err(|error| explain(error, &chain, 0))?;
     chain.close()?;
-    say(quiet, "Image pulled.")?;
-    Ok(0)
+    merge.tell(quiet, "Image pulled.", "pull", &report)
 }
 
 /// Which way to go; none where the plan was all that was asked for, and is printed.
@@ -166,27 +163,45 @@ pub(crate) fn with_progress<T>(
     wanted: bool,
     merge: impl FnOnce(&dyn merge::Progress) -> merge::Result<T>,
 ) -> merge::Result<T> {
-    let interrupt = Interrupt::listen();
-    let face = Face(Mutex::new(Progress::new(wanted)), interrupt);
+    let face = Face::new(wanted);
     let merged = merge(&face);
-    if let Ok(progress) = face.0.lock() {
-        if merged.is_ok() {
-            progress.set(1, 1);
-        }
-        progress.end();
-    }
+    face.end(merged.is_ok());
     merged
 }
 
-/// Draws the steps of a merge, and stops it on Ctrl-C.
-struct Face(Mutex<Progress>, Interrupt);
+/// Draws the steps of a merge, tells of them where a signal asks, and stops it on Ctrl-C.
+pub(crate) struct Face(Mutex<Progress>, Interrupt);
+
+impl Face {
+    /// Draws nothing unless `wanted`. To be made before any other thread is started.
+    pub(crate) fn new(wanted: bool) -> Self {
+        let interrupt = Interrupt::listen();
+        Self(Mutex::new(Progress::new(wanted)), interrupt)
+    }
+
+    /// Says that `done` of `total` is done.
+    pub(crate) fn set(&self, done: u64, total: u64) {
+        self.1.note(done, total);
+        if let Ok(progress) = self.0.lock() {
+            progress.set(done, total);
+        }
+    }
+
+    /// Ends the drawing, of what is done or was given up.
+    pub(crate) fn end(&self, done: bool) {
+        if done {
+            self.set(1, 1);
+        }
+        if let Ok(progress) = self.0.lock() {
+            progress.end();
+        }
+    }
+}
 
 impl merge::Progress for Face {
     fn step(&self, step: &Step<'_>) {
-        if step.total > 0
-            && let Ok(progress) = self.0.lock()
-        {
-            progress.set(step.done, step.total);
+        if step.total > 0 {
+            self.set(step.done, step.total);
         }
     }
 

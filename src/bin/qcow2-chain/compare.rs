@@ -3,15 +3,15 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use qcow2_chain::chain::Chain;
-use qcow2_chain::format::GuestOffset;
+use qcow2_chain::chain::{self, Chain, CompareOptions, Comparison, compare_with_progress};
+use qcow2_chain::merge::Progress as _;
 
+use crate::commit::Face;
 use crate::failure::{Failure, Outcome};
 use crate::layout::{Entry, Layout};
 use crate::open;
 use crate::options::{PolicyArgs, Unserved, cache_mode, looking};
 use crate::output::say;
-use crate::progress::Progress;
 
 /// Check whether two images have the same content
 ///
@@ -52,9 +52,6 @@ pub(crate) struct Args {
     file2: PathBuf,
 }
 
-/// The most bytes of each image that are read at once, as in QEMU.
-const CHUNK: u64 = 2 << 20;
-
 /// Does it.
 pub(crate) fn run(args: &Args) -> Outcome {
     args.unserved.refuse()?;
@@ -64,56 +61,70 @@ pub(crate) fn run(args: &Args) -> Outcome {
         open::chain(path, format.as_deref(), lock, &args.policy).map_err(|failure| failure.with_code(2))
     };
     let chains = [open(&args.file1, &args.a_format)?, open(&args.file2, &args.b_format)?];
-    let progress = Progress::new(args.progress && !args.quiet);
-    let outcome = compare(&chains, args, &progress);
-    progress.end();
+    let face = Face::new(args.progress && !args.quiet);
+    let outcome = compare(&chains, args, &face);
+    face.end(false);
     outcome
 }
 
-fn compare(chains: &[Chain; 2], args: &Args, progress: &Progress) -> Outcome {
+fn compare(chains: &[Chain; 2], args: &Args, face: &Face) -> Outcome {
     let differs = |line: &str| say(args.quiet, line).map(|()| 1);
     let sizes = [chains[0].virtual_size(), chains[1].virtual_size()];
     let (shorter, longer) = (sizes[0].min(sizes[1]), sizes[0].max(sizes[1]));
     if args.strict && shorter != longer {
         return differs("Strict mode: Image size mismatch!");
     }
+    // What QEMU is strict about is more than what a chain tells of itself; content before that still counts first.
+    let status = if args.strict { first_status_difference(chains)? } else { None };
+    let options = CompareOptions::default().with_end(status);
+    let found = compare_with_progress(&chains[0], &chains[1], &options, &|at| {
+        face.set(at, longer);
+        face.is_cancelled()
+    });
+    let content = match found {
+        Ok(Comparison::DiffersAt(offset)) => Some(offset - offset % SECTOR),
+        Ok(_) => None,
+        Err(chain::Error::Cancelled) => return Err(Failure::new("cancelled").with_code(130)),
+        Err(error) => return Err(Failure::from(error).with_code(unreadable(chains))),
+    };
+    if shorter != longer && content.is_none_or(|offset| offset >= shorter) {
+        say(args.quiet, "Warning: Image size mismatch!")?;
+    }
+    match (content, status) {
+        (Some(offset), _) => differs(&format!("Content mismatch at offset {offset}!")),
+        (None, Some(offset)) => differs(&format!("Strict mode: Offset {offset} block status mismatch!")),
+        (None, None) => {
+            face.set(1, 1);
+            say(args.quiet, "Images are identical.")?;
+            Ok(0)
+        }
+    }
+}
+
+/// QEMU tells where a difference is in sectors.
+const SECTOR: u64 = 512;
+
+/// The exit code for images that could not be compared: 3 where their tables cannot be read, 4 where it is their data.
+fn unreadable(chains: &[Chain; 2]) -> u8 {
+    let readable = chains.iter().all(|chain| chain.extents(0..chain.virtual_size()).all(|extent| extent.is_ok()));
+    if readable { 4 } else { 3 }
+}
+
+/// Where the two, which are of one size, first hold a range in different ways.
+fn first_status_difference(chains: &[Chain; 2]) -> Result<Option<u64>, Failure> {
+    let size = chains[0].virtual_size();
     let layout = |chain| Layout::of(chain).map_err(|failure| failure.with_code(3));
     let layouts = [layout(&chains[0])?, layout(&chains[1])?];
-    let mut one = Walk::new(&chains[0], &layouts[0], 0..shorter);
-    let mut other = Walk::new(&chains[1], &layouts[1], 0..shorter);
+    let mut walks = [0, 1].map(|index| Walk::new(&chains[index], &layouts[index], 0..size));
     let mut at = 0;
-    while at < shorter {
-        let (a, b) = (one.status(at)?, other.status(at)?);
-        if args.strict && a.kind != b.kind {
-            return differs(&format!("Strict mode: Offset {at} block status mismatch!"));
+    while at < size {
+        let (a, b) = (walks[0].status(at)?, walks[1].status(at)?);
+        if a.kind != b.kind {
+            return Ok(Some(at));
         }
-        let end = a.end.min(b.end);
-        if let Some(offset) = first_difference(chains, at..end, &a, &b)? {
-            return differs(&format!("Content mismatch at offset {offset}!"));
-        }
-        at = end;
-        progress.set(at, longer);
+        at = a.end.min(b.end);
     }
-    if shorter != longer {
-        say(args.quiet, "Warning: Image size mismatch!")?;
-        let index = usize::from(sizes[1] > sizes[0]);
-        let chain = &chains[index];
-        let mut walk = Walk::new(chain, &layouts[index], shorter..longer);
-        while at < longer {
-            let status = walk.status(at)?;
-            if status.kind.allocated
-                && !status.kind.zero
-                && let Some(offset) = first_nonzero(chain, at..status.end)?
-            {
-                return differs(&format!("Content mismatch at offset {offset}!"));
-            }
-            at = status.end;
-            progress.set(at, longer);
-        }
-    }
-    progress.set(1, 1);
-    say(args.quiet, "Images are identical.")?;
-    Ok(0)
+    Ok(None)
 }
 
 /// A run from where it was asked for to its end.
@@ -164,54 +175,4 @@ impl<'a> Walk<'a> {
             }
         }
     }
-}
-
-/// The first sector of a range in which two images differ.
-fn first_difference(chains: &[Chain; 2], range: Range<u64>, a: &Status, b: &Status) -> Result<Option<u64>, Failure> {
-    match (a.kind, b.kind) {
-        (Kind { zero: true, .. }, Kind { zero: true, .. })
-        | (Kind { allocated: false, .. }, Kind { allocated: false, .. }) => Ok(None),
-        (Kind { allocated: true, .. }, Kind { allocated: false, .. }) => first_nonzero(&chains[0], range),
-        (Kind { allocated: false, .. }, Kind { allocated: true, .. }) => first_nonzero(&chains[1], range),
-        _ => first_sector(chains, range),
-    }
-}
-
-fn first_sector(chains: &[Chain; 2], range: Range<u64>) -> Result<Option<u64>, Failure> {
-    let (mut one, mut other) = (Vec::new(), Vec::new());
-    for part in parts(range) {
-        read(&chains[0], &part, &mut one)?;
-        read(&chains[1], &part, &mut other)?;
-        if one != other {
-            let sector = one.chunks(512).zip(other.chunks(512)).position(|(a, b)| a != b);
-            return Ok(sector.map(|sector| part.start + sector as u64 * 512));
-        }
-    }
-    Ok(None)
-}
-
-/// The first sector that is not all zeroes.
-fn first_nonzero(chain: &Chain, range: Range<u64>) -> Result<Option<u64>, Failure> {
-    let mut bytes = Vec::new();
-    for part in parts(range) {
-        read(chain, &part, &mut bytes)?;
-        if let Some(sector) = bytes.chunks(512).position(|sector| sector.iter().any(|byte| *byte != 0)) {
-            return Ok(Some(part.start + sector as u64 * 512));
-        }
-    }
-    Ok(None)
-}
-
-fn parts(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
-    let mut at = range.start;
-    std::iter::from_fn(move || {
-        let part = at..range.end.min(at.saturating_add(CHUNK));
-        at = part.end;
-        (!part.is_empty()).then_some(part)
-    })
-}
-
-fn read(chain: &Chain, range: &Range<u64>, bytes: &mut Vec<u8>) -> Result<(), Failure> {
-    bytes.resize(usize::try_from(range.end - range.start).unwrap_or(usize::MAX), 0);
-    chain.read_at(bytes, GuestOffset::new(range.start)).map_err(|error| Failure::from(error).with_code(4))
 }

@@ -14,9 +14,9 @@ use crate::failure::{Failure, Outcome};
 use crate::options::{PolicyArgs, Unserved, cache_mode, looking};
 use crate::output::emit;
 use crate::settings::Settings;
-use crate::{open, settings, size};
+use crate::{open, settings, size, snapshot, thin};
 
-/// Copy an image with all beneath it into one new image that needs no other
+/// Copy an image with all beneath it into one new image that needs no other, or only a backing file of its own (-B)
 #[expect(clippy::struct_excessive_bools, reason = "the command line has as many switches")]
 #[derive(clap::Args, Debug)]
 #[command(args_override_self = true)]
@@ -66,6 +66,15 @@ pub(crate) struct Args {
     /// Accepted and without effect
     #[arg(short = 'T', long, value_name = "CACHE")]
     source_cache: Option<String>,
+    /// Give the new image (qcow2) this backing file, as it will name it: it then holds only what differs from that
+    #[arg(short = 'B', long, value_name = "FILE")]
+    backing: Option<String>,
+    /// The backing file's format
+    #[arg(short = 'F', long, value_name = "FMT")]
+    backing_format: Option<String>,
+    /// Copy an internal snapshot instead of the present content: its ID or name, or snapshot.id=ID,snapshot.name=NAME
+    #[arg(short = 'l', long, value_name = "SNAPSHOT")]
+    source_snapshot: Option<String>,
     #[command(flatten)]
     refused: Refused,
     #[command(flatten)]
@@ -81,12 +90,6 @@ pub(crate) struct Args {
 #[expect(clippy::struct_excessive_bools, reason = "the command line has as many switches")]
 #[derive(clap::Args, Debug)]
 struct Refused {
-    #[arg(short = 'B', long, hide = true, value_name = "FILE")]
-    backing: Option<String>,
-    #[arg(short = 'F', long, hide = true, value_name = "FMT")]
-    backing_format: Option<String>,
-    #[arg(short = 'l', long, hide = true, value_name = "SNAPSHOT")]
-    source_snapshot: Option<String>,
     #[arg(short, long, hide = true, value_name = "RATE")]
     rate: Option<String>,
     #[arg(long, hide = true)]
@@ -102,9 +105,6 @@ struct Refused {
 impl Refused {
     fn refuse(&self) -> Result<(), Failure> {
         let given = [
-            (self.backing.is_some(), "-B", "create -b and then commit or rebase"),
-            (self.backing_format.is_some(), "-F", "create -b and then commit or rebase"),
-            (self.source_snapshot.is_some(), "-l", "qemu-img to copy an internal snapshot"),
             (self.rate.is_some(), "--rate", "the I/O limits of a control group"),
             (self.bitmaps, "--bitmaps", "qemu-img to copy bitmaps"),
             (self.skip_broken_bitmaps, "--skip-broken-bitmaps", "qemu-img to copy bitmaps"),
@@ -133,20 +133,32 @@ pub(crate) fn run(args: &Args) -> Outcome {
         });
     };
     refuse_unfit(args, format)?;
-    let settings = Settings::parse(format, &args.target_options)?;
-    if settings.get("backing_file").is_some() || settings.get("backing_fmt").is_some() {
-        return Err(Failure::unserved("-o backing_file", "create -b and then commit or rebase"));
+    let mut settings = Settings::parse(format, &args.target_options)?;
+    settings.set_backing(args.backing.as_deref(), args.backing_format.as_deref());
+    let base = thin::base(&settings, format)?;
+    if base.is_some() {
+        thin::refuse_unfit(args.compress, args.no_create, args.source_snapshot.is_some())?;
     }
     let compressing = args.compress.then(|| settings.get("preallocation")).flatten();
     if compressing.is_some_and(|mode| mode != "off") {
         return Err(Failure::new("Compression and preallocation not supported at the same time"));
     }
-    let source = open::chain(source, args.source_format.as_deref(), looking(args.force_share), &args.policy)?;
+    let mut source = open::chain(source, args.source_format.as_deref(), looking(args.force_share), &args.policy)?;
+    if let Some(snapshot) = &args.source_snapshot {
+        source = snapshot::of(source, snapshot)?;
+    }
+    let converting = |why: Failure| {
+        Failure::new(format!("{}: error while converting {format}: {why}", target.display())).with_code(why.code)
+    };
+    if let Some(base) = base {
+        let below = base.open(target, &args.policy)?;
+        refuse_own_file(&source, target).and_then(|()| refuse_own_file(&below, target)).map_err(converting)?;
+        let progress = args.progress && !args.quiet;
+        return base.convert(&below, source, target, &settings, progress).map_err(converting);
+    }
     if args.no_create {
         overwrite(args, &source, target, format, &options)
     } else {
-        let converting =
-            |why: Failure| Failure::new(format!("{}: error while converting {format}: {why}", target.display()));
         create(args, &source, target, &settings, format, &options).map_err(converting)
     }
 }
@@ -225,7 +237,11 @@ fn create(
         Format::Qcow2 => ConvertTarget::Qcow2(storage, create.clone()),
         Format::Raw => ConvertTarget::Raw(storage),
     };
-    carry_out(args, source, new, options)?;
+    let unfinished = match format {
+        Format::Qcow2 => "is no image yet",
+        Format::Raw => "holds only a part of the source",
+    };
+    carry_out(args, source, new, options, &format!("{} {unfinished}", target.display()))?;
     if let Some(storage) = reserve.filter(|_| create.preallocation != Preallocation::Off) {
         storage.allocate_range(0..size)?;
         storage.sync()?;
@@ -266,11 +282,22 @@ fn overwrite(args: &Args, source: &Chain, target: &Path, format: Format, options
     if chain.virtual_size() < source.virtual_size() {
         return Err(Failure::new("output file is smaller than input file"));
     }
-    carry_out(args, source, ConvertTarget::Existing(chain), options)?;
+    let unfinished = format!("{} has lost what it held, and holds only a part of the source", target.display());
+    carry_out(args, source, ConvertTarget::Existing(chain), options, &unfinished)?;
     Ok(0)
 }
 
-fn carry_out(args: &Args, source: &Chain, target: ConvertTarget, options: &ConvertOptions) -> Result<(), Failure> {
-    with_progress(args.progress && !args.quiet, |face| merge::convert(source, target, options, face))?;
-    Ok(())
+/// Converts; `unfinished` is what the target is where that is cancelled.
+fn carry_out(
+    args: &Args,
+    source: &Chain,
+    target: ConvertTarget,
+    options: &ConvertOptions,
+    unfinished: &str,
+) -> Result<(), Failure> {
+    let done = with_progress(args.progress && !args.quiet, |face| merge::convert(source, target, options, face));
+    done.map(drop).map_err(|error| match error {
+        merge::Error::Cancelled => Failure::new(format!("cancelled: {unfinished}")).with_code(130),
+        error => error.into(),
+    })
 }

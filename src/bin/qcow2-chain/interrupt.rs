@@ -1,11 +1,23 @@
-//! Ctrl-C: the first asks the merge to stop where the chain is whole, the second ends the program at once.
+//! What a user asks of a verb at work. Ctrl-C: the first asks it to stop where the chain is whole, the second ends the
+//! program at once. SIGUSR1: how far it is.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// Whether the user asked to stop.
+#[cfg(unix)]
+use crate::progress::line;
+use crate::progress::part;
+
+/// Whether the user asked to stop, and what to answer the question how far it is.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Interrupt(Arc<AtomicBool>);
+pub(crate) struct Interrupt(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    asked: AtomicBool,
+    /// In hundredths of a percent.
+    part: AtomicU64,
+}
 
 impl Interrupt {
     /// Listens from here on. To be called before any other thread is started: the signals are taken by one that waits for
@@ -23,13 +35,16 @@ impl Interrupt {
         let mut signals = SigSet::empty();
         signals.add(Signal::SIGINT);
         signals.add(Signal::SIGTERM);
+        signals.add(Signal::SIGUSR1);
         if signals.thread_block().is_err() {
             return;
         }
-        let asked = Arc::clone(&self.0);
+        let shared = Arc::clone(&self.0);
         let waiting = std::thread::Builder::new().spawn(move || {
             while let Ok(signal) = signals.wait() {
-                if asked.swap(true, Ordering::SeqCst) {
+                if signal == Signal::SIGUSR1 {
+                    eprintln!("{}", line(shared.part.load(Ordering::Relaxed)));
+                } else if shared.asked.swap(true, Ordering::SeqCst) {
                     std::process::exit(128 + signal as i32);
                 }
             }
@@ -42,6 +57,11 @@ impl Interrupt {
 
     /// Whether the user asked by now.
     pub(crate) fn asked(&self) -> bool {
-        self.0.load(Ordering::SeqCst)
+        self.0.asked.load(Ordering::SeqCst)
+    }
+
+    /// Notes that `done` of `total` is done.
+    pub(crate) fn note(&self, done: u64, total: u64) {
+        self.0.part.store(part(done, total), Ordering::Relaxed);
     }
 }

@@ -31,6 +31,8 @@ mod rebase;
 mod resize;
 mod settings;
 mod size;
+mod snapshot;
+mod thin;
 mod zone;
 
 use std::process::ExitCode;

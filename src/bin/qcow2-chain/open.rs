@@ -62,7 +62,8 @@ pub(crate) fn explain(error: chain::Error) -> Failure {
         }
         chain::Error::Refused { remedy: Remedy::List(_), .. } => "Use --allow-any to follow it".to_owned(),
         chain::Error::UnknownFormat { .. } => {
-            "Record the format first, with qemu-img rebase -u -F FMT -b NAME".to_owned()
+            "Record the format first, with rebase -u -F FMT -b NAME, or use --probe to take what the content says"
+                .to_owned()
         }
         _ => return Failure::from(error),
     };

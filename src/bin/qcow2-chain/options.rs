@@ -39,6 +39,10 @@ pub(crate) struct PolicyArgs {
     /// Follow backing files wherever an image says they are; only for images that nobody hostile could have written
     #[arg(long)]
     allow_any: bool,
+    /// Where an image does not record its backing file's format, take what that file's content says; only for images that
+    /// nobody hostile could have written
+    #[arg(long)]
+    probe: bool,
 }
 
 impl PolicyArgs {
@@ -57,6 +61,7 @@ impl PolicyArgs {
         options.policy = self.policy(image);
         options.format = format;
         options.lock = lock;
+        options.probe = self.probe;
         options
     }
 }

@@ -1,10 +1,13 @@
 //! What the verbs that merge have in common beyond qemu-img: a look beforehand, a limit, and what a cancelled merge leaves.
 
-use qcow2_chain::chain::{Chain, Layer, Node};
-use qcow2_chain::merge::{self, MergePlan};
+use std::fmt::Display;
 
-use crate::failure::Failure;
-use crate::output::{Form, emit};
+use qcow2_chain::chain::{Chain, Layer, Node};
+use qcow2_chain::merge::{self, Report};
+
+use crate::failure::{Failure, Outcome};
+use crate::json::Json;
+use crate::output::{Form, emit, say};
 use crate::size;
 
 /// Options of verbs that merge.
@@ -13,7 +16,7 @@ pub(crate) struct MergeArgs {
     /// Tell what would be done, and do nothing
     #[arg(long)]
     pub dry_run: bool,
-    /// The form of what --dry-run tells
+    /// The form of what is told: of a plan, and of what was done
     #[arg(long, value_enum, default_value = "human")]
     output: Form,
     /// The same as --output json
@@ -33,12 +36,37 @@ impl MergeArgs {
     }
 
     /// Prints a plan.
-    pub(crate) fn show(&self, plan: &MergePlan) -> Result<(), Failure> {
-        if self.json || self.output == Form::Json {
+    pub(crate) fn show<P: serde::Serialize + Display>(&self, plan: &P) -> Result<(), Failure> {
+        if self.wants_json() {
             let text = serde_json::to_string_pretty(plan).map_err(Failure::from)?;
             return emit(&(text + "\n"));
         }
         emit(&plan.to_string())
+    }
+
+    fn wants_json(&self) -> bool {
+        self.json || self.output == Form::Json
+    }
+
+    /// Says that a merge is done: in one line, if there is one and the user does not want quiet; in JSON all that it did.
+    pub(crate) fn tell(&self, quiet: bool, line: &str, operation: &'static str, report: &Report) -> Outcome {
+        if !self.wants_json() {
+            say(quiet || line.is_empty(), line)?;
+            return Ok(0);
+        }
+        let bitmaps = report.bitmaps_invalidated.iter().map(|name| Json::from(name.as_str())).collect();
+        let report = Json::Object(vec![
+            ("operation", operation.into()),
+            ("copied", report.copied.into()),
+            ("copied-in-kernel", report.copied_in_kernel.into()),
+            ("zeroed", report.zeroed.into()),
+            ("compared", report.compared.into()),
+            ("dropped", report.dropped.into()),
+            ("compressed", report.compressed.into()),
+            ("bitmaps-invalidated", Json::List(bitmaps)),
+        ]);
+        emit(&(report.pretty() + "\n"))?;
+        Ok(0)
     }
 }
 
@@ -73,6 +101,11 @@ pub(crate) fn explain(error: merge::Error, chain: &Chain, receiver: usize) -> Fa
             name(base)
         ),
     };
+    cancelled(&state)
+}
+
+/// The failure of a merge that was cancelled and can be completed.
+pub(crate) fn cancelled(state: &str) -> Failure {
     let hint = "The same command again completes the merge";
     Failure::new(format!("cancelled: {state}")).with_hint(hint).with_code(130)
 }

@@ -5,6 +5,17 @@ use std::io::{IsTerminal as _, Write as _, stdout};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+/// How much `done` of `total` is, in hundredths of a percent.
+pub(crate) fn part(done: u64, total: u64) -> u64 {
+    let part = if total == 0 { 10_000 } else { u128::from(done) * 10_000 / u128::from(total) };
+    u64::try_from(part).unwrap_or(10_000).min(10_000)
+}
+
+/// qemu-img's line for it.
+pub(crate) fn line(part: u64) -> String {
+    format!("    ({}.{:02}/100%)", part / 100, part % 100)
+}
+
 /// Where progress is shown.
 #[derive(Debug)]
 pub(crate) struct Progress {
@@ -38,8 +49,7 @@ impl Progress {
 
     /// Says that `done` of `total` is done; a step of less than a percent is not shown, as in qemu-img.
     pub(crate) fn set(&self, done: u64, total: u64) {
-        let part = if total == 0 { 10_000 } else { u128::from(done) * 10_000 / u128::from(total) };
-        let part = u64::try_from(part).unwrap_or(10_000).min(10_000);
+        let part = part(done, total);
         match &self.face {
             Face::Nothing => {}
             Face::Bar(bar) => {
@@ -52,7 +62,7 @@ impl Progress {
                     self.last.set(Some(part));
                     // A reader that went away is no reason to stop working.
                     let mut out = stdout().lock();
-                    let _ = write!(out, "    ({}.{:02}/100%)\r", part / 100, part % 100);
+                    let _ = write!(out, "{}\r", line(part));
                     let _ = out.flush();
                 }
             }

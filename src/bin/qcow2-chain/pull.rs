@@ -62,5 +62,5 @@ pub(crate) fn run(args: &Args) -> Outcome {
         return Ok(0);
     }
     let options = PullOptions::default().with_base(base).with_rate_limit(rate).with_allow_stale_snapshots(true);
-    commit::pull(chain, &options, args.progress, args.quiet)
+    commit::pull(chain, &options, &args.merge, args.progress, args.quiet)
 }

@@ -11,6 +11,7 @@ use crate::commit::{find, with_progress};
 use crate::failure::{Failure, Outcome};
 use crate::open;
 use crate::options::{PolicyArgs, Unserved, cache_mode, directory};
+use crate::planning::{MergeArgs, cancelled, explain};
 use crate::progress::Progress;
 
 /// Change the backing file of an image
@@ -56,6 +57,8 @@ pub(crate) struct Args {
     #[arg(short = 'U', long, hide = true)]
     force_share: bool,
     #[command(flatten)]
+    merge: MergeArgs,
+    #[command(flatten)]
     policy: PolicyArgs,
     #[command(flatten)]
     unserved: Unserved,
@@ -98,6 +101,9 @@ pub(crate) fn run(args: &Args) -> Outcome {
     if name.is_some() && args.backing_format.is_none() {
         return Err(cannot(&"backing format must be specified"));
     }
+    if args.backing_unsafe && args.merge.dry_run {
+        return Err(Failure::unserved("--dry-run with -u", "info: only the name changes"));
+    }
     if args.backing_unsafe {
         let progress = Progress::new(args.progress && !args.quiet);
         let image = Image::open_path(&args.file, &OpenOptions::default().with_write(true))?;
@@ -109,17 +115,17 @@ pub(crate) fn run(args: &Args) -> Outcome {
         progress.end();
         return Ok(0);
     }
-    rebase(args, name)?;
-    Ok(0)
+    rebase(args, name)
 }
 
 /// The safe way: all files are opened.
-fn rebase(args: &Args, name: Option<&str>) -> Result<(), Failure> {
+fn rebase(args: &Args, name: Option<&str>) -> Outcome {
     let mut options = args.policy.chain_options(&args.file, Format::Qcow2, LockMode::Read);
-    options.writable = 1;
+    options.writable = usize::from(!args.merge.dry_run);
     let chain = Chain::open(&args.file, &options).map_err(open::explain)?;
     let mut rebase =
         RebaseOptions::default().with_drop_equal(args.drop_equal).with_ignore_snapshots(args.ignore_snapshots);
+    rebase.rate_limit = args.merge.rate()?;
     let other = match name {
         None => None,
         Some(name) => {
@@ -141,15 +147,31 @@ fn rebase(args: &Args, name: Option<&str>) -> Result<(), Failure> {
         Some(Base::Layer(index)) => Onto::Layer(*index),
         Some(Base::Chain(other)) => Onto::Chain(other),
     };
+    if args.merge.dry_run {
+        args.merge.show(&merge::plan_rebase(&chain, onto, &rebase)?)?;
+        return Ok(0);
+    }
+    let before = backing_name(&chain);
     let done = with_progress(args.progress && !args.quiet, |face| merge::rebase(&chain, onto, &rebase, face));
     let done = done.map_err(|error| match &error {
         merge::Error::Refused { why, .. } if why.contains("snapshots") => {
             Failure::from(error).with_hint("Use --ignore-snapshots to let them")
         }
-        _ => Failure::from(error),
+        merge::Error::Cancelled if backing_name(&chain) != before => {
+            let file = args.file.display();
+            cancelled(&format!(
+                "{file} reads as before and stands on its new backing file; not all that equals it is dropped"
+            ))
+        }
+        _ => explain(error, &chain, 0),
     });
     chain.close()?;
-    done.map(|_| ())
+    args.merge.tell(args.quiet, "", "rebase", &done?)
+}
+
+/// What the top's header says that it stands on.
+fn backing_name(chain: &Chain) -> Option<Vec<u8>> {
+    chain.top().node.as_qcow2().and_then(|image| image.header().backing_file)
 }
 
 /// What the image sits on afterwards.

@@ -105,6 +105,19 @@ impl Storage for HeaderLast {
         self.inner.copy_from(source, from, to, len)
     }
 
+    fn prefers_copy_from(&self, source: &dyn Storage) -> bool {
+        self.inner.prefers_copy_from(source)
+    }
+
+    fn write_bulk_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        let kept = self.kept(offset, buf.len(), |head| head.copy_from_slice(&buf[..head.len()]));
+        if kept == 0 { self.inner.write_bulk_at(buf, offset) } else { self.write_at(buf, offset) }
+    }
+
+    fn will_not_need(&self, range: Range<u64>) {
+        self.inner.will_not_need(range);
+    }
+
     fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {
         self.inner.next_data(offset)
     }

@@ -1,6 +1,7 @@
 //! Writes what the workers found, in order.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::format::HostOffset;
 use crate::image::Placement;
@@ -8,6 +9,7 @@ use crate::image::Placement;
 use super::super::copy::Report;
 use super::super::progress::{Phase, Progress, Step};
 use super::super::target::Target;
+use super::super::transfer::Cached;
 use super::super::writeback::Writeback;
 use super::super::{Error, Result};
 use super::workers::{Content, Piece, Seen};
@@ -33,7 +35,7 @@ struct Run {
 
 impl<'a> Store<'a> {
     pub(super) fn new(target: &'a Target<'a>, size: u64, total: u64, progress: &'a dyn Progress) -> Self {
-        let writeback = Writeback::new(target.storage(), total);
+        let writeback = Writeback::new(Vec::new(), Arc::clone(target.storage()), total);
         Self { target, size, progress, total, done: 0, report: Report::default(), writeback }
     }
 
@@ -57,7 +59,7 @@ impl<'a> Store<'a> {
                     let bytes = streams.len() as u64 * image.geometry().cluster_size();
                     self.report.copied += bytes;
                     self.report.compressed += bytes;
-                    self.writeback.written(bytes);
+                    self.write_back(bytes);
                 }
                 Content::Plain => {
                     let mut plain = vec![piece];
@@ -73,8 +75,7 @@ impl<'a> Store<'a> {
     }
 
     /// Ends the content, and tells what was done.
-    pub(super) fn finish(mut self) -> Result<Report> {
-        self.writeback.finish()?;
+    pub(super) fn finish(self) -> Result<Report> {
         let storage = self.target.storage();
         if let Some(image) = self.target.image()
             && !storage.is_fixed_size()
@@ -103,7 +104,7 @@ impl<'a> Store<'a> {
         self.target.publish(&placements)?;
         let bytes = pieces.iter().map(|piece| piece.bytes.len() as u64).sum();
         self.report.copied += bytes;
-        self.writeback.written(bytes);
+        self.write_back(bytes);
         Ok(())
     }
 
@@ -155,6 +156,13 @@ impl<'a> Store<'a> {
             }
         }
         Ok(())
+    }
+
+    /// So many bytes more were written, somewhere: nobody reads the target yet.
+    fn write_back(&mut self, len: u64) {
+        let storage = self.target.storage();
+        let all = || storage.len().map(|end| Cached { layer: None, start: 0, end }).into_iter().collect();
+        self.writeback.written(all, len);
     }
 
     fn advance(&mut self, len: u64) -> Result<()> {

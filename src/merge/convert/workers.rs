@@ -1,16 +1,15 @@
 //! Threads that read the source, find zeroes and compress. Buffers are bounded; results come back in order.
 
-use std::collections::VecDeque;
+use std::cell::RefCell;
 use std::ops::Range;
-use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
-use std::sync::{Mutex, PoisonError};
 
 use crate::chain::Chain;
 use crate::format::{CompressionType, GuestOffset};
 use crate::image::compress;
 
-use super::super::{Error, Result};
+use super::super::Result;
 use super::plan::{Origin, Plan, Segment, Task};
+use crate::chain::in_order::in_order;
 
 /// What is done with the data that is read.
 #[derive(Clone, Debug)]
@@ -51,9 +50,6 @@ pub(super) struct Seen {
     pub(super) solid: Vec<Range<usize>>,
 }
 
-/// A task, a buffer for it, and where the result goes.
-type Order = (Task, Vec<u8>, std::sync::mpsc::SyncSender<Result<Seen>>);
-
 /// Looks at everything of a plan with this many threads, and hands each result to `take`, which gives the buffer back.
 pub(super) fn look_at_all(
     source: &Chain,
@@ -62,49 +58,13 @@ pub(super) fn look_at_all(
     threads: usize,
     take: &mut dyn FnMut(Seen) -> Result<Vec<u8>>,
 ) -> Result<()> {
-    let (orders, queue) = channel::<Order>();
-    let queue = &Mutex::new(queue);
-    std::thread::scope(|scope| {
-        let orders = orders; // dropped when this is done, which ends the workers
-        let mut waiting: VecDeque<Receiver<Result<Seen>>> = VecDeque::new();
-        let mut buffers = Vec::new();
-        let mut started = 0;
-        loop {
-            // One task more than there are threads waits for a free one, and one is being stored.
-            while waiting.len() <= threads {
-                let Some(task) = plan.next()? else { break };
-                if started < threads {
-                    scope.spawn(move || work(source, look, queue));
-                    started += 1;
-                }
-                waiting.push_back(order(&orders, task, buffers.pop().unwrap_or_default())?);
-            }
-            let Some(next) = waiting.pop_front() else { return Ok(()) };
-            let seen = next.recv().map_err(|_| worker_is_gone())??;
-            buffers.push(take(seen)?);
-        }
+    let buffers: RefCell<Vec<Vec<u8>>> = RefCell::default();
+    let mut next = || Ok(plan.next()?.map(|task| (task, buffers.borrow_mut().pop().unwrap_or_default())));
+    in_order(threads, &mut next, &|(task, buffer)| look_at(source, look, &task, buffer), &mut |seen| {
+        let buffer = take(seen)?;
+        buffers.borrow_mut().push(buffer);
+        Ok(())
     })
-}
-
-fn order(orders: &Sender<Order>, task: Task, buffer: Vec<u8>) -> Result<Receiver<Result<Seen>>> {
-    let (result, receiver) = sync_channel(1);
-    orders.send((task, buffer, result)).map_err(|_| worker_is_gone())?;
-    Ok(receiver)
-}
-
-/// Can only be where a worker panicked, which the scope hands on.
-fn worker_is_gone() -> Error {
-    Error::Cancelled
-}
-
-/// Serves orders until there are no more.
-fn work(source: &Chain, look: &Look, queue: &Mutex<Receiver<Order>>) {
-    loop {
-        let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok((task, buffer, result)) = next else { return };
-        // Whoever asked may have given up; then the orders end, too.
-        let _ = result.send(look_at(source, look, &task, buffer));
-    }
 }
 
 fn look_at(source: &Chain, look: &Look, task: &Task, mut buffer: Vec<u8>) -> Result<Seen> {

@@ -1,14 +1,19 @@
 //! The calls that Linux alone has.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, OpenHow, ResolveFlag, copy_file_range, fallocate, fcntl, openat2};
+use nix::fcntl::{
+    FallocateFlags, FcntlArg, OFlag, OpenHow, PosixFadviseAdvice, ResolveFlag, copy_file_range, fallocate, fcntl,
+    openat2, posix_fadvise,
+};
 use nix::libc;
+use nix::sys::statfs::fstatfs;
 use nix::unistd::{Whence, lseek64};
 
 use super::{retry, walk_beneath};
@@ -65,6 +70,34 @@ pub(in crate::storage) fn copy_some(source: &File, from: u64, target: &File, to:
         })
     })?;
     Ok(copied as u64)
+}
+
+/// Whether a copy within the kernel is more than reading and writing in another place: the two files lie on one file
+/// system of a kind that shares blocks or copies on its server.
+pub(in crate::storage) fn copies_cheaply(source: &File, target: &File) -> bool {
+    // Not all of them have a name in nix: Btrfs, XFS, bcachefs, OCFS2, NFS, SMB2.
+    const KINDS: [libc::__fsword_t; 6] = [0x9123_683e, 0x5846_5342, 0xca45_1a4e, 0x7461_636f, 0x6969, 0xfe53_4d42];
+    let device = |file: &File| file.metadata().ok().map(|metadata| metadata.dev());
+    let kind = fstatfs(target).map(|stat| stat.filesystem_type().0 & 0xffff_ffff);
+    device(source).is_some() && device(source) == device(target) && kind.is_ok_and(|kind| KINDS.contains(&kind))
+}
+
+/// The same file once more, written around the page cache. `None` where that cannot be had.
+pub(in crate::storage) fn reopen_direct(file: &File) -> Option<File> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let flags = OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_DIRECT;
+    let direct = OpenOptions::new().write(true).custom_flags(flags.bits()).open(path).ok()?;
+    // Whatever stands at that path here: it must be the same file.
+    let id = |file: &File| file.metadata().ok().and_then(|metadata| super::file_id(&metadata));
+    (id(&direct).is_some() && id(&direct) == id(file)).then_some(direct)
+}
+
+/// Has what is dirty of a range written out, without waiting, and what is clean dropped from the page cache.
+pub(in crate::storage) fn will_not_need(file: &File, range: &Range<u64>) {
+    if let (Ok(start), Ok(len)) = (offset(range.start), offset(range.end.saturating_sub(range.start))) {
+        // Advice: nothing depends on its being taken.
+        let _ = posix_fadvise(file, start, len, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+    }
 }
 
 /// The first run of data at or behind `at`. The seek moves the file's own position, which nobody uses.

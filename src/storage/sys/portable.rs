@@ -27,6 +27,16 @@ pub(in crate::storage) fn copy_some(_: &File, _from: u64, _target: &File, _to: u
     unsupported()
 }
 
+pub(in crate::storage) fn copies_cheaply(_source: &File, _target: &File) -> bool {
+    false
+}
+
+pub(in crate::storage) fn reopen_direct(_file: &File) -> Option<File> {
+    None
+}
+
+pub(in crate::storage) fn will_not_need(_file: &File, _range: &Range<u64>) {}
+
 /// All is data.
 #[expect(clippy::unnecessary_wraps, reason = "the signature of the Linux call")]
 pub(in crate::storage) fn next_data(_file: &File, at: u64, len: u64) -> io::Result<Option<Range<u64>>> {
