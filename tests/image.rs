@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use qcow2_chain::format::GuestOffset;
-use qcow2_chain::image::{Backing, ExtentKind, Image, OpenOptions, ResizeOptions, Result};
+use qcow2_chain::image::{Backing, CreateOptions, ExtentKind, Image, OpenOptions, ResizeOptions, Result};
 use qcow2_chain::storage::MemoryStorage;
 
 use crate::support::qemu::Qemu;
@@ -174,4 +174,34 @@ fn what_we_write_qemu_reads() {
         trace(&top);
         check_writes(qemu, rng, dir.path(), &top, Some(&base.model));
     });
+}
+
+/// Counts what is asked of a backing file of zeroes.
+#[derive(Default)]
+struct Counted(std::sync::Mutex<Vec<(u64, usize)>>);
+
+impl Backing for Counted {
+    fn read_at(&self, buf: &mut [u8], offset: GuestOffset) -> Result<()> {
+        self.0.lock().unwrap().push((offset.get(), buf.len()));
+        buf.fill(0xbb);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_small_write_into_an_overlay_reads_its_backing_file_once() {
+    let options = CreateOptions::new(1 << 20).with_backing("base", "qcow2");
+    let image = Image::create(Arc::new(MemoryStorage::new("overlay")), &options).unwrap();
+    let backing = Counted::default();
+    image.write_at_over(&[0x11; 4096], GuestOffset::new(0x1_2000), &backing).unwrap();
+    assert_eq!(std::mem::take(&mut *backing.0.lock().unwrap()), [(0x1_0000, 0x1_0000)]);
+    // At the cluster's edge only the rest is needed.
+    image.write_at_over(&[0x22; 4096], GuestOffset::new(0x2_0000), &backing).unwrap();
+    assert_eq!(std::mem::take(&mut *backing.0.lock().unwrap()), [(0x2_1000, 0xf000)]);
+    let mut found = vec![0; 0x2_0000];
+    image.read_at(&mut found, GuestOffset::new(0x1_0000)).unwrap();
+    let mut expected = vec![0xbb; 0x2_0000];
+    expected[0x2000..0x3000].fill(0x11);
+    expected[0x1_0000..0x1_1000].fill(0x22);
+    assert!(found == expected);
 }

@@ -11,6 +11,8 @@ mod convert;
 mod convert_program;
 mod crash;
 mod crash_merge;
+#[cfg(feature = "vm")]
+mod crash_vm;
 mod create;
 mod deep;
 mod devices;
@@ -39,11 +41,14 @@ mod scenarios;
 mod sparse;
 mod support;
 mod tables;
+mod threads;
 #[cfg(feature = "vm")]
 mod vm;
 #[cfg(feature = "vm")]
 mod vm_plan;
 #[cfg(all(feature = "cli", target_os = "linux"))]
 mod vm_program;
+#[cfg(feature = "vm")]
+mod vm_read;
 #[cfg(all(feature = "vm", unix))]
 mod vm_scale;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use qcow2_chain::chain::{Chain, Layer, Node};
 use qcow2_chain::format::{ClusterBits, Extension, GuestOffset, HeaderCluster, Limits, Version};
 use qcow2_chain::image::{Backing as _, CheckOptions, CreateOptions, Image, OpenOptions, RawImage, check};
-use qcow2_chain::merge::{Error, Onto, RebaseOptions, rebase, rebase_unsafe};
+use qcow2_chain::merge::{Error, Onto, Phase, Progress, RebaseOptions, Step, rebase, rebase_unsafe};
 use qcow2_chain::storage::crash::{CrashState, Recorder};
 use qcow2_chain::storage::{MemoryStorage, Storage};
 
@@ -178,7 +178,10 @@ fn check_rebase(qemu: Qemu, rng: &mut Rng, shapes: Vec<Shape>, other_shapes: Vec
     assert!(qemu.content(&top.path, None) == top.model, "the top reads as before: {}", what());
     qemu.assert_clean(&top.path);
     let run = qemu.try_img(&["compare", "-f", "qcow2", "-F", "qcow2", &top.path.to_string_lossy(), &their_name]);
-    assert_eq!(run.code, 0, "{}{}{}", run.stdout, run.stderr, what());
+    // QEMU 10.0 writes no zeroes into an image of version 2 without a backing file, where they would change nothing; then it
+    // names one, which shows through.
+    let shows_through = !top.backed && top.shape.compat == "0.10";
+    assert!(run.code == 0 || shows_through, "{}{}{}", run.stdout, run.stderr, what());
     let [a, b] = [&top.path, &their_top].map(|path| qemu.info(path));
     for key in ["backing-filename", "backing-filename-format"] {
         assert_eq!(a[key], b[key], "{key}: {}", what());
@@ -186,7 +189,7 @@ fn check_rebase(qemu: Qemu, rng: &mut Rng, shapes: Vec<Shape>, other_shapes: Vec
     // An internal snapshot shows the new backing file where it holds nothing itself, here as there.
     for (name, _) in &top.snapshots {
         let [ours, theirs] = [&top.path, &their_top].map(|path| qemu.content(path, Some(name)));
-        assert!(ours == theirs, "{name}: {}", what());
+        assert!(ours == theirs || shows_through, "{name}: {}", what());
     }
 }
 
@@ -429,6 +432,47 @@ fn what_is_the_same_is_neither_read_nor_kept() {
     chain.read_at(&mut after, GuestOffset::ZERO).unwrap();
     assert!(after == before);
     assert_eq!(check(&*top, &CheckOptions::default()).unwrap().leaks, 0);
+}
+
+/// Stopped while it gives up what is equal, a rebase has its new backing file already, and reads as before.
+#[test]
+fn a_rebase_stopped_while_dropping_stands_on_its_new_backing_file() {
+    struct Stop(std::sync::atomic::AtomicBool);
+    impl Progress for Stop {
+        fn step(&self, step: &Step<'_>) {
+            self.0.fetch_or(step.phase == Phase::Emptying, std::sync::atomic::Ordering::SeqCst);
+        }
+        fn is_cancelled(&self) -> bool {
+            self.0.load(std::sync::atomic::Ordering::SeqCst)
+        }
+    }
+    cases("rebases stopped late", 30, |rng| {
+        let size = rng.within(8..96) * 512;
+        let (base, base_model) = memory_image(rng, size, None);
+        let (other, other_model) = memory_image(rng, size, None);
+        let (top, model) = memory_image(rng, size, Some(("base", &base_model)));
+        let storage = Arc::new(MemoryStorage::with_bytes("top", top));
+        let image = Image::open(storage.clone(), &OpenOptions::default().with_write(true)).unwrap();
+        let top = Layer { node: Node::Qcow2(image), path: PathBuf::from("top") };
+        let chain = Chain::from_layers(top, [memory_layer("base", base)]);
+        let onto = Chain::from_layers(memory_layer("other", other), []);
+        let options = RebaseOptions::default().with_drop_equal(true);
+        let done = rebase(&chain, Onto::Chain(&onto), &options, &Stop(false.into()));
+        // Where the top holds nothing, there is nothing to stop at.
+        assert!(matches!(done, Ok(_) | Err(Error::Cancelled)), "{done:?}");
+        let header = chain.top().node.as_qcow2().unwrap().header();
+        assert_eq!(header.backing_file.as_deref(), Some(&b"other"[..]));
+        for settle in [false, true] {
+            if settle {
+                chain.flush().unwrap();
+            }
+            let state = Arc::new(MemoryStorage::with_bytes("state", storage.to_vec()));
+            let report = check(&*state, &CheckOptions::default()).unwrap();
+            assert_eq!((report.corruptions, report.check_errors), (0, 0), "{report:?}");
+            let image = Image::open(state, &OpenOptions::default()).unwrap();
+            assert!(try_shown(&image, &other_model).unwrap() == model, "flushed {settle}");
+        }
+    });
 }
 
 #[test]

@@ -9,7 +9,7 @@ use qcow2_chain::chain::{Chain, Layer, Node};
 use qcow2_chain::format::{ClusterBits, GuestOffset};
 use qcow2_chain::image::{CheckOptions, CreateOptions, ExtentKind, Image, OpenOptions, check};
 use qcow2_chain::merge::{AfterCommit, CommitOptions, Onto, PullOptions, RebaseOptions, commit, plan, pull, rebase};
-use qcow2_chain::storage::{Access, HostNames, MemoryStorage, Names as _, Result, Storage};
+use qcow2_chain::storage::{MemoryStorage, Result, Storage};
 
 const GIB: u64 = 1 << 30;
 const SMALL: u64 = GIB;
@@ -242,6 +242,7 @@ fn the_size_of_a_disk_costs_nothing_but_its_l1_tables() {
 #[cfg(all(feature = "cli", target_os = "linux"))]
 #[test]
 fn an_enormous_disk_fits_into_64_mib_of_memory() {
+    use qcow2_chain::storage::{Access, HostNames, Names as _};
     let disk = Disk::new(LARGE, 16);
     let dir = tempfile::tempdir().unwrap();
     let write = || {

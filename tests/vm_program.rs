@@ -281,3 +281,66 @@ fn ctrl_c_leaves_what_can_be_resumed() {
     qemu.assert_content(&dir.path().join("vda.qcow2"), &expected);
     qemu.assert_clean(&dir.path().join("vda.qcow2"));
 }
+
+#[test]
+fn verify_finds_what_does_not_agree() {
+    let Some(qemu) = Qemu::find() else { return };
+    let dir = tree(qemu);
+    assert_eq!(ok(dir.path(), &["verify", "web.json", "--deep"]), "10 images, all as recorded.\n");
+    let digests = as_json(dir.path(), &["verify", "web.json", "--digests", "--json"]);
+    assert_eq!(digests["digests"].as_array().unwrap().len(), 8, "three snapshots and the present, two volumes");
+    // A cluster at the end of a file that nothing refers to.
+    let leaky = dir.path().join("web-vda.3.qcow2");
+    let sound = std::fs::read(&leaky).unwrap();
+    let bytes = leaked(sound.clone());
+    std::fs::write(&leaky, bytes).unwrap();
+    ok(dir.path(), &["verify", "web.json"]);
+    let run = vm(dir.path(), &["verify", "web.json", "--deep"]);
+    assert_eq!(run.status.code(), Some(3), "{}", text(&run.stdout));
+    assert!(text(&run.stdout).contains("web-vda.3.qcow2: 1 clusters are not used"), "{}", text(&run.stdout));
+    std::fs::write(&leaky, sound).unwrap();
+
+    std::fs::write(dir.path().join("web-vdb.99.qcow2"), b"").unwrap();
+    std::fs::rename(dir.path().join("web-vdb.4.qcow2"), dir.path().join("elsewhere")).unwrap();
+    let run = vm(dir.path(), &["verify", "web.json", "--json"]);
+    assert_eq!(run.status.code(), Some(2));
+    let told: Value = serde_json::from_slice(&run.stdout).unwrap();
+    let problems: Vec<_> = told["problems"].as_array().unwrap().iter().map(|p| (&p["kind"], &p["file"])).collect();
+    let expected = [(&json!("missing"), &json!("web-vdb.4.qcow2")), (&json!("orphan"), &json!("web-vdb.99.qcow2"))];
+    assert_eq!(problems, expected);
+}
+
+/// An image with one more cluster whose refcount is 1. (Refcounts of 16 bits, the first block at entry 0 of the table.)
+fn leaked(mut image: Vec<u8>) -> Vec<u8> {
+    let be64 =
+        |image: &[u8], at: usize| usize::try_from(u64::from_be_bytes(image[at..at + 8].try_into().unwrap())).unwrap();
+    let block = be64(&image, be64(&image, 48));
+    let cluster = image.len().div_ceil(65536);
+    image.resize((cluster + 1) * 65536, 0);
+    image[block + 2 * cluster + 1] = 1;
+    image
+}
+
+#[test]
+fn changed_tells_what_a_backup_copies() {
+    let Some(qemu) = Qemu::find() else { return };
+    let dir = web(qemu);
+    ok(dir.path(), &["snapshot", "web.json", "s1"]);
+    write(qemu, dir.path(), "write -q -P 3 64k 128k");
+    ok(dir.path(), &["snapshot", "web.json", "s2"]);
+    write(qemu, dir.path(), "write -q -z 512k 64k");
+    let changed = |from, to, volume| ok(dir.path(), &["changed", "web.json", from, to, volume]);
+    assert_eq!(changed("s1", "s2", "vda"), "65536 131072\n");
+    assert_eq!(changed("s2", "-", "vdb"), "524288 65536 zero\n");
+    assert_eq!(changed("s2", "s2", "vdb"), "");
+    assert_eq!(changed("-", "s1", "vda"), "", "nothing was written before");
+    let told = as_json(dir.path(), &["changed", "web.json", "s1", "-", "vda", "--json"]);
+    let ranges = json!([
+        {"offset": 65536, "len": 131_072, "zero": false},
+        {"offset": 524_288, "len": 65536, "zero": true},
+    ]);
+    let expected = json!({"volume": "vda", "from": "s1", "to": null, "virtual-size": 8 << 20, "ranges": ranges});
+    assert_eq!(told, expected);
+    let error = refused(dir.path(), &["changed", "web.json", "s1", "s9", "vda"], 1);
+    assert!(error.contains("there is no snapshot s9"), "{error}");
+}

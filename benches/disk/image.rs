@@ -1,12 +1,13 @@
 //! One image: open, extents, read, write, check.
 
 use std::hint::black_box;
+use std::sync::Arc;
 
 use criterion::{BatchSize, Criterion, Throughput};
-use qcow2_chain::chain::Chain;
-use qcow2_chain::format::GuestOffset;
+use qcow2_chain::chain::{Chain, CompareOptions, Comparison, compare};
+use qcow2_chain::format::{GuestOffset, HostOffset, L2Entry, L2Table, Version};
 use qcow2_chain::image::{CheckOptions, Image, OpenOptions, Preallocation, check};
-use qcow2_chain::storage::{Access, FileStorage};
+use qcow2_chain::storage::{Access, FileStorage, MemoryStorage};
 
 use crate::setup::{Bed, noise, options, random, shuffled};
 
@@ -23,6 +24,88 @@ pub(crate) fn open(c: &mut Criterion) {
             b.iter(|| Image::open_path(bed.path(name), &OpenOptions::default()).expect("an image"));
         });
     }
+    // What a chain costs over its layers: each is a file to open, a header, an L1 table.
+    bed.written("layer 1", &options(64 << 20, 16), &[0]);
+    for layer in 2..=100 {
+        let below = format!("layer {}", layer - 1);
+        bed.written(&format!("layer {layer}"), &options(64 << 20, 16).with_backing(below, "qcow2"), &[layer]);
+    }
+    group.bench_function("a chain of 100 layers", |b| b.iter(|| bed.open_chain("layer 100", 0)));
+    group.finish();
+}
+
+/// One L2 table of 8,192 entries: decoded one by one, and told in runs.
+pub(crate) fn l2_table(c: &mut Criterion) {
+    let geometry = {
+        let storage = Arc::new(MemoryStorage::new("image"));
+        Image::create(storage, &options(1 << 30, 16)).expect("a new image").geometry()
+    };
+    let tables = [("in a row", 1_u64), ("each alone", 2)].map(|(what, step)| {
+        let mut table = L2Table::empty(geometry, Version::V3);
+        for index in 0..table.len() {
+            let host = HostOffset::new((index as u64 + 1) * step << 16);
+            table.set(index, &L2Entry::data(geometry, host));
+        }
+        (what, table)
+    });
+    let mut group = c.benchmark_group("L2 table");
+    for (what, table) in &tables {
+        group.throughput(Throughput::Elements(table.len() as u64));
+        group.bench_function(format!("entries {what}, decoded"), |b| {
+            b.iter(|| {
+                for index in 0..table.len() {
+                    black_box(table.get(index, HostOffset::ZERO).expect("sound"));
+                }
+            });
+        });
+        group.bench_function(format!("entries {what}, in runs"), |b| {
+            b.iter(|| {
+                let mut index = 0;
+                while index < table.len() {
+                    index += black_box(table.run(index, table.len() - index));
+                }
+            });
+        });
+    }
+    group.finish();
+}
+
+/// Writes of single clusters in random order, in memory: what allocating and mapping cost without a file.
+pub(crate) fn allocate(c: &mut Criterion) {
+    let (order, cluster) = (shuffled(CLUSTERS), noise(4 << 10));
+    let mut group = c.benchmark_group("allocate");
+    group.sample_size(10).throughput(Throughput::Elements(CLUSTERS));
+    group.bench_function("16,384 clusters of 4 KiB", |b| {
+        let fresh = || {
+            let storage = Arc::new(MemoryStorage::new("image"));
+            Image::create(storage, &options(CLUSTERS << 12, 12)).expect("a new image")
+        };
+        let write = |image: &mut Image| {
+            for &index in &order {
+                image.write_at(&cluster, GuestOffset::new(index << 12)).expect("written");
+            }
+            image.flush().expect("flushed");
+        };
+        b.iter_batched_ref(fresh, write, BatchSize::PerIteration);
+    });
+    group.finish();
+}
+
+/// Two images with the same data, in other places of their files.
+pub(crate) fn compare_images(c: &mut Criterion) {
+    const SIZE: u64 = 256 << 20;
+    let bed = Bed::new();
+    bed.written("sequential", &options(SIZE, 16), &(0..SIZE >> 16).collect::<Vec<_>>());
+    bed.written("random", &options(SIZE, 16), &shuffled(SIZE >> 16));
+    let (a, b) = (bed.open_chain("sequential", 0), bed.open_chain("random", 0));
+    let mut group = c.benchmark_group("compare");
+    group.sample_size(10).throughput(Throughput::Bytes(SIZE));
+    group.bench_function("256 MiB, equal", |bench| {
+        bench.iter(|| {
+            let found = compare(&a, &b, &CompareOptions::default(), &|| false).expect("compared");
+            assert_eq!(found, Comparison::Same);
+        });
+    });
     group.finish();
 }
 

@@ -9,6 +9,6 @@ use criterion::{criterion_group, criterion_main};
 criterion_group! {
     name = disk;
     config = setup::criterion();
-    targets = image::open, image::extents, image::read, image::write_overlay, image::check_image, merge::commit_delta
+    targets = image::open, image::l2_table, image::extents, image::allocate, image::compare_images, image::read, image::write_overlay, image::check_image, merge::commit_delta
 }
 criterion_main!(disk);

@@ -1,225 +1,204 @@
 //! Ours beside qemu-img, in one run: the same work on copies of the same images, in turns, medians and ratios.
 //!
 //! ```text
-//! cargo bench --bench side_by_side -- [--quick] [--size MIB] [--runs N] [--dir DIRECTORY] [WORK ...]
+//! cargo bench --features cli --bench side_by_side -- [OPTION ...] [WORK ...]
+//!   --size MIB           megabytes of data (1024)
+//!   --runs N             timed runs of each side (5)
+//!   --quick              --size 32 --runs 3, and smaller disks where size is virtual: a minute
+//!   --dir DIRECTORY      where the images are made
+//!   --mount xfs|btrfs    make such a file system in a file there, and do the works that share blocks (root is needed)
+//!   --peers PROGRAM      what benches/peers builds: other crates on the same images
+//!   WORK                 only works whose name contains this
 //! ```
-//! `--make WORK DIRECTORY MIB` leaves the images of a work in a directory, `--job JOB DIRECTORY` does our side's job on them,
-//! both for a profiler.
+//! `--make WORK DIRECTORY MIB` leaves the images of a work in a directory, for a profiler; `--job` is what our side runs.
 //!
-//! Both are whole processes, started anew for each run, and both end durably. Images are made with fixed seeds, so that two
-//! runs of the harness do the same. A run that fails ends the harness: nothing is dropped.
+//! Each run is a whole process, started anew, and what it wrote is durable when it ends (`qemu-img` syncs as it closes an
+//! image, `convert` only with `-t writeback`). The page cache is warm for all: each side runs once before, and that run is
+//! dropped. Images are made with fixed seeds. A run that fails ends the harness.
 
 mod images;
 mod jobs;
+mod mount;
+mod run;
+mod table;
+mod works;
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-/// What is measured: how the images are made, and what each side is told.
-struct Work {
-    name: &'static str,
-    /// Makes the images in a directory, given the megabytes of data.
-    make: fn(&Path, u64) -> images::Done,
-    /// What our side does; see [`jobs::run`].
-    job: &'static str,
-    /// What qemu-img is told, in the directory.
-    qemu: &'static [&'static str],
-    /// Whether the work changes the images, so that each run needs a fresh copy.
-    changes: bool,
-}
+use images::{GIB, Images, MIB};
+use mount::Mount;
+use table::{Outcome, Table};
+use works::{MADE, Program, Side, Work};
 
-const WORKS: &[Work] = &[
-    Work {
-        name: "commit, random clusters into an empty base",
-        make: images::delta_over_empty,
-        job: "commit",
-        qemu: &["commit", "-q", "-f", "qcow2", "top.qcow2"],
-        changes: true,
-    },
-    Work {
-        name: "commit, random clusters into a full base",
-        make: images::delta_over_full,
-        job: "commit",
-        qemu: &["commit", "-q", "-f", "qcow2", "top.qcow2"],
-        changes: true,
-    },
-    Work {
-        name: "pull (flatten in place), random clusters",
-        make: images::delta_over_full,
-        job: "pull",
-        qemu: &["rebase", "-q", "-f", "qcow2", "-b", "", "top.qcow2"],
-        changes: true,
-    },
-    Work {
-        name: "flatten 64 KiB of data, 1 TiB virtual",
-        make: images::sparse,
-        job: "pull",
-        qemu: &["rebase", "-q", "-f", "qcow2", "-b", "", "top.qcow2"],
-        changes: true,
-    },
-    Work {
-        name: "check, metadata of 1 TiB",
-        make: images::metadata,
-        job: "check",
-        qemu: &["check", "-q", "-f", "qcow2", "top.qcow2"],
-        changes: false,
-    },
-    Work {
-        name: "map, metadata of 1 TiB",
-        make: images::metadata,
-        job: "map",
-        qemu: &["map", "-f", "qcow2", "--output=json", "top.qcow2"],
-        changes: false,
-    },
-    Work {
-        name: "compare, equal data",
-        make: images::twins,
-        job: "compare",
-        qemu: &["compare", "-q", "-f", "qcow2", "-F", "qcow2", "top.qcow2", "twin.qcow2"],
-        changes: false,
-    },
-];
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// A side that takes this long is run once.
+const LONG: Duration = Duration::from_secs(30);
 
 /// What the command line asks for.
 struct Request {
     mib: u64,
     runs: usize,
+    quick: bool,
     dir: PathBuf,
+    mount: Option<String>,
+    peers: Option<PathBuf>,
     only: Vec<String>,
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
-    let mut args: Vec<String> = std::env::args().skip(1).collect();
-    if args.first().is_some_and(|first| first == "--job") {
-        return jobs::run(&args[1], Path::new(&args[2]));
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
+    match args.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+        ["--job", job @ ..] => return jobs::run(job),
+        ["--make", name, dir, mib] => {
+            let works = works::all(mib.parse()?, false);
+            let work = works.iter().find(|work| work.name.contains(name)).ok_or("no such work")?;
+            return work.images.make(Path::new(dir));
+        }
+        _ => {}
     }
-    if args.first().is_some_and(|first| first == "--make") {
-        let work = WORKS.iter().find(|work| work.name.contains(&args[1])).ok_or("no such work")?;
-        return (work.make)(Path::new(&args[2]), args[3].parse()?);
-    }
-    args.retain(|arg| arg != "--bench");
     let request = parse(args)?;
     if Command::new("qemu-img").arg("--version").stdout(Stdio::null()).status().is_err() {
         println!("SKIPPED: qemu-img is missing, there is nothing to compare with");
         return Ok(());
     }
     let scratch = tempfile::tempdir_in(&request.dir)?;
-    println!("{} MiB of data, {} runs each, medians; {}", request.mib, request.runs, version()?);
-    println!("{:<44} {:>10} {:>10} {:>8}   {:>9} {:>9}", "work", "qemu-img", "ours", "ratio", "RSS qemu", "RSS ours");
-    for work in WORKS {
-        if request.only.is_empty() || request.only.iter().any(|only| work.name.contains(only.as_str())) {
-            measure(work, &request, scratch.path())?;
-        }
-    }
-    Ok(())
+    let mount = match &request.mount {
+        None => None,
+        Some(kind) => match Mount::new(kind, scratch.path(), 24 * request.mib * MIB + 2 * GIB) {
+            Ok(mount) => Some(mount),
+            Err(why) => {
+                println!("SKIPPED: {why}");
+                return Ok(());
+            }
+        },
+    };
+    let dir = mount.as_ref().map_or(scratch.path(), Mount::point);
+    println!("{} MiB of data, {} runs each; {}", request.mib, request.runs, version()?);
+    let works = if mount.is_some() { works::sharing(request.mib) } else { works::all(request.mib, request.quick) };
+    measure_all(&works, &request, dir)
 }
 
-fn parse(args: Vec<String>) -> Result<Request, Box<dyn Error>> {
-    let mut request = Request { mib: 1024, runs: 5, dir: std::env::temp_dir(), only: Vec::new() };
+fn parse(args: Vec<String>) -> Result<Request> {
+    let dir = std::env::temp_dir();
+    let mut request = Request { mib: 1024, runs: 5, quick: false, dir, mount: None, peers: None, only: Vec::new() };
     let mut args = args.into_iter();
     while let Some(arg) = args.next() {
         let mut value = || args.next().ok_or(format!("{arg} needs a value"));
         match arg.as_str() {
-            "--quick" => (request.mib, request.runs) = (64, 3),
+            "--quick" => (request.mib, request.runs, request.quick) = (32, 3, true),
             "--size" => request.mib = value()?.parse()?,
             "--runs" => request.runs = value()?.parse()?,
             "--dir" => request.dir = value()?.into(),
+            "--mount" => request.mount = Some(value()?),
+            // Relative to where the harness was started, not to the images.
+            "--peers" => request.peers = Some(std::fs::canonicalize(value()?)?),
+            option if option.starts_with('-') => return Err(format!("no option {option}").into()),
             _ => request.only.push(arg),
         }
     }
     Ok(request)
 }
 
-fn version() -> Result<String, Box<dyn Error>> {
+fn version() -> Result<String> {
     let text = Command::new("qemu-img").arg("--version").output()?.stdout;
     Ok(String::from_utf8_lossy(&text).lines().next().unwrap_or_default().to_owned())
 }
 
-/// One side of one run: how long, and how much memory at the most, in KiB.
-#[derive(Clone, Copy)]
-struct Sample {
-    time: Duration,
-    rss: u64,
-}
-
-fn measure(work: &Work, request: &Request, scratch: &Path) -> Result<(), Box<dyn Error>> {
-    let origin = scratch.join("origin");
-    std::fs::create_dir(&origin)?;
-    (work.make)(&origin, request.mib)?;
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    for run in 0..request.runs {
-        // In turns, the first one changing: neither always meets the warmer machine.
-        for mine in if run % 2 == 0 { [true, false] } else { [false, true] } {
-            let dir = if work.changes { copy(&origin, &scratch.join("run"))? } else { origin.clone() };
-            Command::new("sync").status()?;
-            let sample = if mine {
-                let me = std::env::current_exe()?;
-                timed(Command::new(me).args(["--job", work.job]).arg(&dir))?
-            } else {
-                timed(Command::new("qemu-img").args(work.qemu).current_dir(&dir))?
-            };
-            if mine {
-                ours.push(sample)
-            } else {
-                theirs.push(sample)
-            }
-            if work.changes {
-                std::fs::remove_dir_all(&dir)?;
-            }
+fn measure_all(works: &[Work], request: &Request, dir: &Path) -> Result<()> {
+    let origin = dir.join("origin");
+    let mut made: Option<Images> = None;
+    let mut table = Table::default();
+    for work in works {
+        if !request.only.is_empty() && !request.only.iter().any(|only| work.name.contains(only.as_str())) {
+            continue;
         }
+        // Works on the same images stand together: they are made once.
+        if made != Some(work.images) {
+            if made.is_some() {
+                std::fs::remove_dir_all(&origin)?;
+            }
+            std::fs::create_dir(&origin)?;
+            work.images.make(&origin)?;
+            made = Some(work.images);
+        }
+        table.add(work, measure(work, request, dir, &origin)?);
     }
-    std::fs::remove_dir_all(&origin)?;
-    let (ours, theirs) = (median(ours), median(theirs));
-    println!(
-        "{:<44} {:>8.3} s {:>8.3} s {:>7.1}x   {:>5} MiB {:>5} MiB",
-        work.name,
-        theirs.time.as_secs_f64(),
-        ours.time.as_secs_f64(),
-        theirs.time.as_secs_f64() / ours.time.as_secs_f64(),
-        theirs.rss >> 10,
-        ours.rss >> 10
-    );
+    table.summary();
     Ok(())
 }
 
-fn copy(from: &Path, to: &Path) -> Result<PathBuf, Box<dyn Error>> {
-    // `cp` keeps holes, and shares blocks where the file system can.
-    let done = Command::new("cp").args(["-r", "--sparse=always"]).arg(from).arg(to).status()?;
-    if done.success() { Ok(to.to_owned()) } else { Err("the images could not be copied".into()) }
-}
-
-/// Runs a process to its end. Memory is sampled while it runs: its own high-water mark.
-fn timed(command: &mut Command) -> Result<Sample, Box<dyn Error>> {
-    let started = Instant::now();
-    let mut child = command.stdout(Stdio::null()).spawn()?;
-    let status = PathBuf::from(format!("/proc/{}/status", child.id()));
-    let mut rss = 0;
-    let mut pause = Duration::from_micros(200);
-    loop {
-        if let Some(status) = child.try_wait()? {
-            let time = started.elapsed();
-            return if status.success() {
-                Ok(Sample { time, rss })
+fn measure<'a>(work: &'a Work, request: &Request, dir: &Path, origin: &Path) -> Result<Vec<Outcome<'a>>> {
+    let peers = request.peers.as_deref();
+    let sides = work.sides.iter().filter(|side| side.program != Program::Peer || peers.is_some());
+    let mut outcomes: Vec<Outcome> = sides.map(Outcome::new).collect();
+    // The first run of each warms up, and is dropped; all the others are in turns, another one first each time: none
+    // always meets the warmer machine.
+    for run in 0..=request.runs {
+        let count = outcomes.len();
+        for turn in 0..count {
+            let outcome = &mut outcomes[(turn + run) % count];
+            if run > 0 && outcome.warm_up.is_some_and(|warm_up| warm_up.time > LONG) {
+                continue;
+            }
+            let sample = fresh(work, dir, origin, |dir| outcome.side.timed(dir, peers))?;
+            if run == 0 {
+                outcome.warm_up = Some(sample);
             } else {
-                Err(format!("{command:?}: {status}").into())
-            };
+                outcome.samples.push(sample);
+            }
         }
-        rss = rss.max(high_water(&status));
-        std::thread::sleep(pause);
-        pause = (pause * 2).min(Duration::from_millis(2));
     }
+    for outcome in &mut outcomes {
+        if outcome.samples.is_empty() {
+            outcome.samples.extend(outcome.warm_up);
+        }
+        if work.moves.is_some() && is_counted(outcome.side) {
+            outcome.calls = fresh(work, dir, origin, |dir| outcome.side.calls(dir, peers))?;
+        }
+        outcome.samples.sort_by_key(|sample| sample.time);
+    }
+    Ok(outcomes)
 }
 
-fn high_water(status: &Path) -> u64 {
-    let text = std::fs::read_to_string(status).unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok()).unwrap_or_default()
+fn is_counted(side: &Side) -> bool {
+    matches!(side.program, Program::QemuImg | Program::Ours)
 }
 
-fn median(mut samples: Vec<Sample>) -> Sample {
-    samples.sort_by_key(|sample| sample.time);
-    let rss = samples.iter().map(|sample| sample.rss).max().unwrap_or_default();
-    Sample { rss, ..samples[samples.len() / 2] }
+/// Runs in a directory with fresh copies of the files that the work changes; the others are the same files.
+fn fresh<T>(work: &Work, dir: &Path, origin: &Path, run: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    let dir = if work.changes.is_empty() { origin.to_owned() } else { dir.join("run") };
+    if !work.changes.is_empty() {
+        std::fs::create_dir(&dir)?;
+        for entry in std::fs::read_dir(origin)? {
+            let entry = entry?;
+            let (from, to) = (entry.path(), dir.join(entry.file_name()));
+            if work.changes.iter().any(|&name| entry.file_name() == name) {
+                copy(&from, &to)?;
+            } else {
+                std::fs::hard_link(&from, &to)?;
+            }
+        }
+    }
+    Command::new("sync").arg("-f").arg(&dir).status()?;
+    let done = run(&dir)?;
+    if work.changes.is_empty() {
+        for name in MADE {
+            if dir.join(name).exists() {
+                std::fs::remove_file(dir.join(name))?;
+            }
+        }
+    } else {
+        std::fs::remove_dir_all(&dir)?;
+    }
+    Ok(done)
+}
+
+/// A copy that keeps holes and shares no blocks, which would make the first writes to it dearer.
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    let done = Command::new("cp").args(["--sparse=always", "--reflink=never"]).arg(from).arg(to).status()?;
+    if done.success() { Ok(()) } else { Err("the images could not be copied".into()) }
 }

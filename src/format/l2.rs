@@ -204,6 +204,31 @@ impl L2Table {
         })
     }
 
+    /// How many entries from `index` on, `most` at the most, say the same as the first: each the host cluster behind that
+    /// of the one before, or none holds anything. At least 1; told from the raw words, without decoding. It may be too
+    /// low: compressed clusters, subclusters, and reserved offsets without data are told one by one.
+    #[must_use]
+    pub fn run(&self, index: usize, most: usize) -> usize {
+        let geometry = self.rules.geometry;
+        let (first, _) = self.raw(index);
+        let host = first & OFFSET_MASK;
+        let step = if first == 0 { 0 } else { geometry.cluster_size() };
+        if geometry.extended_l2() || first & OFLAG_COMPRESSED != 0 || (first != 0 && host == 0) {
+            return 1;
+        }
+        // Nowhere a carry into the flags.
+        let room = if step == 0 { u64::MAX } else { OFFSET_MASK.saturating_sub(host) >> geometry.cluster_bits().get() };
+        let most = most.min(usize::try_from(room).unwrap_or(usize::MAX));
+        let words = self.bytes.as_chunks::<8>().0.get(index..).unwrap_or_default();
+        let expected = core::iter::successors(Some(first), |word| Some(word.wrapping_add(step)));
+        let same = words
+            .iter()
+            .take(most)
+            .zip(expected)
+            .take_while(|(word, expected)| u64::from_be_bytes(**word) == *expected);
+        same.count().max(1)
+    }
+
     /// Replaces the entry at `index`.
     ///
     /// # Panics

@@ -56,12 +56,14 @@ pub(super) struct Cache<T> {
     hand: usize,
     capacity: usize,
     dirty: usize,
+    /// The last table that was taken in by [`Cache::insert_passing`].
+    passing: Option<HostOffset>,
 }
 
 impl<T: Table> Cache<T> {
     /// A cache for `capacity` tables, at least four.
     pub(super) fn new(capacity: usize) -> Self {
-        Self { slots: Vec::new(), index: HashMap::new(), hand: 0, capacity: capacity.max(4), dirty: 0 }
+        Self { slots: Vec::new(), index: HashMap::new(), hand: 0, capacity: capacity.max(4), dirty: 0, passing: None }
     }
 
     /// The table at `at`, if it is here.
@@ -69,6 +71,21 @@ impl<T: Table> Cache<T> {
         let slot = &mut self.slots[*self.index.get(&at)?];
         slot.used = true;
         Some(Arc::clone(&slot.table))
+    }
+
+    /// The same, without being a reason to keep it.
+    pub(super) fn peek(&self, at: HostOffset) -> Option<Arc<T>> {
+        self.index.get(&at).map(|&index| Arc::clone(&self.slots[index].table))
+    }
+
+    /// Takes in a table as the file has it, in place of the last one that came this way, unless that has been asked for
+    /// since: reading all tables in a row neither fills the cache nor drives anything out.
+    pub(super) fn insert_passing(&mut self, at: HostOffset, table: Arc<T>) {
+        let last = self.passing.replace(at).and_then(|last| self.index.get(&last).copied());
+        if let Some(index) = last.filter(|&index| self.slots[index].dirty.is_empty() && !self.slots[index].used) {
+            self.remove(self.slots[index].at);
+        }
+        self.insert(Slot { at, table, dirty: 0..0, fresh: false, used: false });
     }
 
     /// Takes in a table as the file has it.
@@ -173,5 +190,48 @@ impl<T: Table> Cache<T> {
         for slot in &mut self.slots {
             slot.fresh = false;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::{ClusterBits, Geometry, RefcountOrder, Version};
+
+    fn table() -> Arc<L2Table> {
+        let bits = ClusterBits::new(9).expect("valid bits");
+        let geometry = Geometry::new(bits, RefcountOrder::default(), false).expect("valid geometry");
+        Arc::new(L2Table::empty(geometry, Version::V3))
+    }
+
+    fn at(number: u64) -> HostOffset {
+        HostOffset::new(number * 512)
+    }
+
+    #[test]
+    fn passing_tables_take_one_place_and_drive_nothing_out() {
+        let mut cache = Cache::new(4);
+        for number in 1..4 {
+            cache.insert_clean(at(number), table());
+        }
+        for number in 10..100 {
+            cache.insert_passing(at(number), table());
+            assert!(cache.peek(at(number)).is_some(), "a walker comes back for the rest of a table");
+            assert_eq!(cache.slots.len(), 4);
+        }
+        assert!((1..4).all(|number| cache.peek(at(number)).is_some()));
+    }
+
+    #[test]
+    fn a_passing_table_that_is_asked_for_or_changed_stays() {
+        let mut cache = Cache::new(8);
+        cache.insert_passing(at(1), table());
+        assert!(cache.get(at(1)).is_some());
+        cache.insert_passing(at(2), table());
+        cache.modify(at(2), 0..8, |_| ());
+        cache.insert_passing(at(3), table());
+        cache.insert_passing(at(4), table());
+        let here: Vec<_> = (1..5).map(|number| cache.peek(at(number)).is_some()).collect();
+        assert_eq!(here, [true, true, false, true]);
     }
 }

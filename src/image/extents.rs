@@ -95,7 +95,9 @@ impl State {
         let mut position = from;
         while position.get() < end {
             let entry = table.get(geometry.l2_index(position), at).map_err(|e| self.corrupt(e))?;
-            let next = piece(geometry, &entry, position, end);
+            let clusters = geometry.clusters_for(geometry.offset_in_cluster(position) + (end - position.get()));
+            let same = table.run(geometry.l2_index(position), super::as_len(clusters));
+            let next = piece(geometry, &entry, same, position, end);
             match extent.as_mut() {
                 None => extent = Some(next),
                 Some(extent) => {
@@ -111,7 +113,7 @@ impl State {
 
     /// Appends the extents from `from` on to `out`, of one L2 table or one gap; returns where they end.
     fn batch(&self, from: GuestOffset, end: u64, out: &mut VecDeque<Extent>) -> Result<GuestOffset> {
-        let Some((at, table)) = self.l2_table(from)? else {
+        let Some((at, table)) = self.passing_l2_table(from)? else {
             let gap = self.gap_at(from, end);
             push(out, gap);
             return Ok(GuestOffset::new(gap.end()));
@@ -134,13 +136,14 @@ fn push(out: &mut VecDeque<Extent>, extent: Extent) {
     }
 }
 
-/// The part of one entry from `position` on that is all of one kind.
-fn piece(geometry: Geometry, entry: &L2Entry, position: GuestOffset, end: u64) -> Extent {
+/// The part from `position` on that is all of one kind, of an entry and those behind that say the `same`.
+fn piece(geometry: Geometry, entry: &L2Entry, same: usize, position: GuestOffset, end: u64) -> Extent {
     let in_cluster = geometry.offset_in_cluster(position);
     let (len, kind) = match entry {
         L2Entry::Compressed(_) => (geometry.cluster_size() - in_cluster, ExtentKind::Compressed),
         L2Entry::Normal(cluster) => normal_piece(geometry, cluster, in_cluster),
     };
+    let len = len + (same as u64 - 1) * geometry.cluster_size();
     Extent { guest: position, len: len.min(end - position.get()), kind }
 }
 

@@ -90,11 +90,25 @@ impl State {
 
     /// The L2 table that decides a guest address, and where it lies; `None` where there is none.
     pub(super) fn l2_table(&self, offset: GuestOffset) -> Result<Option<(HostOffset, Arc<L2Table>)>> {
+        self.fetch_l2_table(offset, Cache::get, Cache::insert_clean)
+    }
+
+    /// The same for somebody who passes by all tables, once each: they do not drive out what the cache holds.
+    pub(super) fn passing_l2_table(&self, offset: GuestOffset) -> Result<Option<(HostOffset, Arc<L2Table>)>> {
+        self.fetch_l2_table(offset, |cache, at| cache.peek(at), Cache::insert_passing)
+    }
+
+    fn fetch_l2_table(
+        &self,
+        offset: GuestOffset,
+        get: impl Fn(&mut Cache<L2Table>, HostOffset) -> Option<Arc<L2Table>>,
+        insert: impl FnOnce(&mut Cache<L2Table>, HostOffset, Arc<L2Table>),
+    ) -> Result<Option<(HostOffset, Arc<L2Table>)>> {
         let index = as_len(self.geometry.l1_index(offset));
         let Some(entry) = self.l1.get(index) else { return Ok(None) };
         let at = entry.checked_l2_table(self.geometry, self.l1_entry_at(index)).map_err(|e| self.corrupt(e))?;
         let Some(at) = at else { return Ok(None) };
-        if let Some(table) = self.l2.lock().unwrap_or_else(PoisonError::into_inner).get(at) {
+        if let Some(table) = get(&mut self.l2.lock().unwrap_or_else(PoisonError::into_inner), at) {
             return Ok(Some((at, table)));
         }
         let mut bytes = vec![0; self.geometry.cluster_len()].into_boxed_slice();
@@ -102,8 +116,8 @@ impl State {
         let table = Arc::new(L2Table::decode(bytes, self.geometry, self.version).map_err(|e| self.corrupt(e))?);
         let mut cache = self.l2.lock().unwrap_or_else(PoisonError::into_inner);
         // Another reader may have been quicker; nobody can have changed the table meanwhile.
-        let table = cache.get(at).unwrap_or_else(|| {
-            cache.insert_clean(at, Arc::clone(&table));
+        let table = get(&mut cache, at).unwrap_or_else(|| {
+            insert(&mut cache, at, Arc::clone(&table));
             table
         });
         Ok(Some((at, table)))

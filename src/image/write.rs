@@ -195,9 +195,16 @@ impl State {
             return Ok(self.storage.write_at(data, host.get() + span.0 as u64)?);
         }
         let mut buf = vec![0; hull.1 - hull.0];
-        self.fill(&mut buf[..span.0 - hull.0], start, hull.0, old, touched, backing)?;
+        let bits = self.geometry.subcluster_bits();
+        let inside = |edge: usize| edge & ((1 << bits) - 1) != 0;
+        if touched.count_ones() == 1 && inside(span.0) && inside(span.1) {
+            // Before it and behind it lies the same subcluster: one read across costs less than two.
+            self.fill(&mut buf, start, hull.0, old, touched, backing)?;
+        } else {
+            self.fill(&mut buf[..span.0 - hull.0], start, hull.0, old, touched, backing)?;
+            self.fill(&mut buf[span.1 - hull.0..], start, span.1, old, touched, backing)?;
+        }
         buf[span.0 - hull.0..span.1 - hull.0].copy_from_slice(data);
-        self.fill(&mut buf[span.1 - hull.0..], start, span.1, old, touched, backing)?;
         Ok(self.storage.write_at(&buf, host.get() + hull.0 as u64)?)
     }
 

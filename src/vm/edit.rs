@@ -112,6 +112,8 @@ impl Edit {
 
     /// Makes several changes.
     pub fn apply_all(edits: &[Self], model: &mut Model) {
-        edits.iter().for_each(|edit| edit.apply(model));
+        for edit in edits {
+            edit.apply(model);
+        }
     }
 }

@@ -4,7 +4,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crate::progress::{line, part};
+#[cfg(unix)]
+use crate::progress::line;
+use crate::progress::part;
 
 /// Whether the user asked to stop, and what to answer the question how far it is.
 #[derive(Clone, Debug, Default)]

@@ -37,9 +37,9 @@ fn used_clusters(image: &Image, clusters: u64) -> Result<u64, Failure> {
         let counts = RefcountBlock::decode(bytes, geometry)?;
         let end = usize::try_from((clusters - block * per_block).min(per_block)).unwrap_or(usize::MAX);
         let mut at = 0;
-        while let Some(next) = counts.next_used(at).filter(|next| *next < end) {
-            used += 1;
-            at = next + 1;
+        while let Some((start, len)) = counts.used_run(at).filter(|(start, _)| *start < end) {
+            at = end.min(start + len);
+            used += (at - start) as u64;
         }
     }
     Ok(used)

@@ -231,3 +231,44 @@ proptest! {
         prop_assert_eq!(table.get(at, TABLE), Ok(L2Entry::zero(geometry)));
     }
 }
+
+proptest! {
+    #[test]
+    fn a_run_is_as_if_told_entry_by_entry(
+        geometry in geometries(),
+        base in prop_oneof![Just(0_u64), Just(1), Just(OFFSET_MASK >> 9), 1_u64..1 << 20],
+        flags in prop_oneof![Just(0_u64), Just(OFLAG_COPIED), Just(OFLAG_ZERO), Just(OFLAG_COMPRESSED)],
+        breaks in proptest::collection::vec(0_usize..64, 0..3),
+        index in 0_usize..32,
+        most in 1_usize..64,
+    ) {
+        let mut table = L2Table::empty(geometry, Version::V3);
+        let len = table.len().min(64);
+        for entry in 0..len {
+            // Clusters in a row, with a gap wherever there is a break; 0 stays 0.
+            let gaps = breaks.iter().filter(|at| **at <= entry).count() as u64;
+            let cluster = if base == 0 { 0 } else { base + entry as u64 + gaps };
+            let host = (cluster << geometry.cluster_bits().get()) & OFFSET_MASK;
+            table.set_raw(entry, if base == 0 && flags != OFLAG_ZERO { 0 } else { host | flags }, 0);
+        }
+        let index = index.min(len - 1);
+        let most = most.min(len - index);
+        let run = table.run(index, most);
+        prop_assert!((1..=most).contains(&run));
+        let told = |entry: usize| match table.get(entry, TABLE) {
+            Ok(L2Entry::Normal(cluster)) => Some(cluster),
+            _ => None,
+        };
+        if let Some(first) = told(index) {
+            let follows = |skip: usize| {
+                let host = first.host.map(|host| HostOffset::new(host.get() + skip as u64 * geometry.cluster_size()));
+                told(index + skip) == Some(NormalCluster { host, ..first })
+            };
+            prop_assert!((0..run).all(follows), "{run} from {index}");
+            let standard = !geometry.extended_l2() && (first.host.is_some() || first.subclusters.zero == 0);
+            prop_assert!(!standard || run == most || !follows(run), "{run} from {index} is too low");
+        } else {
+            prop_assert_eq!(run, 1);
+        }
+    }
+}

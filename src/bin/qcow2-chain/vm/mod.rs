@@ -1,6 +1,7 @@
 //! `vm`: snapshots of a VM over all its volumes. One file a verb.
 
 mod bars;
+mod changed;
 mod delete;
 mod drawing;
 mod init;
@@ -13,6 +14,7 @@ mod snapshot;
 mod table;
 mod telling;
 mod tree;
+mod verify;
 
 use clap::Subcommand;
 
@@ -38,7 +40,9 @@ enum Verb {
     List(list::Args),
     Tree(tree::Args),
     Path(path::Args),
+    Verify(verify::Args),
     Recover(recover::Args),
+    Changed(changed::Args),
 }
 
 /// Does what the command line says.
@@ -52,6 +56,8 @@ pub(crate) fn run(args: &Args) -> Outcome {
         Verb::List(args) => list::run(args),
         Verb::Tree(args) => tree::run(args),
         Verb::Path(args) => path::run(args),
+        Verb::Verify(args) => verify::run(args),
         Verb::Recover(args) => recover::run(args),
+        Verb::Changed(args) => changed::run(args),
     }
 }
