@@ -178,11 +178,11 @@ fn what_we_write_qemu_reads() {
 
 /// Counts what is asked of a backing file of zeroes.
 #[derive(Default)]
-struct Counted(std::cell::RefCell<Vec<(u64, usize)>>);
+struct Counted(std::sync::Mutex<Vec<(u64, usize)>>);
 
 impl Backing for Counted {
     fn read_at(&self, buf: &mut [u8], offset: GuestOffset) -> Result<()> {
-        self.0.borrow_mut().push((offset.get(), buf.len()));
+        self.0.lock().unwrap().push((offset.get(), buf.len()));
         buf.fill(0xbb);
         Ok(())
     }
@@ -194,10 +194,10 @@ fn a_small_write_into_an_overlay_reads_its_backing_file_once() {
     let image = Image::create(Arc::new(MemoryStorage::new("overlay")), &options).unwrap();
     let backing = Counted::default();
     image.write_at_over(&[0x11; 4096], GuestOffset::new(0x1_2000), &backing).unwrap();
-    assert_eq!(backing.0.take(), [(0x1_0000, 0x1_0000)]);
+    assert_eq!(std::mem::take(&mut *backing.0.lock().unwrap()), [(0x1_0000, 0x1_0000)]);
     // At the cluster's edge only the rest is needed.
     image.write_at_over(&[0x22; 4096], GuestOffset::new(0x2_0000), &backing).unwrap();
-    assert_eq!(backing.0.take(), [(0x2_1000, 0xf000)]);
+    assert_eq!(std::mem::take(&mut *backing.0.lock().unwrap()), [(0x2_1000, 0xf000)]);
     let mut found = vec![0; 0x2_0000];
     image.read_at(&mut found, GuestOffset::new(0x1_0000)).unwrap();
     let mut expected = vec![0xbb; 0x2_0000];
