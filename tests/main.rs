@@ -11,6 +11,8 @@ mod convert;
 mod convert_program;
 mod crash;
 mod crash_merge;
+#[cfg(feature = "vm")]
+mod crash_vm;
 mod create;
 mod deep;
 mod devices;
@@ -23,6 +25,8 @@ mod image;
 mod inspection;
 #[cfg(feature = "cli")]
 mod kill;
+#[cfg(all(feature = "cli", unix))]
+mod kill_vm;
 mod layering;
 mod locks;
 mod merge;
@@ -34,6 +38,8 @@ mod protocols;
 mod qemu;
 mod rebase;
 mod review;
+#[cfg(all(feature = "vm", unix))]
+mod scenarios;
 mod sparse;
 mod stress;
 mod support;
@@ -43,3 +49,9 @@ mod threads;
 mod vm;
 #[cfg(feature = "vm")]
 mod vm_plan;
+#[cfg(all(feature = "cli", target_os = "linux"))]
+mod vm_program;
+#[cfg(feature = "vm")]
+mod vm_read;
+#[cfg(all(feature = "vm", unix))]
+mod vm_scale;

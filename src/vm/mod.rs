@@ -10,9 +10,11 @@
 
 mod adopt;
 mod catalogue;
+mod changed;
 mod edit;
 mod error;
 mod executor;
+mod export;
 mod journal;
 mod listing;
 mod lock;
@@ -31,11 +33,14 @@ mod set;
 mod store;
 mod survey;
 mod trace;
+mod verify;
 
 pub use catalogue::Catalogue;
+pub use changed::{ChangedRange, Changes, Point};
 pub use edit::Edit;
 pub use error::{Error, Result};
 pub use executor::{Domain, Executor, Manner, Merged};
+pub use export::{ExportOptions, Exported};
 pub use journal::{Found, Journal, Record};
 pub use listing::{ListedSnapshot, ListedVolume, Listing};
 pub use model::{
@@ -53,3 +58,4 @@ pub use refusal::Refusal;
 pub use report::{MergedVolume, PathChange, Report};
 pub use set::{Recovery, SnapshotSet};
 pub use store::Store;
+pub use verify::{ContentDigest, Problem, ProblemKind, Reconciliation, Verification, VerifyOptions};

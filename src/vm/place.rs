@@ -94,7 +94,7 @@ impl Place {
         self.leads_to(&self.path(a), &self.path(b))
     }
 
-    fn leads_to(&self, a: &Path, b: &Path) -> bool {
+    pub(super) fn leads_to(&self, a: &Path, b: &Path) -> bool {
         match (self.names.resolve(a), self.names.resolve(b)) {
             (Ok(a), Ok(b)) if a.file.is_some() && b.file.is_some() => a.file == b.file,
             (Ok(a), Ok(b)) => a.path == b.path,
@@ -174,6 +174,11 @@ impl Place {
     fn seen_from(&self, file: &FileRef, name: &str) -> PathBuf {
         let path = self.path(&file.path);
         path.parent().unwrap_or(&path).join(name)
+    }
+
+    /// Opens a recorded file to look at, without a lock.
+    pub(super) fn look_layer(&self, file: &FileRef) -> Result<Layer> {
+        self.layer_as(file, &Access::read().with_lock(LockMode::None))
     }
 
     /// Looks at an image's header without a lock: whoever holds it may be running.

@@ -226,7 +226,7 @@ impl Planner<'_> {
         }
         let mut on = Vec::new();
         for volume in &self.model.volumes {
-            on.push((volume, self.record(to, volume)?));
+            on.push((volume, record(to, volume)?));
         }
         let (create, mut end, next_file) = self.overlays(on.iter().copied());
         end.push(Edit::SetCurrent { id: Some(to.id) });
@@ -268,7 +268,7 @@ impl Planner<'_> {
     /// The stage that removes a snapshot on which nothing stands.
     fn drop_files(&self, snapshot: &Snapshot) -> Result<Stage, Refusal> {
         for volume in self.model.volumes.iter().filter(|_| snapshot.state != State::Merging) {
-            self.record(snapshot, volume)?;
+            record(snapshot, volume)?;
         }
         let removable = snapshot.files.values().filter(|record| !record.protected);
         Ok(Stage {
@@ -328,7 +328,7 @@ impl Planner<'_> {
             Dependent::Volumes => (&volume.active, Vec::new()),
             Dependent::Snapshot(id) => {
                 let dep = model.snapshot(id).ok_or_else(|| lacks(merged, volume))?;
-                (self.record(dep, volume)?, files_on(model, id, volume)?)
+                (record(dep, volume)?, files_on(model, id, volume)?)
             }
         };
         let direction = match self.options.directions.get(&volume.name) {
@@ -397,10 +397,11 @@ impl Planner<'_> {
         }
         Ok(plan)
     }
+}
 
-    fn record<'a>(&self, snapshot: &'a Snapshot, volume: &Volume) -> Result<&'a FileRecord, Refusal> {
-        snapshot.files.get(&volume.name).ok_or_else(|| lacks(snapshot, volume))
-    }
+/// A snapshot's file of a volume.
+fn record<'a>(snapshot: &'a Snapshot, volume: &Volume) -> Result<&'a FileRecord, Refusal> {
+    snapshot.files.get(&volume.name).ok_or_else(|| lacks(snapshot, volume))
 }
 
 fn lacks(snapshot: &Snapshot, volume: &Volume) -> Refusal {

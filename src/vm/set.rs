@@ -308,6 +308,53 @@ impl SnapshotSet {
         self.recover_locked(&MergeOptions::default(), progress)
     }
 
+    /// Takes in one more volume. There must be no snapshots: they would lack it.
+    ///
+    /// # Errors
+    /// [`Refusal::HasSnapshots`], [`Refusal::VolumeName`]; what opening the file gives.
+    pub fn attach(&self, spec: &VolumeSpec, options: &AdoptOptions) -> Result<()> {
+        self.change_volumes(|model| {
+            if model.volume(&spec.name).is_some() {
+                let why = "there is one already";
+                return Err(Refusal::VolumeName { name: spec.name.clone(), why }.into());
+            }
+            let adopted = adopt::read(&self.place, spec, options)?;
+            let added = adopt::model(&self.place, &model.vm, &[adopted], &[], now())?;
+            model.volumes.extend(added.volumes);
+            Ok(())
+        })
+    }
+
+    /// Lets a volume go; its files stay. There must be no snapshots: they would keep it.
+    ///
+    /// # Errors
+    /// [`Refusal::HasSnapshots`], [`Refusal::UnknownVolume`].
+    pub fn detach(&self, volume: &str) -> Result<()> {
+        self.change_volumes(|model| {
+            find_volume(model, volume)?;
+            model.volumes.retain(|known| known.name != volume);
+            Ok(())
+        })
+    }
+
+    fn change_volumes(&self, change: impl FnOnce(&mut Model) -> Result<()>) -> Result<()> {
+        let locked = self.lock.take()?;
+        self.refuse_unfinished()?;
+        let mut model = self.store.load()?;
+        if !model.snapshots.is_empty() {
+            return Err(Refusal::HasSnapshots.into());
+        }
+        change(&mut model)?;
+        if let Some(why) = model.contradictions().into_iter().next() {
+            return Err(super::Error::Catalogue { file: self.catalogue.display().to_string(), why });
+        }
+        model.last_operation.id += 1;
+        model.last_operation.stages = 1;
+        self.store.save(&model)?;
+        drop(locked);
+        Ok(())
+    }
+
     fn operate(&self, request: &Request, options: &MergeOptions, progress: &dyn Progress) -> Result<Report> {
         let locked = self.lock.take()?;
         let done = self.operate_locked(request, options, progress);
@@ -321,6 +368,12 @@ impl SnapshotSet {
         let plan = self.planned(&model, request, options)?;
         survey::check(&self.place, &plan)?;
         let running = self.executor.domain(&model.vm)?.running;
+        if let Request::Resize { volume, .. } = request
+            && !running
+        {
+            // Whoever has it open is met before the journal is begun.
+            drop(self.place.hold(model.volume(volume).map(|volume| &volume.active.file).into_iter())?);
+        }
         // Nobody may write to files while they are frozen.
         let replaced = plan.created().next().is_some() && !running;
         let active = model.volumes.iter().map(|volume| &volume.active.file).filter(|_| replaced);

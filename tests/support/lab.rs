@@ -81,6 +81,7 @@ impl Lab {
     /// The same expectations of other names that hold the same files.
     pub fn on(&self, names: Arc<dyn Names>) -> Result<Self, String> {
         let set = SnapshotSet::load_in(Arc::clone(&names), &self.catalogue).map_err(|error| error.to_string())?;
+        let set = set.with_jobs(1);
         let (catalogue, taken, now) = (self.catalogue.clone(), self.taken.clone(), self.now.clone());
         Ok(Self { names, catalogue, set, taken, now })
     }

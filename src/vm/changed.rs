@@ -1,0 +1,231 @@
+//! Which ranges of a volume differ between two moments, from metadata alone: what an incremental backup has to copy.
+
+use super::Result;
+use super::model::{FileRef, Model, Volume};
+use super::set::{SnapshotSet, find_ready, find_volume};
+use crate::chain::{self, Chain, ChainExtent, ChainExtents};
+use crate::image::ExtentKind;
+
+/// A moment of a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Point<'a> {
+    /// Before there was anything: all that is not zero has changed since.
+    Nothing,
+    /// A snapshot.
+    Snapshot(&'a str),
+    /// Now. A VM that writes the volume must be off.
+    Active,
+}
+
+impl<'a> From<&'a str> for Point<'a> {
+    fn from(name: &'a str) -> Self {
+        Self::Snapshot(name)
+    }
+}
+
+/// A range that may differ. What is not in any range does not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ChangedRange {
+    /// Where it starts, in bytes.
+    pub offset: u64,
+    /// Its length in bytes.
+    pub len: u64,
+    /// Whether the later moment is known to read as zeroes there.
+    pub zero: bool,
+}
+
+impl ChangedRange {
+    /// The first byte behind it.
+    #[must_use]
+    pub const fn end(&self) -> u64 {
+        self.offset.saturating_add(self.len)
+    }
+}
+
+/// Two moments of a volume, held open: nobody can change them meanwhile.
+#[derive(Debug)]
+pub struct Changes {
+    /// The earlier moment and how many of its layers the later one does not have.
+    from: Option<(Chain, usize)>,
+    /// The later moment.
+    to: Chain,
+    /// How many of its layers the earlier one does not have.
+    to_layers: usize,
+}
+
+impl Changes {
+    /// The later moment, to read the changes from.
+    #[must_use]
+    pub fn to(&self) -> &Chain {
+        &self.to
+    }
+
+    /// The earlier moment, if it is none before everything.
+    #[must_use]
+    pub fn from(&self) -> Option<&Chain> {
+        self.from.as_ref().map(|(chain, _)| chain)
+    }
+
+    /// The ranges that may differ, in order, disjoint, within the later moment's size. Lazily, and without looking at data:
+    /// the cost follows the metadata of the layers that the two do not share.
+    pub fn ranges(&self) -> impl Iterator<Item = Result<ChangedRange>> + '_ {
+        let whole = 0..self.to.virtual_size();
+        let from = self.from.as_ref();
+        let walks = Walks {
+            since_nothing: from.is_none(),
+            size_before: from.map_or(0, |(chain, _)| chain.virtual_size()),
+            size: whole.end,
+            at: 0,
+            to_own: Walk::new(Some(self.to.extents_of(0..self.to_layers, whole.clone()))),
+            to: Walk::new(Some(self.to.extents(whole.clone()))),
+            from_own: Walk::new(from.map(|(chain, layers)| chain.extents_of(0..*layers, whole.clone()))),
+            from: Walk::new(from.map(|(chain, _)| chain.extents(whole))),
+            pending: None,
+        };
+        walks.map(|range| Ok(range?))
+    }
+}
+
+/// Extents followed from front to back.
+struct Walk<'a> {
+    extents: Option<ChainExtents<'a>>,
+    current: Option<ChainExtent>,
+}
+
+impl<'a> Walk<'a> {
+    fn new(extents: Option<ChainExtents<'a>>) -> Self {
+        Self { extents, current: None }
+    }
+
+    /// What is decided at a position, and up to where; nothing past the end. Positions never go back.
+    fn at(&mut self, position: u64) -> chain::Result<(Option<ExtentKind>, u64)> {
+        while self.current.is_none_or(|current| current.end() <= position) {
+            match self.extents.as_mut().and_then(Iterator::next).transpose()? {
+                Some(next) => self.current = Some(next),
+                None => return Ok((None, u64::MAX)),
+            }
+        }
+        Ok(self.current.map_or((None, u64::MAX), |current| (Some(current.kind), current.end())))
+    }
+}
+
+/// All that is looked at, in lockstep.
+struct Walks<'a> {
+    /// Whether there was nothing before: then what reads as zeroes is no change.
+    since_nothing: bool,
+    size_before: u64,
+    size: u64,
+    at: u64,
+    to_own: Walk<'a>,
+    to: Walk<'a>,
+    from_own: Walk<'a>,
+    from: Walk<'a>,
+    pending: Option<ChangedRange>,
+}
+
+impl Walks<'_> {
+    /// The next piece, changed or not.
+    fn piece(&mut self) -> chain::Result<(ChangedRange, bool)> {
+        let (to_own, a) = self.to_own.at(self.at)?;
+        let (to, b) = self.to.at(self.at)?;
+        let (from_own, c) = self.from_own.at(self.at)?;
+        let (from, d) = self.from.at(self.at)?;
+        let mut end = self.size.min(a).min(b).min(c).min(d);
+        let is_new = self.at >= self.size_before;
+        if !is_new {
+            end = end.min(self.size_before);
+        }
+        let holds = |kind| !matches!(kind, None | Some(ExtentKind::Unallocated));
+        let reads_zero = |kind| matches!(kind, Some(ExtentKind::Zero { .. }));
+        let zero = reads_zero(to);
+        let changed = if self.since_nothing {
+            !zero
+        } else {
+            is_new || ((holds(to_own) || holds(from_own)) && !(zero && reads_zero(from)))
+        };
+        let range = ChangedRange { offset: self.at, len: end - self.at, zero };
+        self.at = end;
+        Ok((range, changed))
+    }
+}
+
+impl Iterator for Walks<'_> {
+    type Item = chain::Result<ChangedRange>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        while self.at < self.size {
+            let (range, changed) = match self.piece() {
+                Ok(piece) => piece,
+                Err(error) => {
+                    self.at = self.size;
+                    self.pending = None;
+                    return Some(Err(error));
+                }
+            };
+            match &mut self.pending {
+                Some(pending) if changed && pending.end() == range.offset && pending.zero == range.zero => {
+                    pending.len += range.len;
+                }
+                pending => {
+                    let whole = if changed { pending.replace(range) } else { pending.take() };
+                    if let Some(whole) = whole {
+                        return Some(Ok(whole));
+                    }
+                }
+            }
+        }
+        self.pending.take().map(Ok)
+    }
+}
+
+impl SnapshotSet {
+    /// The files of a moment; none for the one before everything.
+    fn files_at(model: &Model, volume: &Volume, point: Point<'_>) -> Result<Option<Vec<FileRef>>> {
+        Ok(match point {
+            Point::Nothing => None,
+            Point::Snapshot(name) => Some(model.files_from(Some(find_ready(model, name)?.id), volume)),
+            Point::Active => Some(model.active_chain(volume)),
+        })
+    }
+
+    /// What of a volume differs between two moments. Neither need be an ancestor of the other.
+    ///
+    /// # Errors
+    /// As [`SnapshotSet::open`]; nothing is no later moment ([`super::Refusal::UnknownSnapshot`]).
+    ///
+    /// ```no_run
+    /// use qcow2_chain::vm::{Point, SnapshotSet};
+    ///
+    /// let set = SnapshotSet::load("/vm/catalogue.json")?;
+    /// for range in set.changed_ranges("monday", "tuesday", "vda")?.ranges() {
+    ///     let range = range?;
+    ///     println!("{} bytes at {}", range.len, range.offset);
+    /// }
+    /// let all = set.changed_ranges(Point::Nothing, Point::Active, "vda")?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn changed_ranges<'a>(
+        &self,
+        from: impl Into<Point<'a>>,
+        to: impl Into<Point<'a>>,
+        volume: &str,
+    ) -> Result<Changes> {
+        let model = self.store.load()?;
+        let volume = find_volume(&model, volume)?;
+        let from = Self::files_at(&model, volume, from.into())?;
+        let to = Self::files_at(&model, volume, to.into())?;
+        let to = to.ok_or_else(|| super::Refusal::UnknownSnapshot { name: String::new() })?;
+        let shared = from.as_ref().map_or(0, |from| {
+            let pairs = from.iter().rev().zip(to.iter().rev());
+            pairs.take_while(|(a, b)| a == b).count()
+        });
+        let to_chain = self.place.disk(&model, volume, &to)?;
+        let from = match from {
+            Some(files) => Some((self.place.disk(&model, volume, &files)?, files.len() - shared)),
+            None => None,
+        };
+        Ok(Changes { from, to: to_chain, to_layers: to.len() - shared })
+    }
+}

@@ -1,0 +1,250 @@
+//! What changed between two moments, as a file of its own.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::changed::{ChangedRange, Changes};
+use super::progress::{Progress, VolumeStep};
+use super::set::SnapshotSet;
+use super::{Error, Result};
+use crate::chain::Format;
+use crate::format::{ClusterBits, GuestOffset};
+use crate::image::{Backing, CreateOptions, Image, RawImage, Space};
+use crate::merge::Phase;
+use crate::storage::Storage;
+
+/// How much is copied at once; a multiple of every cluster size.
+const BUFFER: u64 = 2 << 20;
+
+/// How changes are exported.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ExportOptions {
+    /// The format of the delta. In a qcow2 file only what changed is allocated, zeroes as zeroes: over an image of the earlier
+    /// moment it is the later one. A raw file is as large as the later moment, with holes; the report tells what of it counts.
+    pub format: Format,
+    /// The cluster size of a qcow2 delta, as a power of two: changes are rounded to it.
+    pub cluster_bits: ClusterBits,
+    /// What a qcow2 delta stands on: the name, and its format; nothing by default. The file is not looked at.
+    pub backing: Option<(String, Format)>,
+}
+
+impl Default for ExportOptions {
+    fn default() -> Self {
+        Self { format: Format::Qcow2, cluster_bits: ClusterBits::default(), backing: None }
+    }
+}
+
+impl ExportOptions {
+    /// The same in another format.
+    #[must_use]
+    pub fn with_format(mut self, format: Format) -> Self {
+        self.format = format;
+        self
+    }
+
+    /// The same with clusters of another size.
+    #[must_use]
+    pub fn with_cluster_bits(mut self, cluster_bits: ClusterBits) -> Self {
+        self.cluster_bits = cluster_bits;
+        self
+    }
+
+    /// The same, standing on an image of the earlier moment.
+    #[must_use]
+    pub fn with_backing(mut self, name: impl Into<String>, format: Format) -> Self {
+        self.backing = Some((name.into(), format));
+        self
+    }
+}
+
+/// What was exported.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub struct Exported {
+    /// The virtual size in bytes.
+    pub size: u64,
+    /// Bytes of data that were copied.
+    pub data: u64,
+    /// Bytes that are zero.
+    pub zeroes: u64,
+    /// The ranges that count; all others are as at the earlier moment.
+    pub ranges: Vec<ChangedRange>,
+}
+
+/// Whole clusters are written: nothing beneath is needed but past the end.
+struct Zeroes;
+
+impl Backing for Zeroes {
+    fn read_at(&self, buf: &mut [u8], _offset: GuestOffset) -> crate::image::Result<()> {
+        buf.fill(0);
+        Ok(())
+    }
+}
+
+enum Target {
+    Qcow2(Image),
+    Raw(RawImage),
+}
+
+impl Target {
+    fn create(storage: Arc<dyn Storage>, size: u64, options: &ExportOptions) -> Result<Self> {
+        if options.format == Format::Raw {
+            storage.set_len(size)?;
+            return Ok(Self::Raw(RawImage::open(storage)?));
+        }
+        let mut create = CreateOptions::new(size).with_cluster_bits(options.cluster_bits);
+        if let Some((name, format)) = &options.backing {
+            create = create.with_backing(name.as_bytes(), format.name());
+        }
+        Ok(Self::Qcow2(Image::create(storage, &create)?))
+    }
+
+    /// Ranges are rounded to this.
+    fn unit(&self) -> u64 {
+        match self {
+            Self::Qcow2(image) => image.geometry().cluster_size(),
+            Self::Raw(_) => 512,
+        }
+    }
+
+    fn write(&self, buf: &[u8], offset: u64) -> Result<()> {
+        let offset = GuestOffset::new(offset);
+        match self {
+            Self::Qcow2(image) => image.write_at_over(buf, offset, &Zeroes)?,
+            Self::Raw(raw) => raw.write_at(buf, offset)?,
+        }
+        Ok(())
+    }
+
+    /// Says of whole units that they are zero; a new raw file says so by itself.
+    fn zero(&self, offset: u64, len: u64) -> Result<()> {
+        if let Self::Qcow2(image) = self {
+            // Also where nothing lies beneath: what is not allocated has not changed.
+            image.zero_range(GuestOffset::new(offset), len, Space::Hide, &Zeroes)?;
+        }
+        Ok(())
+    }
+
+    fn close(self) -> Result<()> {
+        match self {
+            Self::Qcow2(image) => image.close()?,
+            Self::Raw(raw) => raw.flush()?,
+        }
+        Ok(())
+    }
+}
+
+/// An export that is under way.
+struct Export<'a> {
+    changes: &'a Changes,
+    target: &'a Target,
+    progress: &'a dyn Progress,
+    exported: Exported,
+    /// Up to here everything is exported.
+    done: u64,
+    buffer: Vec<u8>,
+}
+
+impl Export<'_> {
+    fn take(&mut self, range: &ChangedRange) -> Result<()> {
+        let (unit, size) = (self.target.unit(), self.exported.size);
+        let start = (range.offset - range.offset % unit).max(self.done);
+        let end = range.end().next_multiple_of(unit).min(size);
+        if start >= end {
+            return Ok(());
+        }
+        if !range.zero {
+            return self.copy(start, end);
+        }
+        // Whole units of zeroes are zero; at the edges other things lie in the same unit.
+        let first = range.offset.next_multiple_of(unit).clamp(start, end);
+        let last = if range.end() == size { size } else { range.end() - range.end() % unit };
+        let last = last.max(first);
+        self.copy(start, first)?;
+        if first < last {
+            self.target.zero(first, last - first)?;
+            self.note(first, last, true);
+        }
+        self.copy(last, end)
+    }
+
+    fn copy(&mut self, start: u64, end: u64) -> Result<()> {
+        let mut at = start;
+        while at < end {
+            if self.progress.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            let len = (end - at).min(BUFFER);
+            self.buffer.resize(usize::try_from(len).unwrap_or_default(), 0);
+            self.changes.to().read_at(&mut self.buffer, GuestOffset::new(at))?;
+            self.target.write(&self.buffer, at)?;
+            self.note(at, at + len, false);
+            at += len;
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, start: u64, end: u64, zero: bool) {
+        self.done = end;
+        let len = end - start;
+        if zero {
+            self.exported.zeroes += len;
+        } else {
+            self.exported.data += len;
+        }
+        match self.exported.ranges.last_mut() {
+            Some(last) if last.end() == start && last.zero == zero => last.len += len,
+            _ => self.exported.ranges.push(ChangedRange { offset: start, len, zero }),
+        }
+        let (done, total) = (end, self.exported.size);
+        let (volume, phase) = ("", Phase::Copying);
+        self.progress.step(&VolumeStep { volume, phase, done, total, all_done: done, all_total: total });
+    }
+}
+
+impl SnapshotSet {
+    /// Writes what changed to a new file, durable on return.
+    ///
+    /// # Errors
+    /// [`Error::Storage`] where the file exists or cannot be written; [`Error::Cancelled`]; what reading the changes gives.
+    /// After an error the file is removed.
+    pub fn export(
+        &self,
+        changes: &Changes,
+        path: impl AsRef<Path>,
+        options: &ExportOptions,
+        progress: &dyn Progress,
+    ) -> Result<Exported> {
+        let (names, path) = (self.place.names(), path.as_ref());
+        let storage = names.create_new(path)?;
+        let done = write(changes, storage, options, progress).and_then(|exported| {
+            names.sync_dir(super::catalogue::directory_of(path))?;
+            Ok(exported)
+        });
+        if done.is_err() {
+            // What went wrong is what the caller must hear of.
+            let _ = names.unlink(path);
+        }
+        done
+    }
+}
+
+fn write(
+    changes: &Changes,
+    storage: Arc<dyn Storage>,
+    options: &ExportOptions,
+    progress: &dyn Progress,
+) -> Result<Exported> {
+    let size = changes.to().virtual_size();
+    let target = Target::create(storage, size, options)?;
+    let exported = Exported { size, ..Exported::default() };
+    let mut export = Export { changes, target: &target, progress, exported, done: 0, buffer: Vec::new() };
+    for range in changes.ranges() {
+        export.take(&range?)?;
+    }
+    let exported = export.exported;
+    target.close()?;
+    Ok(exported)
+}
