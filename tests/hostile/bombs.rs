@@ -140,7 +140,7 @@ fn one_compressed_cluster_for_a_million() {
     assert_eq!(report.compressed_clusters, 1 << 20);
     // A refcount of 16 bits cannot count them.
     assert!(report.corruptions > 0);
-    let outcomes = treat("one compressed cluster", &shared_stream(8), 32 << 20);
+    let outcomes = treat("one compressed cluster", &shared_stream(1), 32 << 20);
     assert_eq!(said(&outcomes, "look"), &Ok(()));
     assert_eq!(said(&outcomes, "read"), &Ok(()));
 }
