@@ -12,6 +12,7 @@ pub mod judge;
 #[cfg(feature = "vm")]
 pub mod lab;
 pub mod layers;
+pub mod memory;
 pub mod ours;
 pub mod protocol;
 pub mod qemu;
