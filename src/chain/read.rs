@@ -26,15 +26,17 @@ impl Backing for Below<'_> {
             return Ok(());
         };
         read_layer(first, buf, offset, &mut missing)?;
-        let mut holes = Vec::new();
+        // Two lists in turns: nothing is allocated layer by layer.
+        let (mut holes, mut still_missing) = (Vec::new(), Vec::new());
         for layer in deeper {
             if missing.is_empty() {
                 return Ok(());
             }
-            for (start, len) in std::mem::take(&mut missing) {
+            for (start, len) in missing.drain(..) {
                 read_layer(layer, &mut buf[start..start + len], offset.saturating_add(start as u64), &mut holes)?;
-                missing.extend(holes.drain(..).map(|(hole, len)| (start + hole, len)));
+                still_missing.extend(holes.drain(..).map(|(hole, len)| (start + hole, len)));
             }
+            std::mem::swap(&mut missing, &mut still_missing);
         }
         for (start, len) in missing {
             buf[start..start + len].fill(0);

@@ -206,7 +206,18 @@ impl L2Table {
 
     /// How many entries from `index` on, `most` at the most, say the same as the first: each the host cluster behind that
     /// of the one before, or none holds anything. At least 1; told from the raw words, without decoding. It may be too
-    /// low: compressed clusters, subclusters, and reserved offsets without data are told one by one.
+    /// low: compressed clusters, subclusters, and zeroes without a place are told one by one.
+    ///
+    /// ```
+    /// use qcow2_chain::format::{ClusterBits, Geometry, HostOffset, L2Entry, L2Table, RefcountOrder, Version};
+    ///
+    /// let geometry = Geometry::new(ClusterBits::default(), RefcountOrder::default(), false).unwrap();
+    /// let mut table = L2Table::empty(geometry, Version::V3);
+    /// for index in 0..3 {
+    ///     table.set(index, &L2Entry::data(geometry, HostOffset::new((index as u64 + 5) << 16)));
+    /// }
+    /// assert_eq!((table.run(0, 8192), table.run(3, 8189)), (3, 8189));
+    /// ```
     #[must_use]
     pub fn run(&self, index: usize, most: usize) -> usize {
         let geometry = self.rules.geometry;

@@ -56,6 +56,8 @@ pub(super) struct Cache<T> {
     hand: usize,
     capacity: usize,
     dirty: usize,
+    /// Where the table was that was asked for last.
+    last: usize,
     /// The last table that was taken in by [`Cache::insert_passing`].
     passing: Option<HostOffset>,
 }
@@ -63,12 +65,24 @@ pub(super) struct Cache<T> {
 impl<T: Table> Cache<T> {
     /// A cache for `capacity` tables, at least four.
     pub(super) fn new(capacity: usize) -> Self {
-        Self { slots: Vec::new(), index: HashMap::new(), hand: 0, capacity: capacity.max(4), dirty: 0, passing: None }
+        Self {
+            slots: Vec::new(),
+            index: HashMap::new(),
+            hand: 0,
+            capacity: capacity.max(4),
+            dirty: 0,
+            last: 0,
+            passing: None,
+        }
     }
 
     /// The table at `at`, if it is here.
     pub(super) fn get(&mut self, at: HostOffset) -> Option<Arc<T>> {
-        let slot = &mut self.slots[*self.index.get(&at)?];
+        // Mostly the same as last time: one table maps half a gigabyte of 64 KiB clusters.
+        if self.slots.get(self.last).is_none_or(|slot| slot.at != at) {
+            self.last = *self.index.get(&at)?;
+        }
+        let slot = &mut self.slots[self.last];
         slot.used = true;
         Some(Arc::clone(&slot.table))
     }
