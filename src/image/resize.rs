@@ -9,6 +9,7 @@ use super::flush::After;
 use super::overlap::Structure;
 use super::refcounts::ClusterRun;
 use super::state::State;
+use super::table_count::TableCount;
 use super::zero::Space;
 use super::{Backing, Error, Image, NoBacking, Preallocation, Result, as_len};
 
@@ -194,8 +195,10 @@ impl State {
     fn drop_mappings(&mut self, size: u64) -> Result<()> {
         let start = size.next_multiple_of(self.geometry.cluster_size());
         let mut index = as_len(self.geometry.l1_index(GuestOffset::new(start)));
+        let mut tables = TableCount::default();
         while let Some(next) = self.next_l1(index) {
             let base = (next as u64) << self.geometry.l1_entry_bits();
+            tables.enter(self, GuestOffset::new(base))?;
             if start <= base {
                 self.drop_table(next)?;
             } else {

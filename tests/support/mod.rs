@@ -2,6 +2,7 @@
 //! content, and images that other people's programs made.
 
 pub mod foreign;
+pub mod memory;
 pub mod ours;
 pub mod qemu;
 pub mod recipe;
