@@ -140,7 +140,9 @@ impl<'a> Transfer<'a> {
         let (sender, receiver) = sync_channel(THREADS);
         let receiver = Arc::new(Mutex::new(receiver));
         std::thread::scope(|scope| -> Result<()> {
-            for _ in 0..THREADS {
+            // Sharing blocks takes a lock of the whole file: threads would only wait for one another.
+            let threads = if runs.iter().all(|run| self.is_for_kernel(run)) { 1 } else { THREADS };
+            for _ in 0..threads {
                 let receiver = Arc::clone(&receiver);
                 let failure = &failure;
                 scope.spawn(move || self.work(&receiver, failure, carried));
