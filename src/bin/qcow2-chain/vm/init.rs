@@ -21,9 +21,9 @@ use crate::{open, size};
 pub(crate) struct Args {
     /// The catalogue to make
     catalogue: PathBuf,
-    /// A volume and the image that the VM writes. A raw image needs format=raw; protected=on keeps the image as it is once a
-    /// snapshot froze it; cluster_size=SIZE and extended_l2=on|off say how overlays are made (as the image is). A comma in a
-    /// name is doubled
+    /// A volume and the image that the VM writes. A raw image needs `format=raw`; `protected=on` keeps the image as it is once
+    /// a snapshot froze it; `cluster_size=SIZE` and `extended_l2=on|off` say how overlays are made (as the image is). A comma
+    /// in a name is doubled
     #[arg(long, required = true, value_name = "NAME=FILE[,format=raw][,protected=on]")]
     volume: Vec<String>,
     /// Make a snapshot of this name of what the images stand on (repeatable, the oldest first)
