@@ -335,10 +335,8 @@ fn changed_tells_what_a_backup_copies() {
     assert_eq!(changed("s2", "s2", "vdb"), "");
     assert_eq!(changed("-", "s1", "vda"), "", "nothing was written before");
     let told = as_json(dir.path(), &["changed", "web.json", "s1", "-", "vda", "--json"]);
-    let ranges = json!([
-        {"offset": 65536, "len": 131_072, "zero": false},
-        {"offset": 524_288, "len": 65536, "zero": true},
-    ]);
+    // What read as zeroes and still does has not changed.
+    let ranges = json!([{"offset": 65536, "len": 131_072, "zero": false}]);
     let expected = json!({"volume": "vda", "from": "s1", "to": null, "virtual-size": 8 << 20, "ranges": ranges});
     assert_eq!(told, expected);
     let error = refused(dir.path(), &["changed", "web.json", "s1", "s9", "vda"], 1);
