@@ -317,12 +317,12 @@ impl<'a> Run<'a> {
         for work in &stage.work {
             for step in &work.steps {
                 let Step::Resize { file, .. } = step else { continue };
-                if self.tools.manner.recovering {
-                    let layer = place.layer(file, true)?;
-                    if layer.node.as_qcow2().is_some() {
-                        super::place::give_back_leaks(&**layer.node.storage())?;
-                    }
+                // It did not get to its end, or nobody knows whether it did.
+                let layer = place.layer(file, true)?;
+                if layer.node.as_qcow2().is_some() {
+                    super::place::give_back_leaks(&**layer.node.storage())?;
                 }
+                drop(layer);
                 let mut edits = work.edits.clone();
                 set_size(&mut edits, place.look(file)?.virtual_size);
                 self.record(&edits)?;
