@@ -198,6 +198,8 @@ fn init_guesses_no_format_and_says_what_helps() {
     for wrong in ["vda", "vda=vda.qcow2,size=3", "vda=vda.qcow2,cluster_size=3", "v/a=vda.qcow2", "vda=none.qcow2"] {
         refused(dir.path(), &["init", "other.json", "--volume", wrong], 1);
     }
+    let error = refused(dir.path(), &["init", "other.json", "--volume", "vda=vda.qcow2", "--probe"], 1);
+    assert!(error.contains("--probe is not supported"), "{error}");
     assert!(!dir.path().join("other.json").exists());
     // A chain that exists becomes snapshots; from another directory as well.
     ok(dir.path(), &["snapshot", "web.json", "s1"]);

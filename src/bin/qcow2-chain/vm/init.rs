@@ -41,6 +41,7 @@ pub(crate) struct Args {
 
 /// Does it.
 pub(crate) fn run(args: &Args) -> Outcome {
+    args.policy.refuse_probe()?;
     let specs = args.volume.iter().map(|text| parse(text)).collect::<Result<Vec<_>, Failure>>()?;
     let mut options = AdoptOptions::default().with_snapshots(args.snapshot.clone());
     options.vm.clone_from(&args.vm);
