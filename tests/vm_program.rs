@@ -198,6 +198,8 @@ fn init_guesses_no_format_and_says_what_helps() {
     for wrong in ["vda", "vda=vda.qcow2,size=3", "vda=vda.qcow2,cluster_size=3", "v/a=vda.qcow2", "vda=none.qcow2"] {
         refused(dir.path(), &["init", "other.json", "--volume", wrong], 1);
     }
+    let error = refused(dir.path(), &["init", "other.json", "--volume", "vda=vda.qcow2", "--probe"], 1);
+    assert!(error.contains("--probe is not supported"), "{error}");
     assert!(!dir.path().join("other.json").exists());
     // A chain that exists becomes snapshots; from another directory as well.
     ok(dir.path(), &["snapshot", "web.json", "s1"]);
@@ -335,10 +337,8 @@ fn changed_tells_what_a_backup_copies() {
     assert_eq!(changed("s2", "s2", "vdb"), "");
     assert_eq!(changed("-", "s1", "vda"), "", "nothing was written before");
     let told = as_json(dir.path(), &["changed", "web.json", "s1", "-", "vda", "--json"]);
-    let ranges = json!([
-        {"offset": 65536, "len": 131_072, "zero": false},
-        {"offset": 524_288, "len": 65536, "zero": true},
-    ]);
+    // What read as zeroes and still does has not changed.
+    let ranges = json!([{"offset": 65536, "len": 131_072, "zero": false}]);
     let expected = json!({"volume": "vda", "from": "s1", "to": null, "virtual-size": 8 << 20, "ranges": ranges});
     assert_eq!(told, expected);
     let error = refused(dir.path(), &["changed", "web.json", "s1", "s9", "vda"], 1);

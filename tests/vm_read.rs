@@ -522,3 +522,30 @@ fn the_volumes_can_be_read_while_others_read_them() {
     assert!(lab.names.open(&lab.set.active_path("vda").unwrap(), &unlocked).is_ok());
     lab.check().unwrap();
 }
+
+#[test]
+fn a_snapshot_costs_the_same_however_many_there_are() {
+    let mut rng = Rng::new(seed());
+    let mut lab = lab(&mut rng);
+    lab.create("first");
+    let mut calls = Vec::new();
+    for round in 0..2 {
+        let mut counts = Vec::new();
+        for what in ["create", "revert"] {
+            let faults = Faults::new(Fault::Io.at(u64::MAX));
+            let counted = lab.on(Arc::new(FaultyNames::new(lab.names.clone(), &faults))).unwrap();
+            if what == "create" {
+                counted.set.create(&format!("counted {round}"), &SnapshotOptions::default()).unwrap();
+            } else {
+                counted.set.revert("first", &MergeOptions::default(), &()).unwrap();
+            }
+            counts.push(faults.calls());
+        }
+        calls.push(counts);
+        for number in 0..40 {
+            lab.set.create(&format!("{round}-{number}"), &SnapshotOptions::default()).unwrap();
+        }
+        lab.set.revert("first", &MergeOptions::default(), &()).unwrap();
+    }
+    assert_eq!(calls[0], calls[1], "calls to the storage with few snapshots and with many");
+}

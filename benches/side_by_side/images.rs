@@ -10,6 +10,8 @@ use qcow2_chain::format::GuestOffset;
 use qcow2_chain::image::{CreateOptions, Image, Preallocation};
 use qcow2_chain::storage::FileStorage;
 
+use crate::vm;
+
 pub(crate) const CLUSTER: u64 = 64 << 10;
 pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const GIB: u64 = 1 << 30;
@@ -20,6 +22,8 @@ pub(crate) type Done = Result<(), Box<dyn Error>>;
 /// Which images a work needs. Sizes are in megabytes of data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Images {
+    /// A VM of two volumes; so much data in what a deletion merges.
+    Vm(u64, vm::Shape),
     /// So much data in random clusters, over an empty base four times as large.
     OverEmpty(u64),
     /// Two layers of so much data each, in random clusters, over a base that is full in its first half: a disk four times
@@ -43,6 +47,7 @@ impl Images {
     /// Makes them in an empty directory.
     pub(crate) fn make(self, dir: &Path) -> Done {
         match self {
+            Self::Vm(mib, shape) => vm::make(dir, mib, shape),
             Self::OverEmpty(mib) => {
                 create(dir, "base.qcow2", &CreateOptions::new(4 * mib * MIB))?.close()?;
                 layer(dir, "top.qcow2", "base.qcow2", 4 * mib, mib, 2)
@@ -94,14 +99,14 @@ fn random(seed: u64) -> impl Iterator<Item = u64> {
 }
 
 /// The numbers below `count` in random order: sorted by a random key.
-fn shuffled(count: u64, seed: u64) -> Vec<u64> {
+pub(crate) fn shuffled(count: u64, seed: u64) -> Vec<u64> {
     let mut keyed: Vec<_> = random(seed).zip(0..count).collect();
     keyed.sort_unstable();
     keyed.into_iter().map(|(_, number)| number).collect()
 }
 
 /// Bytes that do not shrink, and that differ from cluster to cluster and between seeds.
-fn noise(number: u64, seed: u64) -> Vec<u8> {
+pub(crate) fn noise(number: u64, seed: u64) -> Vec<u8> {
     random(number << 8 | seed).take(CLUSTER as usize / 8).flat_map(u64::to_le_bytes).collect()
 }
 

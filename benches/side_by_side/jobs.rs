@@ -34,6 +34,7 @@ pub(crate) fn run(args: &[&str]) -> Result<()> {
             let size = file.len()? / MIB * MIB;
             read(&|buf, offset| Ok(file.read_at(buf, offset)?), size, &Requests::parse(requests)?)
         }
+        ["agent", shape] => crate::vm::agent(shape),
         ["pread-all", files @ ..] => files.iter().try_for_each(|file| pread_all(file)),
         ["write-and-sync", mib] => {
             let mut file = File::create_new("floor")?;

@@ -21,6 +21,7 @@ mod jobs;
 mod mount;
 mod run;
 mod table;
+mod vm;
 mod works;
 
 use std::error::Error;

@@ -33,7 +33,9 @@ fn program(program: Program, peers: Option<&Path>) -> Result<Vec<String>> {
         Program::QemuImg => vec!["qemu-img".to_owned()],
         Program::QemuIo => vec!["qemu-io".to_owned()],
         Program::Ours => vec![env!("CARGO_BIN_EXE_qcow2-chain").to_owned()],
-        Program::Job => vec![std::env::current_exe()?.to_string_lossy().into_owned(), "--job".to_owned()],
+        Program::Job | Program::Agent => {
+            vec![std::env::current_exe()?.to_string_lossy().into_owned(), "--job".to_owned()]
+        }
         Program::Peer => vec![peers.ok_or("no peers")?.to_string_lossy().into_owned()],
     })
 }

@@ -52,7 +52,7 @@ impl Table {
             outcomes.iter().filter(|outcome| find(outcome)).min_by(|a, b| a.median().total_cmp(&b.median()))
         };
         let ours = of(&|outcome| outcome.side.name == "ours");
-        let theirs = of(&|outcome| matches!(outcome.side.program, Program::QemuImg | Program::QemuIo));
+        let theirs = of(&|outcome| matches!(outcome.side.program, Program::QemuImg | Program::QemuIo | Program::Agent));
         let peer = of(&|outcome| outcome.side.program == Program::Peer);
         let floor = of(&|outcome| outcome.side.name == "floor");
         let Some(ours) = ours else { return };

@@ -11,6 +11,8 @@ pub(crate) enum Program {
     Ours,
     /// The harness itself: our library, or a floor; see [`crate::jobs::run`].
     Job,
+    /// The harness itself, running QEMU's tools as an agent does.
+    Agent,
     /// What `--peers` names.
     Peer,
 }
@@ -47,21 +49,21 @@ pub(crate) struct Work {
 pub(crate) const MADE: [&str; 2] = ["made", "floor"];
 
 impl Work {
-    fn new(name: impl Into<String>, images: Images, target: Option<Target>) -> Self {
+    pub(crate) fn new(name: impl Into<String>, images: Images, target: Option<Target>) -> Self {
         Self { name: name.into(), images, changes: &[], sides: Vec::new(), target, moves: None }
     }
 
-    fn changing(mut self, files: &'static [&'static str]) -> Self {
+    pub(crate) fn changing(mut self, files: &'static [&'static str]) -> Self {
         self.changes = files;
         self
     }
 
-    fn moving(mut self, mib: u64) -> Self {
+    pub(crate) fn moving(mut self, mib: u64) -> Self {
         self.moves = Some(mib * MIB);
         self
     }
 
-    fn side(mut self, name: &'static str, program: Program, args: &[&str]) -> Self {
+    pub(crate) fn side(mut self, name: &'static str, program: Program, args: &[&str]) -> Self {
         self.sides.push(Side { name, program, args: args.iter().map(|&arg| arg.to_owned()).collect() });
         self
     }
@@ -71,7 +73,7 @@ impl Work {
         self.side("qemu-img", Program::QemuImg, args).side("ours", Program::Ours, args)
     }
 
-    fn floor(self, job: &[&str]) -> Self {
+    pub(crate) fn floor(self, job: &[&str]) -> Self {
         self.side("floor", Program::Job, job)
     }
 
@@ -111,6 +113,7 @@ pub(crate) fn all(mib: u64, quick: bool) -> Vec<Work> {
     works.extend(metadata(mib, quick));
     works.extend(conversions(mib));
     works.extend(requests(mib));
+    works.extend(crate::vm::works(mib));
     works
 }
 

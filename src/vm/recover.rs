@@ -11,6 +11,7 @@
 
 use std::path::PathBuf;
 
+use super::catalogue::directory_of;
 use super::executor::Domain;
 use super::journal::{Found, Journal, clear};
 use super::model::Model;
@@ -64,7 +65,11 @@ impl SnapshotSet {
 
     fn resume_without_journal(&self, options: &MergeOptions, progress: &dyn Progress) -> Result<Recovery> {
         let model = self.store.load()?;
-        let Some(merging) = model.merging() else { return Ok(Recovery::Clean) };
+        let Some(merging) = model.merging() else {
+            // A journal that was taken away, but whose end could not be made durable, would come back after a crash.
+            self.place.names().sync_dir(directory_of(&self.journal))?;
+            return Ok(Recovery::Clean);
+        };
         let plan = self.plan_anew(&model, &merging.name.clone())?;
         let journal = Journal::begin(self.place.names(), &self.journal, &plan)?;
         self.resume(journal, &plan, options, progress)

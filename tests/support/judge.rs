@@ -14,6 +14,9 @@ use super::qemu::Qemu;
 /// What tells a file from what it was: inode, size, and the times of the last change of bytes and of the inode.
 type Stamp = (u64, u64, [i64; 4]);
 
+/// A file beneath another: its format, and the size that is recorded of it.
+type Below = (PathBuf, Format, Option<u64>);
+
 /// Judges the files of one VM again and again. A process of `qemu-img` is dear: what did not change since is not asked again.
 #[derive(Debug)]
 pub struct Judge {
@@ -51,7 +54,7 @@ impl Judge {
     }
 
     /// The sizes and formats of a chain, as QEMU follows it from header to header.
-    fn describe(&self, path: &Path, format: Format, below: &[(PathBuf, Format, Option<u64>)]) {
+    fn describe(&self, path: &Path, format: Format, below: &[Below]) {
         let args = ["info", "--backing-chain", "--output=json", "-f", format.name()].map(std::ffi::OsStr::new);
         let text = self.qemu.img(&[&args[..], &[path.as_os_str()]].concat());
         let told: Value = serde_json::from_str(&text).expect("info prints JSON");
@@ -92,7 +95,7 @@ fn stamp(path: &Path) -> Stamp {
 }
 
 /// The files on which nothing stands, each with its format and with what it stands on: path, format and recorded size.
-fn leaves(set: &SnapshotSet, model: &Model) -> Vec<(PathBuf, Format, Vec<(PathBuf, Format, Option<u64>)>)> {
+fn leaves(set: &SnapshotSet, model: &Model) -> Vec<(PathBuf, Format, Vec<Below>)> {
     let size = |path: &str| {
         model.records().find(|(_, _, record)| record.file.path == path).map(|(_, _, record)| record.virtual_size)
     };
@@ -103,7 +106,7 @@ fn leaves(set: &SnapshotSet, model: &Model) -> Vec<(PathBuf, Format, Vec<(PathBu
         all.push((set.place().path(&record.file.path), record.file.format, below));
     }
     let stood_on: Vec<PathBuf> =
-        all.iter().filter_map(|(_, _, below): &(_, _, Vec<(PathBuf, _, _)>)| Some(below.first()?.0.clone())).collect();
+        all.iter().filter_map(|(_, _, below): &(_, _, Vec<Below>)| Some(below.first()?.0.clone())).collect();
     all.retain(|(path, _, _)| !stood_on.contains(path));
     all
 }

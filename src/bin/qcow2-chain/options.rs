@@ -46,6 +46,14 @@ pub(crate) struct PolicyArgs {
 }
 
 impl PolicyArgs {
+    /// Refuses `--probe` for a verb that records formats and guesses none.
+    pub(crate) fn refuse_probe(&self) -> Result<(), Failure> {
+        if self.probe {
+            return Err(Failure::unserved("--probe", "rebase -u -F FMT -b NAME to record the format first"));
+        }
+        Ok(())
+    }
+
     /// The policy for the chain of this image.
     pub(crate) fn policy(&self, image: &Path) -> Policy {
         if self.allow_any {

@@ -21,9 +21,9 @@ use crate::{open, size};
 pub(crate) struct Args {
     /// The catalogue to make
     catalogue: PathBuf,
-    /// A volume and the image that the VM writes. A raw image needs format=raw; protected=on keeps the image as it is once a
-    /// snapshot froze it; cluster_size=SIZE and extended_l2=on|off say how overlays are made (as the image is). A comma in a
-    /// name is doubled
+    /// A volume and the image that the VM writes. A raw image needs `format=raw`; `protected=on` keeps the image as it is once
+    /// a snapshot froze it; `cluster_size=SIZE` and `extended_l2=on|off` say how overlays are made (as the image is). A comma
+    /// in a name is doubled
     #[arg(long, required = true, value_name = "NAME=FILE[,format=raw][,protected=on]")]
     volume: Vec<String>,
     /// Make a snapshot of this name of what the images stand on (repeatable, the oldest first)
@@ -41,6 +41,7 @@ pub(crate) struct Args {
 
 /// Does it.
 pub(crate) fn run(args: &Args) -> Outcome {
+    args.policy.refuse_probe()?;
     let specs = args.volume.iter().map(|text| parse(text)).collect::<Result<Vec<_>, Failure>>()?;
     let mut options = AdoptOptions::default().with_snapshots(args.snapshot.clone());
     options.vm.clone_from(&args.vm);

@@ -1,5 +1,7 @@
 //! What the verbs say: of what they did, and of what they could not do.
 
+use std::fmt::Write as _;
+
 use qcow2_chain::vm::{Error, Refusal, Report};
 use serde::Serialize;
 
@@ -27,17 +29,17 @@ impl TellArgs {
     pub(super) fn tell(&self, line: &str, report: &Report) -> Outcome {
         let mut text = line.to_owned();
         for change in &report.resized {
-            text += &format!("\n  {}: {} bytes, was {}", change.volume, change.new, change.old);
+            let _ = write!(text, "\n  {}: {} bytes, was {}", change.volume, change.new, change.old);
         }
         for change in &report.moved {
-            text += &format!("\n  {}: the VM writes {}", change.volume, change.new.display());
+            let _ = write!(text, "\n  {}: the VM writes {}", change.volume, change.new.display());
         }
         for path in &report.removed {
-            text += &format!("\n  removed {}", path.display());
+            let _ = write!(text, "\n  removed {}", path.display());
         }
         for (volume, merged) in &report.merged {
             for bitmap in &merged.bitmaps_invalidated {
-                text += &format!("\n  {volume}: bitmap {bitmap} is stale");
+                let _ = write!(text, "\n  {volume}: bitmap {bitmap} is stale");
             }
         }
         self.value(&text, report)
