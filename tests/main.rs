@@ -25,16 +25,23 @@ mod image;
 mod inspection;
 #[cfg(feature = "cli")]
 mod kill;
+#[cfg(all(feature = "cli", unix))]
+mod kill_vm;
 mod layering;
 mod locks;
 mod merge;
+mod model;
 mod plan;
 #[cfg(feature = "cli")]
 mod program_merges;
+mod protocols;
 mod qemu;
 mod rebase;
 mod review;
+#[cfg(all(feature = "vm", unix))]
+mod scenarios;
 mod sparse;
+mod stress;
 mod support;
 mod tables;
 mod threads;
@@ -42,5 +49,9 @@ mod threads;
 mod vm;
 #[cfg(feature = "vm")]
 mod vm_plan;
+#[cfg(all(feature = "cli", target_os = "linux"))]
+mod vm_program;
 #[cfg(feature = "vm")]
 mod vm_read;
+#[cfg(all(feature = "vm", unix))]
+mod vm_scale;

@@ -43,7 +43,7 @@ pub(crate) fn l2_table(c: &mut Criterion) {
     let tables = [("in a row", 1_u64), ("each alone", 2)].map(|(what, step)| {
         let mut table = L2Table::empty(geometry, Version::V3);
         for index in 0..table.len() {
-            let host = HostOffset::new((index as u64 + 1) * step << 16);
+            let host = HostOffset::new(((index as u64 + 1) * step) << 16);
             table.set(index, &L2Entry::data(geometry, host));
         }
         (what, table)

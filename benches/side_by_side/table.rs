@@ -21,6 +21,12 @@ impl<'a> Outcome<'a> {
         self.samples[self.samples.len() / 2].time.as_secs_f64()
     }
 
+    fn cpu(&self) -> f64 {
+        let mut all: Vec<_> = self.samples.iter().map(|sample| sample.cpu).collect();
+        all.sort_unstable();
+        all[all.len() / 2].as_secs_f64()
+    }
+
     fn rss(&self) -> u64 {
         self.samples.iter().map(|sample| sample.rss).max().unwrap_or_default()
     }
@@ -36,8 +42,8 @@ impl Table {
     pub(crate) fn add(&mut self, work: &Work, outcomes: Vec<Outcome<'_>>) {
         println!("\n{}", work.name);
         println!(
-            "  {:<15} {:>9} {:>9} {:>9} {:>5} {:>9} {:>11} {:>6}",
-            "", "min", "median", "max", "runs", "RSS", "calls/GiB", "syncs"
+            "  {:<15} {:>9} {:>9} {:>9} {:>5} {:>8} {:>9} {:>11} {:>6}",
+            "", "min", "median", "max", "runs", "CPU", "RSS", "calls/GiB", "syncs"
         );
         for outcome in &outcomes {
             print(work, outcome);
@@ -52,6 +58,8 @@ impl Table {
         let Some(ours) = ours else { return };
         let by_ours = |other: Option<&Outcome>| other.map(|other| other.median() / ours.median());
         let (ratio, by_peer) = (by_ours(theirs), by_ours(peer));
+        // Less than a few steps of the clock say nothing.
+        let of_cpu = theirs.filter(|_| ours.cpu() >= 0.05).map(|theirs| theirs.cpu() / ours.cpu());
         let by_floor = floor.map(|floor| ours.median() / floor.median());
         let verdict = match work.target {
             Some(Target::Qemu(least)) => verdict(ratio, least),
@@ -65,11 +73,12 @@ impl Table {
             })
         };
         self.lines.push(format!(
-            "| {} | {} | {} | {} | {} | {} | {verdict} |",
+            "| {} | {} | {} | {} | {} | {} | {} | {verdict} |",
             work.name,
             cell(theirs),
             cell(Some(ours)),
             number(ratio),
+            number(of_cpu),
             number(by_peer),
             number(by_floor),
         ));
@@ -77,8 +86,10 @@ impl Table {
 
     /// The lines as a table in Markdown.
     pub(crate) fn summary(&self) {
-        println!("\n| work | QEMU's tools | ours | QEMU / ours | best peer / ours | ours / floor | target |");
-        println!("|---|---|---|---|---|---|---|");
+        println!(
+            "\n| work | QEMU's tools | ours | QEMU / ours | the same of CPU time | best peer / ours | ours / floor | target |"
+        );
+        println!("|---|---|---|---|---|---|---|---|");
         for line in &self.lines {
             println!("{line}");
         }
@@ -95,12 +106,13 @@ fn print(work: &Work, outcome: &Outcome<'_>) {
         _ => ("-".to_owned(), "-".to_owned()),
     };
     println!(
-        "  {:<15} {:>9} {:>9} {:>9} {:>5} {:>5} MiB {:>11} {:>6}",
+        "  {:<15} {:>9} {:>9} {:>9} {:>5} {:>8} {:>5} MiB {:>11} {:>6}",
         outcome.side.name,
         time_of(0),
         time(outcome.median()),
         time_of(outcome.samples.len() - 1),
         outcome.samples.len(),
+        format!("{:.2} s", outcome.cpu()),
         outcome.rss().div_ceil(1024),
         calls,
         syncs

@@ -212,7 +212,7 @@ fn conversions(mib: u64) -> Vec<Work> {
 /// An odd number of blocks near the golden section of a disk whose blocks are a power of two: visits each once, far apart.
 fn scattering(size: u64, block: u64) -> u64 {
     // `qemu-img bench` takes a step below 2 GiB.
-    ((size.min(2 * GIB) as f64 * 0.618) as u64 / block | 1) * block
+    (((size.min(2 * GIB) as f64 * 0.618) as u64 / block) | 1) * block
 }
 
 fn requests(mib: u64) -> Vec<Work> {

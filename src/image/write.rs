@@ -197,7 +197,7 @@ impl State {
         let mut buf = vec![0; hull.1 - hull.0];
         let bits = self.geometry.subcluster_bits();
         let inside = |edge: usize| edge & ((1 << bits) - 1) != 0;
-        if touched.count_ones() == 1 && inside(span.0) && inside(span.1) {
+        if touched.is_power_of_two() && inside(span.0) && inside(span.1) {
             // Before it and behind it lies the same subcluster: one read across costs less than two.
             self.fill(&mut buf, start, hull.0, old, touched, backing)?;
         } else {

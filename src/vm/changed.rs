@@ -74,6 +74,7 @@ impl Changes {
         let whole = 0..self.to.virtual_size();
         let from = self.from.as_ref();
         let walks = Walks {
+            since_nothing: from.is_none(),
             size_before: from.map_or(0, |(chain, _)| chain.virtual_size()),
             size: whole.end,
             at: 0,
@@ -112,6 +113,8 @@ impl<'a> Walk<'a> {
 
 /// All that is looked at, in lockstep.
 struct Walks<'a> {
+    /// Whether there was nothing before: then what reads as zeroes is no change.
+    since_nothing: bool,
     size_before: u64,
     size: u64,
     at: u64,
@@ -137,7 +140,11 @@ impl Walks<'_> {
         let holds = |kind| !matches!(kind, None | Some(ExtentKind::Unallocated));
         let reads_zero = |kind| matches!(kind, Some(ExtentKind::Zero { .. }));
         let zero = reads_zero(to);
-        let changed = is_new || ((holds(to_own) || holds(from_own)) && !(zero && reads_zero(from)));
+        let changed = if self.since_nothing {
+            !zero
+        } else {
+            is_new || ((holds(to_own) || holds(from_own)) && !(zero && reads_zero(from)))
+        };
         let range = ChangedRange { offset: self.at, len: end - self.at, zero };
         self.at = end;
         Ok((range, changed))

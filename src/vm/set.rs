@@ -368,6 +368,12 @@ impl SnapshotSet {
         let plan = self.planned(&model, request, options)?;
         survey::check(&self.place, &plan)?;
         let running = self.executor.domain(&model.vm)?.running;
+        if let Request::Resize { volume, .. } = request
+            && !running
+        {
+            // Whoever has it open is met before the journal is begun.
+            drop(self.place.hold(model.volume(volume).map(|volume| &volume.active.file).into_iter())?);
+        }
         // Nobody may write to files while they are frozen.
         let replaced = plan.created().next().is_some() && !running;
         let active = model.volumes.iter().map(|volume| &volume.active.file).filter(|_| replaced);

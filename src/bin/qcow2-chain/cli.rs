@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 
 use crate::failure::{Failure, Outcome};
 use crate::output::emit;
-use crate::{chain, check, commit, compare, convert, create, dump, info, map, measure, pull, rebase, resize};
+use crate::{chain, check, commit, compare, convert, create, dump, info, map, measure, pull, rebase, resize, vm};
 
 /// qcow2 images and chains of overlays, without QEMU
 ///
@@ -38,6 +38,7 @@ enum Verb {
     Resize(resize::Args),
     Chain(chain::Args),
     Dump(dump::Args),
+    Vm(vm::Args),
 }
 
 /// Does what the command line says.
@@ -47,6 +48,13 @@ pub(crate) fn run(mut args: Vec<OsString>) -> Outcome {
         let size = args.last().is_some_and(|last| last.to_str().is_some_and(resize::is_shrinking_size));
         if size && !args.iter().any(|arg| arg == "--") {
             args.insert(args.len() - 1, "--".into());
+        }
+    }
+    if args.get(1).is_some_and(|verb| verb == "vm") && args.get(2).is_some_and(|verb| verb == "resize") {
+        let size = args.iter().position(|arg| arg.to_str().is_some_and(resize::is_shrinking_size));
+        if let Some(at) = size.filter(|_| !args.iter().any(|arg| arg == "--")) {
+            let size = args.remove(at);
+            args.extend(["--".into(), size]);
         }
     }
     let cli = match Cli::try_parse_from(args) {
@@ -67,6 +75,7 @@ pub(crate) fn run(mut args: Vec<OsString>) -> Outcome {
         Verb::Resize(args) => resize::run(&args),
         Verb::Chain(args) => chain::run(&args),
         Verb::Dump(args) => dump::run(&args),
+        Verb::Vm(args) => vm::run(&args),
     }
 }
 

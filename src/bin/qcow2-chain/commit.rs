@@ -128,7 +128,7 @@ fn direction(args: &Args, format: Format, base: usize) -> Result<Option<Directio
 
 /// The values of `--direction`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Way {
+pub(crate) enum Way {
     /// The base takes in what is above it.
     Commit,
     /// The image takes in what is beneath it.

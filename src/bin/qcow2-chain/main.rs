@@ -33,6 +33,7 @@ mod settings;
 mod size;
 mod snapshot;
 mod thin;
+mod vm;
 mod zone;
 
 use std::process::ExitCode;

@@ -44,7 +44,8 @@ impl MergeArgs {
         emit(&plan.to_string())
     }
 
-    fn wants_json(&self) -> bool {
+    /// Whether JSON is wanted.
+    pub(crate) fn wants_json(&self) -> bool {
         self.json || self.output == Form::Json
     }
 

@@ -46,14 +46,15 @@ pub(crate) fn is_shrinking_size(word: &str) -> bool {
 
 /// The size asked for.
 #[derive(Clone, Copy, Debug)]
-enum Target {
+pub(crate) enum Target {
     To(u64),
     Up(u64),
     Down(u64),
 }
 
 impl Target {
-    fn parse(text: &str) -> Result<Self, Failure> {
+    /// Reads `SIZE`, `+SIZE` or `-SIZE`.
+    pub(crate) fn parse(text: &str) -> Result<Self, Failure> {
         let (digits, make): (_, fn(u64) -> Self) = match text.split_at_checked(1) {
             Some(("+", digits)) => (digits, Self::Up),
             Some(("-", digits)) => (digits, Self::Down),
@@ -66,7 +67,8 @@ impl Target {
         })
     }
 
-    fn from(self, current: u64) -> Result<u64, Failure> {
+    /// The new size of what has this size now.
+    pub(crate) fn from(self, current: u64) -> Result<u64, Failure> {
         let size = match self {
             Self::To(size) => Some(size),
             Self::Up(more) => current.checked_add(more),

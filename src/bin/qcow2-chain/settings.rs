@@ -89,7 +89,7 @@ pub(crate) fn help(format: Format, options: &[String]) -> Option<String> {
 }
 
 /// The parts of `key=value,key=value`; a doubled comma stands for one.
-fn split(options: &str) -> Vec<(String, Option<String>)> {
+pub(crate) fn split(options: &str) -> Vec<(String, Option<String>)> {
     let mut parts = vec![String::new()];
     let mut chars = options.chars().peekable();
     while let Some(c) = chars.next() {

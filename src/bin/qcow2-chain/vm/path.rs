@@ -1,0 +1,32 @@
+//! `vm path`: where a volume's file is.
+
+use std::path::PathBuf;
+
+use qcow2_chain::vm::SnapshotSet;
+
+use super::telling::explain;
+use crate::failure::Outcome;
+use crate::output::emit;
+
+/// Print the path of the file that the VM writes for a volume, or of a snapshot's file
+#[derive(clap::Args, Debug)]
+pub(crate) struct Args {
+    /// The VM's catalogue
+    catalogue: PathBuf,
+    /// The volume
+    volume: String,
+    /// The file of this snapshot
+    #[arg(long, value_name = "NAME")]
+    snapshot: Option<String>,
+}
+
+/// Does it.
+pub(crate) fn run(args: &Args) -> Outcome {
+    let set = SnapshotSet::load(&args.catalogue).map_err(explain)?;
+    let path = match &args.snapshot {
+        Some(snapshot) => set.snapshot_path(snapshot, &args.volume),
+        None => set.active_path(&args.volume),
+    };
+    emit(&format!("{}\n", path.map_err(explain)?.display()))?;
+    Ok(0)
+}

@@ -1,0 +1,38 @@
+//! `vm resize`: a volume gets another size. Its snapshots keep theirs.
+
+use std::path::PathBuf;
+
+use qcow2_chain::vm::{Refusal, SnapshotSet};
+
+use super::telling::{TellArgs, explain};
+use crate::failure::Outcome;
+use crate::resize::Target;
+
+/// Change the size of a volume; its snapshots keep the size that they have
+#[derive(clap::Args, Debug)]
+pub(crate) struct Args {
+    /// The VM's catalogue
+    catalogue: PathBuf,
+    /// The volume
+    volume: String,
+    /// The new size, or +SIZE or -SIZE to grow or shrink by (suffixes k M G T P E, powers of 1024)
+    #[arg(value_name = "[+-]SIZE")]
+    size: String,
+    /// Allow the volume to become smaller: what lies behind the new end is lost
+    #[arg(long)]
+    shrink: bool,
+    #[command(flatten)]
+    tell: TellArgs,
+}
+
+/// Does it.
+pub(crate) fn run(args: &Args) -> Outcome {
+    let target = Target::parse(&args.size)?;
+    let set = SnapshotSet::load(&args.catalogue).map_err(explain)?;
+    let listing = set.list(false).map_err(explain)?;
+    let volume = listing.volumes.iter().find(|volume| volume.name == args.volume);
+    let unknown = || explain(Refusal::UnknownVolume { name: args.volume.clone() }.into());
+    let size = target.from(volume.ok_or_else(unknown)?.virtual_size)?;
+    let report = set.resize(&args.volume, size, args.shrink).map_err(explain)?;
+    args.tell.tell("Volume resized.", &report)
+}

@@ -1,0 +1,153 @@
+//! Names in memory that count what passes the images: calls, and bytes read and written. The catalogue, the journal and the
+//! lock (`*.json*`) are counted by themselves.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use qcow2_chain::storage::{Access, MemoryNames, Names, Resolved, Result, Storage};
+
+/// What passed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Work {
+    pub calls: u64,
+    pub bytes: u64,
+}
+
+/// What passed the images, and what passed the catalogue and the files beside it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Passed {
+    pub images: Work,
+    pub records: Work,
+}
+
+/// Names that count.
+#[derive(Debug, Default)]
+pub struct CountedNames {
+    inner: MemoryNames,
+    passed: Arc<Mutex<Passed>>,
+}
+
+impl CountedNames {
+    /// What passed since this was asked last.
+    pub fn take(&self) -> Passed {
+        std::mem::take(&mut self.passed.lock().unwrap())
+    }
+
+    fn count(&self, path: &Path) {
+        note(&self.passed, is_record(&path.to_string_lossy()), 0);
+    }
+
+    fn counted(&self, path: &Path, inner: Arc<dyn Storage>) -> Arc<dyn Storage> {
+        let record = is_record(&path.to_string_lossy());
+        Arc::new(Counted { inner, record, passed: Arc::clone(&self.passed) })
+    }
+}
+
+fn is_record(path: &str) -> bool {
+    path.contains(".json")
+}
+
+fn note(passed: &Mutex<Passed>, record: bool, bytes: usize) {
+    let mut passed = passed.lock().unwrap();
+    let work = if record { &mut passed.records } else { &mut passed.images };
+    work.calls += 1;
+    work.bytes += bytes as u64;
+}
+
+impl Names for CountedNames {
+    fn open(&self, path: &Path, access: &Access) -> Result<Arc<dyn Storage>> {
+        self.count(path);
+        Ok(self.counted(path, self.inner.open(path, access)?))
+    }
+    fn create_new(&self, path: &Path) -> Result<Arc<dyn Storage>> {
+        self.count(path);
+        Ok(self.counted(path, self.inner.create_new(path)?))
+    }
+    fn rename(&self, from: &Path, to: &Path) -> Result<()> {
+        self.count(to);
+        self.inner.rename(from, to)
+    }
+    fn link(&self, from: &Path, to: &Path) -> Result<()> {
+        self.count(to);
+        self.inner.link(from, to)
+    }
+    fn unlink(&self, path: &Path) -> Result<()> {
+        self.count(path);
+        self.inner.unlink(path)
+    }
+    fn sync_dir(&self, directory: &Path) -> Result<()> {
+        self.count(directory);
+        self.inner.sync_dir(directory)
+    }
+    fn list(&self, directory: &Path) -> Result<Vec<PathBuf>> {
+        self.count(directory);
+        self.inner.list(directory)
+    }
+    fn exists(&self, path: &Path) -> Result<bool> {
+        self.count(path);
+        self.inner.exists(path)
+    }
+    fn resolve(&self, path: &Path) -> Result<Resolved> {
+        self.count(path);
+        self.inner.resolve(path)
+    }
+}
+
+#[derive(Debug)]
+struct Counted {
+    inner: Arc<dyn Storage>,
+    record: bool,
+    passed: Arc<Mutex<Passed>>,
+}
+
+impl Counted {
+    fn note(&self, bytes: usize) {
+        note(&self.passed, self.record, bytes);
+    }
+}
+
+impl Storage for Counted {
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.note(buf.len());
+        self.inner.read_at(buf, offset)
+    }
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.note(buf.len());
+        self.inner.write_at(buf, offset)
+    }
+    fn len(&self) -> Result<u64> {
+        self.note(0);
+        self.inner.len()
+    }
+    fn set_len(&self, len: u64) -> Result<()> {
+        self.note(0);
+        self.inner.set_len(len)
+    }
+    fn sync(&self) -> Result<()> {
+        self.note(0);
+        self.inner.sync()
+    }
+    fn zero_range(&self, range: Range<u64>) -> Result<()> {
+        self.note(0);
+        self.inner.zero_range(range)
+    }
+    fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {
+        self.note(0);
+        self.inner.next_data(offset)
+    }
+    fn allocated_len(&self) -> Result<Option<u64>> {
+        self.note(0);
+        self.inner.allocated_len()
+    }
+    fn free_space(&self) -> Result<Option<u64>> {
+        self.note(0);
+        self.inner.free_space()
+    }
+    fn file_id(&self) -> Option<qcow2_chain::storage::FileId> {
+        self.inner.file_id()
+    }
+}

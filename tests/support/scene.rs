@@ -1,0 +1,178 @@
+//! Scenarios in the words of the acceptance table: steps like `create s1`, states like `s1(R*)=f0; f1<-f0`.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use qcow2_chain::storage::HostNames;
+use qcow2_chain::vm::{Report, SnapshotOptions, State, Volume};
+
+use super::judge::Judge;
+use super::lab::{Lab, LabShape};
+use super::qemu::Qemu;
+use super::ram;
+use super::rng::{Rng, seed};
+
+/// One step: the row of the table that it belongs to, what is done, and what there is then.
+pub type Step = (&'static str, &'static str, &'static str);
+
+/// A VM on files of the system.
+pub struct Scene {
+    pub lab: Lab,
+    pub judge: Judge,
+    rng: Rng,
+    /// The paths of each volume's files in order of creation: f0, f1, ...
+    files: BTreeMap<String, Vec<String>>,
+    _dir: tempfile::TempDir,
+}
+
+/// With one volume and with three, standard and extended L2 entries, raw first files among them.
+pub const SHAPES: [LabShape; 4] = [
+    LabShape { volumes: 1, size: 96 << 10, cluster_bits: 12, extended_l2: false, raw: false },
+    LabShape { volumes: 1, size: 96 << 10, cluster_bits: 14, extended_l2: true, raw: true },
+    LabShape { volumes: 3, size: 48 << 10, cluster_bits: 9, extended_l2: false, raw: true },
+    LabShape { volumes: 3, size: 96 << 10, cluster_bits: 14, extended_l2: true, raw: false },
+];
+
+/// Runs a scenario on VMs of all shapes.
+pub fn on_all_shapes(scenario: impl Fn(&mut Scene)) {
+    let Some(qemu) = Qemu::find() else { return };
+    for shape in SHAPES {
+        let mut scene = Scene::new(qemu, shape);
+        scenario(&mut scene);
+        scene.end();
+    }
+}
+
+/// Runs a script up to the end of a row. The steps before it only have to lead there: they are judged in their own row's test.
+pub fn row(script: &[Step], row: &str) {
+    assert!(script.iter().any(|step| step.0 == row), "no row {row}");
+    on_all_shapes(|scene| {
+        let last = script.iter().rposition(|step| step.0 == row).unwrap();
+        for &(of, what, state) in &script[..=last] {
+            scene.act(what);
+            assert_eq!(scene.states(), vec![state; scene.files.len()], "{of}: {what}");
+            if of == row {
+                scene.verify(what);
+            }
+        }
+    });
+}
+
+impl Scene {
+    pub fn new(qemu: Qemu, shape: LabShape) -> Self {
+        let dir = ram::dir();
+        let mut rng = Rng::new(seed());
+        let lab = Lab::new(Arc::new(HostNames), dir.path(), shape, &mut rng);
+        let mut scene = Self { lab, judge: Judge::new(qemu), rng, files: BTreeMap::new(), _dir: dir };
+        scene.number_files();
+        scene
+    }
+
+    pub fn dir(&self) -> &Path {
+        self._dir.path()
+    }
+
+    pub fn volumes(&self) -> Vec<String> {
+        self.lab.now.keys().cloned().collect()
+    }
+
+    /// The guest writes to all volumes, then something is done.
+    pub fn act(&mut self, what: &str) -> Report {
+        self.lab.write_all(&mut self.rng);
+        let words: Vec<&str> = what.split(' ').collect();
+        let set = &self.lab.set;
+        let report = match words[..] {
+            ["create", name] => set.create(name, &SnapshotOptions::default()),
+            ["create", name, "quiesced"] => set.create(name, &SnapshotOptions::default().with_quiesce(true)),
+            ["revert", name] => set.revert(name, &Default::default(), &()),
+            ["delete", name] => set.delete(name, &Default::default(), &()),
+            ["resize", volume, kib] => set.resize(volume, kib.parse::<u64>().unwrap() << 10, true),
+            _ => panic!("no such step: {what}"),
+        };
+        let report = report.unwrap_or_else(|error| panic!("{what}: {error}"));
+        self.note(&words);
+        self.number_files();
+        report
+    }
+
+    /// What is expected from now on.
+    fn note(&mut self, words: &[&str]) {
+        let name = words[1].to_owned();
+        match words[0] {
+            "create" => drop(self.lab.taken.insert(name, self.lab.now.clone())),
+            "revert" => self.lab.now.clone_from(&self.lab.taken[&name]),
+            "delete" => drop(self.lab.taken.remove(&name)),
+            _ => {
+                let kib: usize = words[2].parse().unwrap();
+                self.lab.now.get_mut(&name).expect("a volume").resize(kib << 10, 0);
+            }
+        }
+    }
+
+    fn number_files(&mut self) {
+        for volume in self.lab.model().volumes {
+            let files = self.files.entry(volume.name).or_default();
+            if !files.contains(&volume.active.file.path) {
+                files.push(volume.active.file.path);
+            }
+        }
+    }
+
+    /// Does something, and holds everything against what must be then, the same on all volumes.
+    pub fn step(&mut self, what: &str, state: &str) -> Report {
+        let report = self.act(what);
+        assert_eq!(self.states(), vec![state; self.files.len()], "{what}");
+        self.verify(what);
+        report
+    }
+
+    /// Contents, records, headers and directory by this crate, and files by QEMU.
+    pub fn verify(&mut self, what: &str) {
+        self.lab.check().unwrap_or_else(|wrong| panic!("{what}: {wrong}"));
+        self.judge.judge(&self.lab.set);
+    }
+
+    /// At the end of a scenario QEMU reads the volumes.
+    pub fn end(&self) {
+        for (volume, content) in &self.lab.now {
+            self.judge.assert_content(&self.lab.set, volume, content);
+        }
+    }
+
+    /// The state of each volume in the words of the table.
+    pub fn states(&self) -> Vec<String> {
+        let model = self.lab.model();
+        model.volumes.iter().map(|volume| self.state(volume)).collect()
+    }
+
+    fn state(&self, volume: &Volume) -> String {
+        let model = self.lab.model();
+        let number = |path: &str| {
+            let known = self.files[&volume.name].iter().position(|known| known == path);
+            known.map_or_else(|| path.to_owned(), |number| format!("f{number}"))
+        };
+        let chain = |own: &str, below: Vec<qcow2_chain::vm::FileRef>| match below.first() {
+            Some(below) => format!("{}<-{}", number(own), number(&below.path)),
+            None => number(own),
+        };
+        let mut text = String::new();
+        for snapshot in model.snapshots.values() {
+            let state = match snapshot.state {
+                State::Ready => "R",
+                State::Hidden => "H",
+                State::Merging => "M",
+            };
+            let current = if model.current == Some(snapshot.id) { "*" } else { "" };
+            let file = snapshot
+                .files
+                .get(&volume.name)
+                .map_or_else(String::new, |record| chain(&record.file.path, model.files_from(snapshot.parent, volume)));
+            let comma = if text.is_empty() { "" } else { ", " };
+            let _ = write!(text, "{comma}{}({state}{current})={file}", snapshot.name);
+        }
+        let active = chain(&volume.active.file.path, model.files_from(model.current, volume));
+        if text.is_empty() { active } else { format!("{text}; {active}") }
+    }
+}
