@@ -286,6 +286,32 @@ fn every_refusal_changes_nothing() {
     assert!(create("s3").is_ok());
 }
 
+/// Noticed before anything is begun: a snapshot that cannot be merged does not become one that must be.
+#[test]
+#[cfg(unix)]
+fn a_read_only_file_is_no_target_of_a_merge() {
+    use std::os::unix::fs::PermissionsExt;
+    let directory = tempfile::tempdir().unwrap();
+    let mut rng = Rng::new(seed());
+    let mut lab = on_disk(directory.path(), &mut rng);
+    lab.write_all(&mut rng);
+    lab.create("s1");
+    let model = lab.model();
+    let base = lab.set.snapshot_path("s1", "vdb").unwrap();
+    let mode = |mode| std::fs::set_permissions(&base, std::fs::Permissions::from_mode(mode)).unwrap();
+    mode(0o444);
+    let commit = MergeOptions::default().with_direction(qcow2_chain::merge::Direction::Commit);
+    match lab.set.delete("s1", &commit, &()) {
+        Err(Error::Refused(Refusal::ReadOnly { path })) => assert_eq!(path, base.display().to_string()),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(lab.model(), model);
+    assert!(lab.set.pending().unwrap().is_none());
+    mode(0o644);
+    lab.delete("s1");
+    lab.check().unwrap();
+}
+
 /// Stops after so many steps.
 struct StopAfter(AtomicU64);
 

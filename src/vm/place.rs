@@ -193,6 +193,27 @@ impl Place {
         Ok(Facts { virtual_size: layer.node.virtual_size(), bytes_on_disk, shape })
     }
 
+    /// Refuses a file that is not to be written, before an operation that would write it is begun: the one that nobody may
+    /// write, by its mode, counts also for a program that could.
+    pub(super) fn check_writable(&self, file: &FileRef) -> Result<()> {
+        let refused = || Refusal::ReadOnly { path: self.path(&file.path).display().to_string() };
+        let storage = match self.storage(&file.path, &Access::write().with_lock(LockMode::None)) {
+            Ok(storage) => storage,
+            Err(super::Error::Storage(storage::Error::Io { source, .. }))
+                if source.kind() == std::io::ErrorKind::PermissionDenied
+                    || source.kind() == std::io::ErrorKind::ReadOnlyFilesystem =>
+            {
+                return Err(refused().into());
+            }
+            Err(error) => return Err(error),
+        };
+        let mode = storage.as_file().and_then(|file| file.metadata().ok()).map(|metadata| metadata.permissions());
+        if storage.is_read_only() || mode.is_some_and(|mode| mode.readonly()) {
+            return Err(refused().into());
+        }
+        Ok(())
+    }
+
     /// Keeps everybody else from using files until what is returned is dropped.
     pub(super) fn hold<'a>(&self, files: impl Iterator<Item = &'a FileRef>) -> Result<Vec<Arc<dyn Storage>>> {
         files.map(|file| self.storage(&file.path, &Access::read().with_lock(LockMode::Write))).collect()

@@ -117,6 +117,12 @@ pub enum Refusal {
         /// The size asked for, in bytes.
         new: u64,
     },
+    /// The file's mode or its file system does not allow writing: it is no target of a merge.
+    #[error("{path} is read-only, and the operation would write it")]
+    ReadOnly {
+        /// Its path.
+        path: String,
+    },
     /// The file belongs to others too.
     #[error("{path} is protected: it is neither written nor removed")]
     Protected {

@@ -64,6 +64,7 @@ pub(super) fn check(place: &Place, plan: &Plan) -> Result<()> {
     for (volume, step) in plan.merges() {
         let written = if step.direction == Direction::Pull { &step.top } else { &step.base };
         let held = place.hold([&step.top, written].into_iter().take(1 + usize::from(written != &step.top)))?;
+        place.check_writable(written)?;
         let Some(cost) = plan.costs.get(volume) else { continue };
         let Some(free) = cost.space_free else { continue };
         let device = held.last().and_then(|storage| storage.file_id()).map(|id| id.device);
