@@ -1,7 +1,7 @@
 //! Calls to the storage and to its names that fail, one after the other: the operation says so, nothing is lost, and the
 //! next run on a healthy storage completes it.
 
-use crate::protocols::{Convert, Create, HeaderChange, Merging, Rebase, Repair, Resize, Writer};
+use crate::protocols::{Convert, Create, HeaderChange, Merging, Rebase, Remove, Repair, Resize, Writer};
 use crate::support::protocol::break_all;
 
 // The floors are what the ordinary run reached when it was last changed, less a tenth: it may not quietly reach less.
@@ -39,6 +39,11 @@ fn a_conversion_survives_every_fault() {
 #[test]
 fn a_merge_survives_every_fault() {
     assert!(break_all("broken merges", 4, Merging::random) > 390);
+}
+
+#[test]
+fn a_commit_that_removes_survives_every_fault() {
+    assert!(break_all("broken commits that remove", 2, Remove::random) > 100);
 }
 
 #[test]
