@@ -107,7 +107,7 @@ fn foreign_headers_are_what_qemu_says_and_come_back_as_they_were() {
         accepted += 1;
         let over = cluster.encode_over(&bytes).expect("what decodes encodes");
         assert!(over.starts_with(&bytes[..bytes.len().min(1 << cluster.header.cluster_bits.get())]), "{name}");
-        assert_eq!(HeaderCluster::changed_sectors(&bytes, &over), Vec::new(), "{name}");
+        assert!(HeaderCluster::changed_sectors(&bytes, &over).is_empty(), "{name}");
         if let Some(qemu) = qemu {
             let info = info(qemu, &path);
             assert_eq!(info.code, 0, "{name} of {}: {}", image.origin, info.stderr);

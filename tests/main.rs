@@ -30,15 +30,18 @@ mod kill_vm;
 mod layering;
 mod locks;
 mod merge;
+mod model;
 mod plan;
 #[cfg(feature = "cli")]
 mod program_merges;
+mod protocols;
 mod qemu;
 mod rebase;
 mod review;
 #[cfg(all(feature = "vm", unix))]
 mod scenarios;
 mod sparse;
+mod stress;
 mod support;
 mod tables;
 mod threads;

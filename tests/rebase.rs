@@ -4,60 +4,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use qcow2_chain::chain::{Chain, Layer, Node};
-use qcow2_chain::format::{ClusterBits, Extension, GuestOffset, HeaderCluster, Limits, Version};
-use qcow2_chain::image::{Backing as _, CheckOptions, CreateOptions, Image, OpenOptions, RawImage, check};
+use qcow2_chain::format::{ClusterBits, GuestOffset, HeaderCluster, Limits};
+use qcow2_chain::image::{CheckOptions, CreateOptions, Image, OpenOptions, RawImage, check};
 use qcow2_chain::merge::{Error, Onto, Phase, Progress, RebaseOptions, Step, rebase, rebase_unsafe};
 use qcow2_chain::storage::crash::{CrashState, Recorder};
 use qcow2_chain::storage::{MemoryStorage, Storage};
 
+use crate::support::images::{backing_of, random_backing, random_header, random_image, try_shown};
 use crate::support::layers::{copy_of, format_of, layer, layers, name_of, open};
-use crate::support::ours::Bytes;
 use crate::support::qemu::Qemu;
 use crate::support::recipe::Shape;
 use crate::support::rng::{Rng, cases, trace};
-
-/// A backing file's name and format.
-type Backing = Option<(Vec<u8>, Option<Vec<u8>>)>;
-
-fn random_backing(rng: &mut Rng) -> Backing {
-    if rng.chance(1, 6) {
-        return None;
-    }
-    let longest = rng.pick(&[8, 60, 400, 1023]);
-    let len = usize::try_from(rng.within(1..longest + 1)).unwrap();
-    let letter = rng.pattern();
-    Some((
-        vec![letter; len],
-        rng.pick(&[None, Some(b"raw".to_vec()), Some(b"qcow2".to_vec()), Some(b"long-format".to_vec())]),
-    ))
-}
-
-/// An image with a random header: version, cluster size, backing file, further extensions.
-fn random_header(rng: &mut Rng) -> Option<(Vec<u8>, Backing)> {
-    let version = rng.pick(&[Version::V2, Version::V3, Version::V3]);
-    let bits = rng.pick(&[9, 10, 11, 12, 13, 16]);
-    let storage = Arc::new(MemoryStorage::new("new"));
-    let options = CreateOptions::new(1 << 20).with_version(version).with_cluster_bits(ClusterBits::new(bits).unwrap());
-    Image::create(storage.clone(), &options).unwrap().close().unwrap();
-    let mut bytes = storage.to_vec();
-    let mut header = HeaderCluster::decode(&bytes, bytes.len() as u64, &Limits::default()).unwrap();
-    for number in 0..rng.within(0..4) {
-        let len = usize::try_from(rng.within(0..200)).unwrap();
-        let data = rng.bytes(len);
-        header.set_extension(Extension::Unknown { kind: 0x7000_0000 + u32::try_from(number).unwrap(), data });
-    }
-    let backing = random_backing(rng);
-    if let Some((name, format)) = &backing {
-        header.set_backing(Some(name), format.as_deref());
-    }
-    let encoded = header.encode_over(&bytes[..1 << bits]).ok()?;
-    bytes[..encoded.len()].copy_from_slice(&encoded);
-    Some((bytes, backing))
-}
-
-fn backing_of(header: &HeaderCluster) -> Backing {
-    header.backing_file.clone().map(|name| (name, header.backing_format().map(<[u8]>::to_vec)))
-}
 
 /// Whether one sector is all that differs.
 fn is_one_sector(a: &[u8], b: &[u8]) -> bool {
@@ -235,48 +192,10 @@ fn rebase_onto_a_copy_writes_only_what_differs() {
     });
 }
 
-/// An image in memory with random content; what it shows is returned too.
-fn memory_image(rng: &mut Rng, size: u64, over: Option<(&str, &[u8])>) -> (Vec<u8>, Vec<u8>) {
-    let version = if rng.chance(1, 4) { Version::V2 } else { Version::V3 };
-    let extended = version == Version::V3 && rng.chance(1, 4);
-    let bits = if extended { 14 } else { rng.pick(&[9, 10, 12]) };
-    let mut options = CreateOptions::new(size)
-        .with_version(version)
-        .with_cluster_bits(ClusterBits::new(bits).unwrap())
-        .with_extended_l2(extended);
-    let mut model = over.map_or(Vec::new(), |(_, below)| below.to_vec());
-    model.resize(usize::try_from(size).unwrap(), 0);
-    let below = Bytes(model.clone());
-    options.backing = over.map(|(name, _)| (name.as_bytes().to_vec(), b"qcow2".to_vec()));
-    let storage = Arc::new(MemoryStorage::new("new"));
-    let image = Image::create(storage.clone(), &options).unwrap();
-    for _ in 0..rng.within(0..6) {
-        let range = rng.range(size, 512);
-        let (at, len) = (GuestOffset::new(range.start), range.end - range.start);
-        let byte = if rng.chance(1, 4) { 0 } else { rng.within(1..4).try_into().unwrap() };
-        if byte == 0 {
-            image.write_zeroes_at_over(at, len, &below).unwrap();
-        } else {
-            image.write_at_over(&vec![byte; usize::try_from(len).unwrap()], at, &below).unwrap();
-        }
-        model[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()].fill(byte);
-    }
-    image.close().unwrap();
-    (storage.to_vec(), model)
-}
-
 fn memory_layer(name: &str, bytes: Vec<u8>) -> Layer {
     let storage = Arc::new(MemoryStorage::with_bytes(name, bytes));
     let node = Node::Qcow2(Image::open(storage, &OpenOptions::default()).unwrap());
     Layer { node, path: PathBuf::from(name) }
-}
-
-/// What an image shows over the given bytes, if it can be read.
-fn try_shown(image: &Image, below: &[u8]) -> Option<Vec<u8>> {
-    let mut content = vec![0; usize::try_from(image.virtual_size()).unwrap()];
-    Bytes(below.to_vec()).read_at(&mut content, GuestOffset::ZERO).unwrap();
-    image.read_present(&mut content, GuestOffset::ZERO, &mut Vec::new()).ok()?;
-    Some(content)
 }
 
 #[test]
@@ -285,12 +204,12 @@ fn every_crash_of_a_rebase_leaves_a_disk_that_reads_as_before() {
     let count = |counter: &std::sync::atomic::AtomicUsize| counter.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     cases("crashed rebases", 300, |rng| {
         let sizes: [u64; 4] = std::array::from_fn(|_| rng.within(8..96) * 512);
-        let (base, base_model) = memory_image(rng, sizes[0], None);
-        let (middle, middle_model) = memory_image(rng, sizes[1], Some(("base", &base_model)));
-        let (other, other_model) = memory_image(rng, sizes[2], None);
+        let (base, base_model) = random_image(rng, sizes[0], None);
+        let (middle, middle_model) = random_image(rng, sizes[1], Some(("base", &base_model)));
+        let (other, other_model) = random_image(rng, sizes[2], None);
         let alone = rng.chance(1, 5);
         let over = (!alone).then_some(("middle", &middle_model[..]));
-        let (top, model) = memory_image(rng, sizes[3], over);
+        let (top, model) = random_image(rng, sizes[3], over);
         let recorder = Recorder::new();
         let storage = Arc::new(recorder.storage("top", top));
         let image = Image::open(storage, &OpenOptions::default().with_write(true)).unwrap();
@@ -346,8 +265,8 @@ fn a_rebase_without_its_barriers_is_found() {
     let fails_without = |number: usize| {
         (0..20).any(|seed| {
             let mut rng = Rng::new(0x5eba + seed);
-            let (base, base_model) = memory_image(&mut rng, 20 << 10, None);
-            let (top, model) = memory_image(&mut rng, 20 << 10, Some(("base", &base_model)));
+            let (base, base_model) = random_image(&mut rng, 20 << 10, None);
+            let (top, model) = random_image(&mut rng, 20 << 10, Some(("base", &base_model)));
             let recorder = Recorder::without_sync(number);
             let storage = Arc::new(recorder.storage("top", top));
             let image = Image::open(storage, &OpenOptions::default().with_write(true)).unwrap();
@@ -448,9 +367,9 @@ fn a_rebase_stopped_while_dropping_stands_on_its_new_backing_file() {
     }
     cases("rebases stopped late", 30, |rng| {
         let size = rng.within(8..96) * 512;
-        let (base, base_model) = memory_image(rng, size, None);
-        let (other, other_model) = memory_image(rng, size, None);
-        let (top, model) = memory_image(rng, size, Some(("base", &base_model)));
+        let (base, base_model) = random_image(rng, size, None);
+        let (other, other_model) = random_image(rng, size, None);
+        let (top, model) = random_image(rng, size, Some(("base", &base_model)));
         let storage = Arc::new(MemoryStorage::with_bytes("top", top));
         let image = Image::open(storage.clone(), &OpenOptions::default().with_write(true)).unwrap();
         let top = Layer { node: Node::Qcow2(image), path: PathBuf::from("top") };
@@ -478,10 +397,10 @@ fn a_rebase_stopped_while_dropping_stands_on_its_new_backing_file() {
 #[test]
 fn what_cannot_be_rebased_is_refused() {
     let mut rng = Rng::new(1);
-    let (base, _) = memory_image(&mut rng, 8192, None);
+    let (base, _) = random_image(&mut rng, 8192, None);
     let chain = |writable: bool| {
         let mut rng = Rng::new(2);
-        let (top, _) = memory_image(&mut rng, 8192, Some(("base", &[])));
+        let (top, _) = random_image(&mut rng, 8192, Some(("base", &[])));
         let storage = Arc::new(MemoryStorage::with_bytes("top", top));
         let image = Image::open(storage, &OpenOptions::default().with_write(writable)).unwrap();
         let top = Layer { node: Node::Qcow2(image), path: PathBuf::from("top") };

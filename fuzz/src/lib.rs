@@ -8,6 +8,10 @@ use qcow2_chain::format::{ClusterBits, CompressionType, GuestOffset, Limits, Ref
 use qcow2_chain::image::{CreateOptions, Image};
 use qcow2_chain::storage::MemoryStorage;
 
+mod watched;
+
+pub use watched::WatchedNames;
+
 /// The memory that an image may ask for is far below what the fuzzer allows, so that an unchecked allocation is seen.
 pub fn limits() -> Limits {
     let mut limits = Limits::default();
@@ -88,7 +92,7 @@ impl<'a> Arbitrary<'a> for Hostile {
             options.compression_type = if u.arbitrary()? { CompressionType::Zstd } else { CompressionType::Deflate };
         }
         if u.ratio(1, 4)? {
-            options.backing = Some((b"base.raw".to_vec(), b"raw".to_vec()));
+            options = options.with_backing("base.raw", "raw");
         }
         let few = |count: usize| count % 9;
         let steps = (0..few(u.arbitrary()?)).map(|_| u.arbitrary()).collect::<Result<_>>()?;
@@ -99,11 +103,26 @@ impl<'a> Arbitrary<'a> for Hostile {
 }
 
 impl Hostile {
+    /// The same image over another backing file, or over none.
+    pub fn over(mut self, backing: Option<(Vec<u8>, Vec<u8>)>) -> Self {
+        self.options.backing = backing;
+        self
+    }
+
     /// The bytes of the image.
     ///
     /// # Panics
     /// Where the library cannot make the image before anything hostile happened to it.
     pub fn bytes(&self) -> Vec<u8> {
+        let sound = self.sound();
+        self.damage(sound)
+    }
+
+    /// The bytes of the image before anything hostile happens to it.
+    ///
+    /// # Panics
+    /// Where the library cannot make it.
+    pub fn sound(&self) -> Vec<u8> {
         let storage = Arc::new(MemoryStorage::new("hostile"));
         let image = Image::create(storage.clone(), &self.options).expect("a valid image is created");
         for step in &self.steps {
@@ -111,7 +130,11 @@ impl Hostile {
             let _ = step.apply(&image);
         }
         image.close().expect("a valid image is closed");
-        let mut bytes = storage.to_vec();
+        storage.to_vec()
+    }
+
+    /// What becomes of an image of this shape.
+    pub fn damage(&self, mut bytes: Vec<u8>) -> Vec<u8> {
         for mutation in &self.mutations {
             mutation.apply(&mut bytes, 1 << self.options.cluster_bits.get());
         }

@@ -159,6 +159,11 @@ impl<T: Table> Cache<T> {
         self.dirty * 2 > self.capacity
     }
 
+    /// How many tables the file does not have as they are here.
+    pub(super) fn dirty_count(&self) -> usize {
+        self.dirty
+    }
+
     /// Whether anything must be written.
     pub(super) fn is_dirty(&self) -> bool {
         self.dirty > 0

@@ -9,8 +9,11 @@ use crate::format::{
 };
 use crate::storage::{self, Storage, zero_range};
 
-use super::{Error, Result};
+use super::{Error, Result, as_len};
 use layout::Layout;
+
+/// What a disk writes at once. A header's magic and all that it points at lie in the first one.
+const SECTOR: u64 = 512;
 
 /// What to allocate before anything is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -146,7 +149,8 @@ impl CreateOptions {
 
 /// Writes a new image to an empty storage, durable on return.
 ///
-/// The header is written last, behind a barrier: what a crash leaves before is no image.
+/// The header's first sector is written last, behind a barrier: what a crash leaves before is no image. The name of a
+/// backing file may lie behind that sector.
 pub(super) fn lay_out(storage: &dyn Storage, options: &CreateOptions) -> Result<()> {
     let layout = Layout::plan(storage.name(), options)?;
     let header = header_cluster(&layout, options).encode().map_err(|error| Error::format(storage.name(), error))?;
@@ -156,9 +160,11 @@ pub(super) fn lay_out(storage: &dyn Storage, options: &CreateOptions) -> Result<
     write_l1_table(storage, &layout)?;
     write_l2_tables(storage, &layout)?;
     prepare_data(storage, &layout, options.preallocation)?;
-    storage.sync()?; // barrier: all that the header names
-    storage.write_at(&header, 0)?;
-    storage.sync()?;
+    let (first, rest) = header.split_at(header.len().min(as_len(SECTOR)));
+    storage.write_at(rest, SECTOR)?;
+    storage.sync()?; // barrier: all that the header names, and what of it lies behind the first sector
+    storage.write_at(first, 0)?;
+    storage.sync()?; // not an order, a promise: the image is there
     Ok(())
 }
 
@@ -198,11 +204,10 @@ fn make_room(storage: &dyn Storage, layout: &Layout) -> Result<()> {
     if len < need {
         return Err(storage::Error::NoSpace { name: storage.name().to_owned(), need }.into());
     }
-    // An image that was here before must be gone before its tables are overwritten. What is new and not written must
-    // read as zeroes: the L1 table, and preallocated data, which the guest would see.
-    zero_range(storage, 0..layout.geometry.cluster_size())?;
-    storage.sync()?;
-    zero_range(storage, layout.geometry.cluster_size()..need)?;
+    // What is new and not written must read as zeroes: the L1 table, and preallocated data, which the guest would see.
+    zero_range(storage, 0..SECTOR)?;
+    storage.sync()?; // barrier: an image that was here before is gone before its tables are
+    zero_range(storage, SECTOR..need)?;
     Ok(())
 }
 

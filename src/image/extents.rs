@@ -6,6 +6,7 @@ use std::ops::Range;
 use crate::format::{Geometry, GuestOffset, HostOffset, L2Entry, L2Table, NormalCluster};
 
 use super::state::State;
+use super::table_count::TableCount;
 use super::{Image, Result};
 
 /// A run of guest addresses that are all of one kind.
@@ -172,18 +173,28 @@ pub struct Extents<'a> {
     position: GuestOffset,
     end: u64,
     fetched: VecDeque<Extent>,
+    tables: TableCount,
 }
 
 impl<'a> Extents<'a> {
     pub(super) fn new(image: &'a Image, range: Range<u64>) -> Self {
         let end = range.end.min(image.virtual_size());
-        Self { image, position: GuestOffset::new(range.start), end, fetched: VecDeque::new() }
+        Self {
+            image,
+            position: GuestOffset::new(range.start),
+            end,
+            fetched: VecDeque::new(),
+            tables: TableCount::default(),
+        }
     }
 
     /// Fetches until the first extent is known to be whole.
     fn fetch(&mut self) -> Result<()> {
         while self.fetched.len() < 2 && self.position.get() < self.end {
-            self.position = self.image.shared(|state| state.batch(self.position, self.end, &mut self.fetched))?;
+            self.position = self.image.shared(|state| {
+                self.tables.enter(state, self.position)?;
+                state.batch(self.position, self.end, &mut self.fetched)
+            })?;
         }
         Ok(())
     }

@@ -20,6 +20,7 @@ mod read;
 mod refcounts;
 mod resize;
 mod state;
+mod table_count;
 mod tables;
 mod write;
 mod zero;

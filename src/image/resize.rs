@@ -9,6 +9,7 @@ use super::flush::After;
 use super::overlap::Structure;
 use super::refcounts::ClusterRun;
 use super::state::State;
+use super::table_count::TableCount;
 use super::zero::Space;
 use super::{Backing, Error, Image, NoBacking, Preallocation, Result, as_len};
 
@@ -110,8 +111,9 @@ impl State {
 
     fn shrink(&mut self, size: u64) -> Result<()> {
         self.write_size(size)?;
-        self.storage.sync()?; // barrier: the new size before anything behind it is given up
         self.drop_mappings(size)?;
+        // The first barrier of every flush lies before the mappings: the new size is durable before anything behind it is
+        // given up.
         self.flush_and(After::Cut)
     }
 
@@ -134,7 +136,7 @@ impl State {
         }
         self.flush()?; // barrier: all that the new part shows, before it shows
         self.write_size(size)?;
-        Ok(self.storage.sync()?)
+        Ok(self.storage.sync()?) // not an order, a promise: the disk has its new size
     }
 
     /// Gives the L1 table room for a larger disk. The header names the new table at once.
@@ -170,9 +172,10 @@ impl State {
         if old_run.count > 0 {
             // An empty table may be said to lie anywhere, such as in the header's cluster.
             writer.metadata.remove(old_run.start, old_run.count);
+            // The next flush does that, behind a barrier that makes the header durable.
             writer.refcounts.free(old_run.start, old_run.count, false);
         }
-        Ok(self.storage.sync()?) // barrier: the header before the old table is free
+        Ok(())
     }
 
     /// Allocates exactly `count` adjacent clusters.
@@ -194,8 +197,10 @@ impl State {
     fn drop_mappings(&mut self, size: u64) -> Result<()> {
         let start = size.next_multiple_of(self.geometry.cluster_size());
         let mut index = as_len(self.geometry.l1_index(GuestOffset::new(start)));
+        let mut tables = TableCount::default();
         while let Some(next) = self.next_l1(index) {
             let base = (next as u64) << self.geometry.l1_entry_bits();
+            tables.enter(self, GuestOffset::new(base))?;
             if start <= base {
                 self.drop_table(next)?;
             } else {

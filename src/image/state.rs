@@ -207,6 +207,7 @@ impl State {
             metadata.check(ClusterRun { start, count: 1 }, self.storage.name(), geometry)?;
             singles.push(start.get());
         }
+        self.refuse_shared_blocks(&mut singles)?;
         metadata.set_singles(singles.clone());
         for start in tables {
             metadata.check(ClusterRun { start, count: 1 }, self.storage.name(), geometry)?;
@@ -214,6 +215,16 @@ impl State {
         }
         metadata.set_singles(singles);
         Ok(())
+    }
+
+    /// A block that two entries name counts two stretches of the file at once: whatever is allocated in one of them looks
+    /// used in the other. A million entries that name one full block would also keep the allocator busy for hours.
+    fn refuse_shared_blocks(&self, blocks: &mut [u64]) -> Result<()> {
+        blocks.sort_unstable();
+        let Some(pair) = blocks.windows(2).find(|pair| pair[0] == pair[1]) else { return Ok(()) };
+        let at = self.header.header.refcount_table_offset;
+        let block = HostOffset::new(pair[0] << self.geometry.cluster_bits().get());
+        Err(self.corrupt(FormatError::corrupt("refcount table", at.get(), "block", block, "a block of its own each")))
     }
 
     /// Writes the sectors of the first cluster in which `header` differs from the file.

@@ -1,5 +1,6 @@
 //! What a merge would falsify beyond the guest's view of the chain: images elsewhere, internal snapshots, bitmaps.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use crate::chain::{Chain, Layer};
@@ -123,7 +124,7 @@ impl<'a> Bitmaps<'a> {
     pub(super) fn invalidated(self) -> Result<Vec<String>> {
         let mut gone = Vec::new();
         for (image, before) in self.valid {
-            let now = valid_bitmaps(image, true)?;
+            let now: HashSet<String> = valid_bitmaps(image, true)?.into_iter().collect();
             gone.extend(before.into_iter().filter(|name| !now.contains(name)));
         }
         Ok(gone)

@@ -252,7 +252,7 @@ impl SnapshotSet {
     /// Takes a snapshot of all volumes, or of none.
     ///
     /// # Errors
-    /// [`Error::Refused`]; what creating the overlays gives: then nothing has changed. After an error of the catalogue,
+    /// [`super::Error::Refused`]; what creating the overlays gives: then nothing has changed. After an error of the catalogue,
     /// [`SnapshotSet::recover`] tells whether the snapshot was taken.
     pub fn create(&self, name: &str, options: &SnapshotOptions) -> Result<Report> {
         let request = Request::Create {
@@ -269,7 +269,7 @@ impl SnapshotSet {
     /// files still needed, as it was hidden, is merged away.
     ///
     /// # Errors
-    /// [`Error::Refused`], [`Error::NoSpace`]; [`Error::Incomplete`] where that merge failed: the volumes are back all the
+    /// [`super::Error::Refused`], [`super::Error::NoSpace`]; [`super::Error::Incomplete`] where that merge failed: the volumes are back all the
     /// same.
     pub fn revert(&self, name: &str, options: &MergeOptions, progress: &dyn Progress) -> Result<Report> {
         self.operate(&Request::Revert { name: name.to_owned() }, options, progress)
@@ -279,7 +279,7 @@ impl SnapshotSet {
     /// several do. One whose deletion was interrupted is deleted on.
     ///
     /// # Errors
-    /// [`Error::Refused`], [`Error::NoSpace`]; [`Error::Incomplete`] and [`Error::Cancelled`] where it was begun and can be
+    /// [`super::Error::Refused`], [`super::Error::NoSpace`]; [`super::Error::Incomplete`] and [`super::Error::Cancelled`] where it was begun and can be
     /// resumed.
     pub fn delete(&self, name: &str, options: &MergeOptions, progress: &dyn Progress) -> Result<Report> {
         let locked = self.lock.take()?;
@@ -294,7 +294,7 @@ impl SnapshotSet {
     /// Gives a volume another size.
     ///
     /// # Errors
-    /// [`Error::Refused`]; what resizing the image gives.
+    /// [`super::Error::Refused`]; what resizing the image gives.
     pub fn resize(&self, volume: &str, size: u64, shrink: bool) -> Result<Report> {
         self.operate(&Request::Resize { volume: volume.to_owned(), size, shrink }, &MergeOptions::default(), &())
     }

@@ -6,12 +6,15 @@ pub mod counted;
 pub mod foreign;
 #[cfg(target_os = "linux")]
 pub mod holder;
+pub mod images;
 #[cfg(all(feature = "vm", unix))]
 pub mod judge;
 #[cfg(feature = "vm")]
 pub mod lab;
 pub mod layers;
+pub mod memory;
 pub mod ours;
+pub mod protocol;
 pub mod qemu;
 pub mod ram;
 pub mod recipe;
@@ -19,6 +22,7 @@ pub mod rng;
 #[cfg(all(feature = "vm", unix))]
 pub mod scene;
 pub mod stack;
+pub mod victim;
 
 use std::io::Write;
 

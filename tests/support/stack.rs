@@ -36,7 +36,7 @@ fn name(number: usize) -> String {
     format!("layer{number}")
 }
 
-fn shape(rng: &mut Rng, size: u64) -> CreateOptions {
+pub fn shape(rng: &mut Rng, size: u64) -> CreateOptions {
     let version = if rng.chance(1, 3) { Version::V2 } else { Version::V3 };
     let extended = version == Version::V3 && rng.chance(1, 4);
     let bits = if extended { 14 } else { rng.pick(&[9, 9, 10, 11, 12]) };
@@ -120,7 +120,8 @@ impl Stack {
         Self { files, raw_base: self.raw_base }
     }
 
-    fn is_raw(&self, number: usize) -> bool {
+    /// Whether the layer of this number is a raw file.
+    pub fn is_raw(&self, number: usize) -> bool {
         self.raw_base && number + 1 == self.files.len()
     }
 
@@ -129,19 +130,22 @@ impl Stack {
     /// # Errors
     /// What opening says.
     pub fn open<S: Storage + 'static>(&self, storages: &[Arc<S>], writable: usize) -> Result<Chain, String> {
+        self.open_from(&seams(storages), 0, writable)
+    }
+
+    /// The same on storages of any kind.
+    ///
+    /// # Errors
+    /// What opening says.
+    pub fn open_on(&self, storages: &[Arc<dyn Storage>], writable: usize) -> Result<Chain, String> {
         self.open_from(storages, 0, writable)
     }
 
-    fn open_from<S: Storage + 'static>(
-        &self,
-        storages: &[Arc<S>],
-        top: usize,
-        writable: usize,
-    ) -> Result<Chain, String> {
+    fn open_from(&self, storages: &[Arc<dyn Storage>], top: usize, writable: usize) -> Result<Chain, String> {
         let mut layers = Vec::new();
         let mut next = Some(top);
         while let Some(number) = next {
-            let storage: Arc<dyn Storage> = storages[number].clone();
+            let storage = storages[number].clone();
             let path = PathBuf::from(name(number));
             if self.is_raw(number) {
                 layers.push(Layer { node: Node::Raw(RawImage::open(storage).map_err(wrong)?), path });
@@ -170,7 +174,7 @@ impl Stack {
     }
 
     fn content_from(&self, top: usize) -> Result<Vec<u8>, String> {
-        content(&self.open_from(&self.storages(), top, 0)?)
+        content(&self.open_from(&seams(&self.storages()), top, 0)?)
     }
 
     /// Whether every qcow2 file is free of corruption; leaks count only where `leaks` says so.
@@ -200,6 +204,10 @@ impl Stack {
         }
         Ok(self.with_files(storages.iter().map(|storage| storage.to_vec()).collect()))
     }
+}
+
+fn seams<S: Storage + 'static>(storages: &[Arc<S>]) -> Vec<Arc<dyn Storage>> {
+    storages.iter().map(|storage| Arc::clone(storage) as Arc<dyn Storage>).collect()
 }
 
 /// What a guest of this chain reads.

@@ -6,7 +6,7 @@ use crate::format::{HostCluster, OFFSET_MASK, OFLAG_COPIED};
 use crate::image::Result;
 
 use super::CheckReport;
-use super::counts::index;
+use super::counts::{ReferenceCounts, index};
 use super::mappings::Kind;
 use super::references::{Metadata, TableUse};
 use super::subject::{READ_AHEAD, Subject};
@@ -83,6 +83,32 @@ pub(super) struct Repair {
     pub(super) beside_l1: Metadata,
     /// All metadata but the L2 tables.
     pub(super) beside_l2: Metadata,
+    /// Tables that share their cluster with something else.
+    pub(super) contested: Contested,
+}
+
+/// Tables that share their cluster with something else, such as data: a flag set right in one may be a bit of a guest's
+/// data turned over.
+#[derive(Debug)]
+pub(super) struct Contested {
+    l1: bool,
+    /// The clusters of such L2 tables, sorted.
+    l2: Vec<u64>,
+}
+
+impl Contested {
+    /// Finds them by the references to their clusters.
+    pub(super) fn among(subject: &Subject<'_>, counts: &ReferenceCounts, tables: &[TableUse]) -> Self {
+        let geometry = subject.geometry;
+        let bits = geometry.cluster_bits().get();
+        let first = subject.head.header.l1_table_offset.get() >> bits;
+        let end = first.saturating_add(geometry.clusters_for(subject.l1_bytes())).min(counts.clusters());
+        let l1 = (first..end).any(|cluster| counts.get(cluster) > 1);
+        let used = |table: &&TableUse| counts.get(table.offset >> bits) > table.active.saturating_add(table.inactive);
+        let mut l2: Vec<u64> = tables.iter().filter(used).map(|table| table.offset >> bits).collect();
+        l2.sort_unstable();
+        Self { l1, l2 }
+    }
 }
 
 fn check_l1(ones: &Ones<'_, '_>, repair: Option<&Repair>, report: &mut CheckReport) -> Result<bool> {
@@ -90,7 +116,8 @@ fn check_l1(ones: &Ones<'_, '_>, repair: Option<&Repair>, report: &mut CheckRepo
     let start = subject.head.header.l1_table_offset.get();
     let end = start.saturating_add(subject.l1_bytes()).min(subject.file_len);
     let bits = subject.geometry.cluster_bits().get();
-    let writable = repair.is_some_and(|repair| !repair.beside_l1.overlaps(start, end.saturating_sub(start)));
+    let writable = repair
+        .is_some_and(|repair| !repair.contested.l1 && !repair.beside_l1.overlaps(start, end.saturating_sub(start)));
     let (mut at, mut wrote) = (start, false);
     while at < end {
         let mut bytes = subject.read_table(at, (end - at).min(READ_AHEAD))?;
@@ -143,8 +170,10 @@ fn check_l2(
             return Ok(());
         }
         let len = bytes.len() as u64;
-        let writable = repair
-            .is_some_and(|repair| !subject.unaligned(table.offset) && !repair.beside_l2.overlaps(table.offset, len));
+        let writable = repair.is_some_and(|repair| {
+            let contested = repair.contested.l2.binary_search(&(table.offset >> bits)).is_ok();
+            !contested && !subject.unaligned(table.offset) && !repair.beside_l2.overlaps(table.offset, len)
+        });
         let mut dirty = false;
         for (number, raw) in (0_u64..).zip(bytes.chunks_exact_mut(entry_len)) {
             let entry = BigEndian::read_u64(raw);

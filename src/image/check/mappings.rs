@@ -26,9 +26,12 @@ pub(super) enum Kind {
     Nothing,
 }
 
+/// How many entries at most are made plain zeroes in one pass; what is left, the next repair finds.
+const MAX_PLAIN_ZEROES: usize = 1 << 16;
+
 /// One entry and where it stands.
 #[derive(Clone, Copy, Debug)]
-struct Entry {
+pub(super) struct Entry {
     descriptor: u64,
     bitmap: u64,
     at: u64,
@@ -249,11 +252,12 @@ impl References<'_, '_> {
                     self.report.unchecked(1, "L2 table", at, || "L2 table lies on other metadata".to_owned());
                     return Ok(Then::LeaveTable);
                 }
-                Some(_) => {
-                    self.report.corrupt_repaired(weight, "L2 entry", at, text);
-                    self.make_plain_zero(entry)?;
+                // Whether only a table lies here is known when everything is counted.
+                Some(_) if self.plain_zeroes.len() < MAX_PLAIN_ZEROES => {
+                    self.plain_zeroes.push((entry, weight));
                     return Ok(Then::GoOn);
                 }
+                Some(_) => self.report.corrupt(weight, "L2 entry", at, text),
             }
         }
         fragments.allocate(offset, self.subject.cluster_size());
@@ -261,6 +265,25 @@ impl References<'_, '_> {
             self.count_range("data cluster", offset, self.subject.cluster_size(), weight);
         }
         Ok(Then::GoOn)
+    }
+
+    /// Repairs the entries that were put off, where nothing but their table lies in the cluster: what looks like an entry
+    /// may be data, which a broken L1 entry calls a table.
+    pub(super) fn make_plain_zeroes(&mut self) -> Result<()> {
+        let size = self.subject.cluster_size();
+        for (entry, weight) in std::mem::take(&mut self.plain_zeroes) {
+            let offset = entry.descriptor & OFFSET_MASK;
+            let text =
+                || format!("offset={offset:x}: Preallocated cluster is not properly aligned; L2 entry corrupted.");
+            if self.counts.get(entry.at / size) > weight {
+                self.report.corrupt(weight, "L2 entry", entry.at, text);
+                self.count_range("data cluster", offset, size, weight);
+            } else {
+                self.report.corrupt_repaired(weight, "L2 entry", entry.at, text);
+                self.make_plain_zero(entry)?;
+            }
+        }
+        Ok(())
     }
 
     /// A cluster that only reserves space at an impossible place becomes one that reserves none: the guest reads zeroes

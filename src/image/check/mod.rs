@@ -19,7 +19,7 @@ use crate::format::Limits;
 use crate::storage::{self, Storage};
 
 use super::Result;
-use copied::{Ones, Repair};
+use copied::{Contested, Ones, Repair};
 use findings::MAX_FINDINGS;
 use references::{Metadata, References};
 use subject::Subject;
@@ -209,10 +209,8 @@ fn examine(subject: &mut Subject<'_>, fix: Fix) -> Result<Examined> {
     } else if fix != Fix::Nothing && !comparison.equal {
         report = before_comparison;
         comparison = compare::compare(subject, &counts, fix, &mut report)?;
+        // No barrier before the flags either: a flag or a refcount that is ahead of the other is no worse than both were.
         wrote |= comparison.wrote;
-        if comparison.wrote {
-            subject.storage.sync()?; // barrier: refcounts before the flags that say what they are
-        }
     }
     report.image_end_offset = comparison.end;
 
@@ -220,12 +218,13 @@ fn examine(subject: &mut Subject<'_>, fix: Fix) -> Result<Examined> {
     if all_copied && comparison.equal && comparison.single && report.is_clean() {
         return Ok(Examined { report, wrote, rebuilt });
     }
-    drop(counts);
     let repairs = fix == Fix::All || fix == Fix::Leaks && report.is_clean();
     let repair = repairs.then(|| Repair {
         beside_l1: Metadata::of(subject, &snapshots, false),
         beside_l2: Metadata::of(subject, &snapshots, true),
+        contested: Contested::among(subject, &counts, &tables),
     });
+    drop(counts);
     wrote |= copied::check(&Ones::read(subject)?, &tables, repair.as_ref(), &mut report)?;
     Ok(Examined { report, wrote, rebuilt })
 }

@@ -13,6 +13,7 @@ use crate::format::{L1Entry, OFFSET_MASK};
 use crate::image::Result;
 
 use super::counts::{ReferenceCounts, index, overlay};
+use super::mappings::Entry;
 use super::snapshots::SnapshotTable;
 use super::subject::{READ_AHEAD, Subject};
 use super::{CheckReport, Fix};
@@ -52,6 +53,8 @@ pub(super) struct References<'s, 'a> {
     pub(super) all_copied: bool,
     /// Whether L2 entries were written.
     pub(super) wrote: bool,
+    /// Entries that are to become plain zeroes, with how often their table is referenced.
+    pub(super) plain_zeroes: Vec<(Entry, u64)>,
 }
 
 impl<'s, 'a> References<'s, 'a> {
@@ -73,6 +76,7 @@ impl<'s, 'a> References<'s, 'a> {
             rebuild: false,
             all_copied: true,
             wrote: false,
+            plain_zeroes: Vec::new(),
         };
         all.count_range("header", 0, subject.cluster_size(), 1);
         all.count_l1_tables(snapshots)?;
@@ -82,6 +86,7 @@ impl<'s, 'a> References<'s, 'a> {
         };
         if stopped.is_none() {
             all.count_refblocks();
+            all.make_plain_zeroes()?;
         }
         Ok((all, stopped))
     }

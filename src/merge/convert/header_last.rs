@@ -9,7 +9,8 @@ use crate::storage::{FileId, LockMode, Result, Storage};
 /// How much is kept back: the sector that says that this is an image.
 const HEAD: usize = 512;
 
-/// A storage whose first sector is written last.
+/// A storage whose first sector is written last. Zeroes are no header and are not kept back: on a device they are what
+/// takes away the image that was there before.
 #[derive(Debug)]
 pub(super) struct HeaderLast {
     inner: Arc<dyn Storage>,
@@ -56,7 +57,14 @@ impl Storage for HeaderLast {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
-        let kept = self.kept(offset, buf.len(), |head| head.copy_from_slice(&buf[..head.len()]));
+        let mut is_zero = false;
+        let kept = self.kept(offset, buf.len(), |head| {
+            head.copy_from_slice(&buf[..head.len()]);
+            is_zero = head.iter().all(|byte| *byte == 0);
+        });
+        if is_zero {
+            return self.inner.write_at(buf, offset);
+        }
         let rest = &buf[kept..];
         if rest.is_empty() { Ok(()) } else { self.inner.write_at(rest, offset + kept as u64) }
     }
@@ -174,6 +182,18 @@ mod tests {
         assert!(memory.to_vec() == whole);
         storage.write_at(&[9], 3).unwrap();
         assert_eq!(memory.to_vec()[3], 9);
+    }
+
+    #[test]
+    fn zeroes_are_written_at_once() {
+        let memory = Arc::new(MemoryStorage::with_bytes("m", [7; 1000]));
+        let storage = HeaderLast::new(memory.clone());
+        crate::storage::write_zeroes(&storage, 0..600).unwrap();
+        assert!(memory.to_vec()[..600].iter().all(|byte| *byte == 0));
+        storage.write_at(&[8; 512], 0).unwrap();
+        assert_eq!(memory.to_vec()[0], 0);
+        storage.write().unwrap();
+        assert!(memory.to_vec()[..512] == [8; 512]);
     }
 
     #[test]

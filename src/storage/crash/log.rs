@@ -15,6 +15,9 @@ pub(super) const SECTOR: usize = 512;
 /// The most places at which one write to a file that tears is torn.
 const TEARS: usize = 3;
 
+/// The most prefixes, pieces missing and pieces alone that are looked at between two syncs.
+const MOST: usize = 96;
+
 /// One thing that happened to a file.
 #[derive(Clone, Debug)]
 pub(super) enum Piece {
@@ -105,6 +108,12 @@ pub struct Log {
 }
 
 impl Log {
+    /// Whether nothing was changed.
+    #[must_use]
+    pub fn is_unchanged(&self) -> bool {
+        !self.events.iter().any(|event| matches!(event, Event::Change(_)))
+    }
+
     /// The syncs of files and directories, in order.
     #[must_use]
     pub fn barriers(&self) -> Vec<Barrier> {
@@ -135,9 +144,9 @@ impl Log {
         }
     }
 
-    /// Calls `look` with every state that a crash could have left. Where these are too many between two syncs, with every
-    /// prefix, every state that lacks one piece or has only one, and `samples` random subsets drawn from `seed`. Returns how
-    /// many states there were.
+    /// Calls `look` with every state that a crash could have left. Where these are too many between two syncs (more than 8
+    /// pieces), with every prefix, every state that lacks one piece or has only one (of more than 96 pieces, with every
+    /// second, third, ... of these), and `samples` random subsets, drawn from `seed`. Returns how many states there were.
     ///
     /// # Errors
     /// The first error of `look`.
@@ -408,9 +417,15 @@ fn subsets(count: usize, samples: usize, random: &mut u64) -> Vec<Vec<bool>> {
     if count <= 8 {
         return (0..1_usize << count).map(|mask| (0..count).map(|bit| mask >> bit & 1 == 1).collect()).collect();
     }
-    let prefixes = (0..=count).map(|len| (0..count).map(|at| at < len).collect());
-    let missing = (0..count).map(|out| (0..count).map(|at| at != out).collect());
-    let alone = (0..count).map(|only| (0..count).map(|at| at == only).collect());
+    // A long zeroed range is hundreds of pieces that differ in nothing: of these, every so many.
+    let step = count.div_ceil(MOST);
+    let mut places = || {
+        let first = usize::try_from(next(random)).unwrap_or(0) % step;
+        (first..count).step_by(step)
+    };
+    let prefixes = places().chain([0, count]).map(|len| (0..count).map(|at| at < len).collect());
+    let missing = places().map(|out| (0..count).map(|at| at != out).collect());
+    let alone = places().map(|only| (0..count).map(|at| at == only).collect());
     let mut all: Vec<Vec<bool>> = prefixes.chain(missing).chain(alone).collect();
     all.extend((0..samples).map(|_| (0..count).map(|_| next(random) & 1 == 1).collect::<Vec<bool>>()));
     all

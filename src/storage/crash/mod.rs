@@ -55,7 +55,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::MemoryStorage;
+use super::{MemoryStorage, Storage};
 use log::{Change, Event, Medium, NameChange, Piece, Synced};
 
 pub use log::{Barrier, Log, State};
@@ -79,6 +79,8 @@ pub struct RecorderOptions {
     pub sites: bool,
     /// Files whose path contains one of these tear anywhere, within a sector too.
     pub torn: Vec<String>,
+    /// Files whose path contains one of these have a fixed length, as block devices do.
+    pub fixed: Vec<String>,
     /// The sync that is not recorded, counted from 0: a barrier taken out.
     pub without: Option<usize>,
 }
@@ -102,6 +104,13 @@ impl RecorderOptions {
     #[must_use]
     pub fn with_torn(mut self, part: impl Into<String>) -> Self {
         self.torn.push(part.into());
+        self
+    }
+
+    /// The same, with files of fixed length wherever their path contains `part`.
+    #[must_use]
+    pub fn with_fixed(mut self, part: impl Into<String>) -> Self {
+        self.fixed.push(part.into());
         self
     }
 
@@ -160,7 +169,7 @@ impl Recorder {
     /// lost: `name` is for messages.
     #[must_use]
     pub fn storage(self: &Arc<Self>, name: &str, bytes: Vec<u8>) -> RecordingStorage {
-        let inner = Arc::new(MemoryStorage::with_bytes(name, &bytes));
+        let inner = self.memory(name, &bytes);
         let number = self.join(Path::new(name), bytes);
         RecordingStorage::new(number, inner, Arc::clone(self))
     }
@@ -216,6 +225,15 @@ impl Recorder {
         recorded.start.files.push(bytes);
         recorded.torn.push(torn);
         recorded.torn.len() - 1
+    }
+
+    fn memory(&self, name: &str, bytes: &[u8]) -> Arc<MemoryStorage> {
+        if !self.options.fixed.iter().any(|part| name.contains(part)) {
+            return Arc::new(MemoryStorage::with_bytes(name, bytes));
+        }
+        let device = MemoryStorage::fixed(name, bytes.len() as u64);
+        assert!(device.write_at(bytes, 0).is_ok(), "a device in memory takes what fits");
+        Arc::new(device)
     }
 
     fn tears(&self, path: &Path) -> bool {

@@ -23,7 +23,7 @@ impl RecordingNames {
         let names = Self { recorder, inner: MemoryNames::new(), numbers: Mutex::default() };
         for (path, bytes) in tree {
             let Some(path) = rooted(path) else { continue };
-            let storage = Arc::new(MemoryStorage::with_bytes(path.display().to_string(), bytes));
+            let storage = names.recorder.memory(&path.display().to_string(), bytes);
             let file = names.recorder.join(&path, bytes.clone());
             names.recorder.recorded().start.names.insert(path.clone(), file);
             names.numbers().extend(storage.file_id().map(|id| (id, file)));

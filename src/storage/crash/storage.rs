@@ -71,6 +71,10 @@ impl Storage for RecordingStorage {
         Ok(())
     }
 
+    fn is_fixed_size(&self) -> bool {
+        self.inner.is_fixed_size()
+    }
+
     fn file_id(&self) -> Option<FileId> {
         self.inner.file_id()
     }

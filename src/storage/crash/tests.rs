@@ -233,3 +233,17 @@ fn a_mark_tells_old_states_from_new_ones() {
     // Without the first sync the promise was not kept.
     assert_eq!(log.without(|number| number == 0).up_to(0).durable().files[0][0], 0);
 }
+
+#[test]
+fn a_device_keeps_its_length() {
+    let recorder = Recorder::with(RecorderOptions::default().with_fixed("dev/"));
+    let names = recorder.names(&[("/dev/disk".into(), vec![1; 1024]), ("/file".into(), vec![1; 1024])].into());
+    let open = |name| names.open(path(name), &Access::write()).unwrap();
+    let (device, file) = (open("/dev/disk"), open("/file"));
+    assert!(device.is_fixed_size() && !file.is_fixed_size());
+    assert!(recorder.log().is_unchanged());
+    assert!(device.set_len(512).is_err() && device.write_at(&[2; 2], 1023).is_err());
+    assert!(recorder.log().is_unchanged(), "what failed is not recorded");
+    device.write_at(&[2; 2], 1022).unwrap();
+    assert_eq!(names.tree()[path("/dev/disk")][1021..], [1, 2, 2]);
+}

@@ -1,0 +1,57 @@
+//! Names that remember what was opened.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use qcow2_chain::storage::{Access, MemoryNames, Names, Resolved, Result, Storage};
+
+/// Names in memory that note every path that was opened, and refuse to be changed.
+#[derive(Debug, Default)]
+pub struct WatchedNames {
+    /// The files.
+    pub files: MemoryNames,
+    opened: Mutex<Vec<PathBuf>>,
+}
+
+impl WatchedNames {
+    /// What was opened so far, as it was asked for.
+    pub fn opened(&self) -> Vec<PathBuf> {
+        self.opened.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Names for WatchedNames {
+    fn open(&self, path: &Path, access: &Access) -> Result<Arc<dyn Storage>> {
+        let storage = self.files.open(path, access)?;
+        self.opened.lock().unwrap_or_else(PoisonError::into_inner).push(path.to_owned());
+        Ok(storage)
+    }
+
+    fn create_new(&self, path: &Path) -> Result<Arc<dyn Storage>> {
+        panic!("{} is created", path.display());
+    }
+
+    fn rename(&self, from: &Path, _to: &Path) -> Result<()> {
+        panic!("{} is renamed", from.display());
+    }
+
+    fn unlink(&self, path: &Path) -> Result<()> {
+        panic!("{} is removed", path.display());
+    }
+
+    fn sync_dir(&self, directory: &Path) -> Result<()> {
+        self.files.sync_dir(directory)
+    }
+
+    fn list(&self, directory: &Path) -> Result<Vec<PathBuf>> {
+        self.files.list(directory)
+    }
+
+    fn exists(&self, path: &Path) -> Result<bool> {
+        self.files.exists(path)
+    }
+
+    fn resolve(&self, path: &Path) -> Result<Resolved> {
+        self.files.resolve(path)
+    }
+}
