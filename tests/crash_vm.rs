@@ -345,7 +345,8 @@ fn every_failing_call_leaves_a_vm_that_recovers() {
     });
 }
 
-/// The syncs of recovery that make durable what it sees, by their source lines: whether a state shows that they are needed.
+/// The syncs of recovery that make durable what it sees, by their source lines: whether a state shows that they are needed. Journal
+/// and catalogue lie in one directory here, so that the sync of it for the one covers the other's.
 type Settled = Mutex<BTreeMap<String, bool>>;
 
 impl Case {
@@ -398,7 +399,7 @@ fn recovery_builds_on_nothing_that_may_be_lost() {
     let settled = Settled::default();
     each_shape("failures and recoveries", |rng, shape| {
         let quick = every() > 1;
-        if quick && !matches!(shape, Shape::Create | Shape::DeleteLeaf | Shape::Revert | Shape::Hide) {
+        if quick && !matches!(shape, Shape::DeleteLeaf | Shape::Revert) {
             return; // a part of the shapes and calls, unless more is asked for
         }
         let case = Case::random(rng, shape);

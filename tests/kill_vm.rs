@@ -120,7 +120,7 @@ fn a_deletion_that_is_killed_lets_the_vm_start_and_recovers() {
         Judge::new(qemu).judge(&lab.set);
     }
     say(&format!(
-        "vm delete: {deaths} kills within {time:.1?}, {unfinished} left unfinished, {backwards} before it began"
+        "vm delete: {deaths} kills within {time:.1?}, {unfinished} left unfinished, {backwards} recovered to before"
     ));
     assert!(unfinished > 0, "none of {deaths} kills met it at work");
 }

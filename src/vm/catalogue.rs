@@ -159,8 +159,7 @@ impl Store for Catalogue {
     }
 
     fn settle(&self) -> Result<()> {
-        let storage = self.names.open(&self.path, &Access::write().with_lock(LockMode::None))?;
-        storage.sync()?;
+        // What has the name was synced before it got it; the name itself may not be durable.
         self.names.sync_dir(directory_of(&self.path))?;
         Ok(())
     }
