@@ -152,7 +152,7 @@ fn shared_stream(tables: u64, size: u64) -> Vec<u8> {
     // Stored deflate blocks would be longer; zeroes pack to next to nothing.
     let stream = deflated_zeroes(1 << bits);
     let data = bomb.append(&stream);
-    let descriptor = 1 << 62 | data | (stream.len() as u64 - 1) / 512 << 54;
+    let descriptor = 1 << 62 | data | ((stream.len() as u64 - 1) / 512) << 54;
     let l2: Vec<u64> = (0..tables).map(|_| bomb.table(1 << 13, |_| descriptor)).collect();
     bomb.l1(usize::try_from(tables).unwrap(), |index| l2[usize::try_from(index).unwrap()]);
     bomb.bytes

@@ -304,7 +304,7 @@ fn all_fields(version: Version, extended: bool, part: usize, parts: usize) {
 fn is_chosen(field: &Field, (number, value): (usize, u64)) -> bool {
     let max = u64::MAX >> (64 - 8 * field.width);
     let bound = [0, 1, max, max / 2].contains(&value);
-    bound || (number + field.at / 4) % 6 == 0 || std::env::var_os("QCOW2_CHAIN_HOSTILE_ALL").is_some()
+    bound || (number + field.at / 4).is_multiple_of(6) || std::env::var_os("QCOW2_CHAIN_HOSTILE_ALL").is_some()
 }
 
 /// Unknown autoclear bits are cleared by whoever writes, and so are the dirty and the corrupt bit of what is sound.
