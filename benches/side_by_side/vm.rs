@@ -55,8 +55,8 @@ fn name_of(shape: Shape) -> &'static str {
     }
 }
 
-/// Makes the VM in an empty directory. What is merged lies over a file that holds more, so that it moves down both by an
-/// agent and by us.
+/// Makes the VM in an empty directory. The file beneath holds a quarter more than the one that is merged, so that both ways move
+/// about as much: an agent commits all of `mib`, ours may pull the 15/16 of `mib` that are not hidden from above.
 pub(crate) fn make(dir: &Path, mib: u64, shape: Shape) -> Done {
     let mut specs = Vec::new();
     for volume in VOLUMES {
