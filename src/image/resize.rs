@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 
-use crate::format::{GuestOffset, HostCluster, L1Entry, L2Entry, Version, encode_l1};
+use crate::format::{FormatError, GuestOffset, HostCluster, L1Entry, L2Entry, Version, encode_l1};
 use crate::storage;
 
 use super::flush::After;
@@ -110,6 +110,7 @@ impl State {
     }
 
     fn shrink(&mut self, size: u64) -> Result<()> {
+        self.refuse_shared_tables(self.first_cut(size))?;
         self.write_size(size)?;
         self.drop_mappings(size)?;
         // The first barrier of every flush lies before the mappings: the new size is durable before anything behind it is
@@ -196,7 +197,8 @@ impl State {
     /// Unmaps every whole cluster at or behind `size`.
     fn drop_mappings(&mut self, size: u64) -> Result<()> {
         let start = size.next_multiple_of(self.geometry.cluster_size());
-        let mut index = as_len(self.geometry.l1_index(GuestOffset::new(start)));
+        let mut index = self.first_cut(size);
+        self.refuse_shared_tables(index)?;
         let mut tables = TableCount::default();
         while let Some(next) = self.next_l1(index) {
             let base = (next as u64) << self.geometry.l1_entry_bits();
@@ -210,6 +212,22 @@ impl State {
             index = next + 1;
         }
         Ok(())
+    }
+
+    /// The L1 index of the first cluster that a disk of this size does not have.
+    fn first_cut(&self, size: u64) -> usize {
+        as_len(self.geometry.l1_index(GuestOffset::new(size.next_multiple_of(self.geometry.cluster_size()))))
+    }
+
+    /// A table that two L1 entries name would be given up twice, and all that it names. Nor is the file's length a bound to
+    /// that: refcounts that call 2 GiB used make a file so long as soon as it grows.
+    fn refuse_shared_tables(&self, from: usize) -> Result<()> {
+        let entries = self.l1.get(from..).unwrap_or_default();
+        let mut tables: Vec<_> = entries.iter().filter_map(|entry| entry.l2_table()).collect();
+        tables.sort_unstable();
+        let Some(pair) = tables.windows(2).find(|pair| pair[0] == pair[1]) else { return Ok(()) };
+        let at = self.header.header.l1_table_offset;
+        Err(self.corrupt(FormatError::corrupt("L1 table", at.get(), "L2 table", pair[0], "a table of its own each")))
     }
 
     /// Unmaps the clusters from `start` to the end of its L2 table.
