@@ -8,6 +8,7 @@ use qcow2_chain::format::{ClusterBits, CompressionType, GuestOffset, Limits, Ref
 use qcow2_chain::image::{CreateOptions, Image};
 use qcow2_chain::storage::MemoryStorage;
 
+pub mod records;
 mod watched;
 
 pub use watched::WatchedNames;

@@ -92,8 +92,12 @@ impl Catalogue {
     /// The text of a model's catalogue.
     ///
     /// # Errors
-    /// [`Error::Catalogue`] where it cannot be written as JSON.
+    /// [`Error::Catalogue`] where it contradicts itself, so that it could not be read again, or cannot be written as JSON.
     pub fn encode(model: &Model) -> Result<Vec<u8>> {
+        let wrongs = model.contradictions();
+        if !wrongs.is_empty() {
+            return Err(wrong(Path::new("catalogue"), wrongs.join("; ")));
+        }
         let encode = || {
             let document = Document { format: FORMAT.to_owned(), version: VERSION, crc32: sum(model)?, model };
             let mut text = serde_json::to_vec_pretty(&document)?;

@@ -133,6 +133,9 @@ impl Journal {
         let mut records = records.into_iter();
         match records.next() {
             None => Ok(Found::Torn),
+            Some(Record::Plan { version: VERSION, plan }) if plan.stages.is_empty() => {
+                Err(wrong(path, format!("its plan ({}) has no stages", plan.purpose)))
+            }
             Some(Record::Plan { version: VERSION, plan }) => {
                 let (names, path) = (Arc::clone(names), path.to_owned());
                 let journal = Self { names, path, storage, end: end as u64, done: records.collect() };

@@ -12,6 +12,8 @@ use crate::chain::Format;
 
 /// The longest name of a snapshot, in bytes.
 pub const MAX_NAME: usize = 255;
+/// No snapshot, overlay or operation gets this number, so that there is always a next one.
+const END_OF_NUMBERS: u64 = 1 << 62;
 
 /// What tells a snapshot from others of its VM for ever: no number is given twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -326,6 +328,15 @@ impl Model {
         }
         if self.snapshots.values().filter(|snapshot| snapshot.state == State::Merging).count() > 1 {
             wrong.push("two snapshots are being merged".to_owned());
+        }
+        for (what, number) in [
+            ("next snapshot", self.next_snapshot),
+            ("next overlay", self.next_file),
+            ("last operation", self.last_operation.id),
+        ] {
+            if number >= END_OF_NUMBERS {
+                wrong.push(format!("the {what} has the number {number}: they end before {END_OF_NUMBERS}"));
+            }
         }
         match self.current {
             Some(id) if self.snapshot(id).is_none() => wrong.push(format!("the current snapshot {id} does not exist")),

@@ -5,4 +5,6 @@ mod fields;
 mod names;
 #[cfg(target_os = "linux")]
 mod races;
+#[cfg(feature = "vm")]
+mod records;
 mod treat;

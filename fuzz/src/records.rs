@@ -1,0 +1,233 @@
+//! Hostile catalogues and journals: sound ones, some values of which are changed before their sums are made anew. With wrong
+//! sums hardly any of them would ever be looked at.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, LazyLock};
+
+use arbitrary::Arbitrary;
+use qcow2_chain::format::{ClusterBits, GuestOffset};
+use qcow2_chain::image::{CreateOptions, Image};
+use qcow2_chain::merge::Direction;
+use qcow2_chain::storage::{MemoryNames, MemoryStorage, Names};
+use qcow2_chain::vm::{
+    AdoptOptions, Catalogue, Journal, MergeOptions, Model, Plan, Record, Request, SnapshotOptions, SnapshotSet,
+    VolumeSpec,
+};
+use serde::Deserialize;
+use serde_json::Value;
+
+/// Where the catalogue of the VM is.
+pub const CATALOGUE: &str = "/vm/catalogue.json";
+/// Where its journal is.
+pub const JOURNAL: &str = "/vm/catalogue.json.journal";
+/// Names that records get: some that mean something, and some that should mean nothing.
+const STRINGS: [&str; 10] = [
+    "vda",
+    "vdb",
+    "vda.qcow2",
+    "vm-vda.1.qcow2",
+    "/vm/vdb.qcow2",
+    "../../../up",
+    "",
+    "s1",
+    "qcow2",
+    "raw",
+];
+/// No document has more values than are found in this many steps.
+const MAX_NODES: usize = 10_000;
+
+/// One value of a document changed.
+#[derive(Clone, Copy, Debug, Arbitrary)]
+pub struct Change {
+    node: u16,
+    to: To,
+}
+
+/// What a value becomes.
+#[derive(Clone, Copy, Debug, Arbitrary)]
+enum To {
+    Number(u64),
+    Max,
+    OneMore,
+    OneLess,
+    Null,
+    Text(u8),
+    /// What stands somewhere else in the document.
+    CopyOf(u16),
+    /// It is not there at all.
+    Nothing,
+    /// It is there twice.
+    Twice,
+    Empty,
+}
+
+/// What became of a VM before its records were changed.
+#[derive(Clone, Debug)]
+pub struct World {
+    files: BTreeMap<PathBuf, Vec<u8>>,
+    catalogue: Value,
+    journal: Vec<Value>,
+}
+
+/// A VM with two disks and a tree of snapshots, and each kind of operation on it, begun.
+static WORLDS: LazyLock<Vec<World>> = LazyLock::new(|| {
+    let delete = |name: &str| Some(Request::Delete { name: name.into() });
+    let create =
+        Request::Create { name: "new".into(), description: String::new(), created: 1, quiesce: false, max_depth: 256 };
+    let commit = MergeOptions::default().with_direction(Direction::Commit);
+    let pull = MergeOptions::default().with_direction(Direction::Pull);
+    let begun = [
+        (None, &commit),
+        (Some(create), &commit),
+        (Some(Request::Revert { name: "s1".into() }), &commit),
+        (delete("s3"), &commit),
+        (delete("s3"), &pull),
+        (delete("s2"), &commit),
+        (delete("s1"), &commit),
+        (Some(Request::Resize { volume: "vda".into(), size: 96 << 10, shrink: false }), &commit),
+    ];
+    begun.iter().map(|(request, options)| world(request.as_ref(), options)).collect()
+});
+
+fn world(request: Option<&Request>, options: &MergeOptions) -> World {
+    let shared = Arc::new(MemoryNames::new());
+    let names: Arc<dyn Names> = shared.clone();
+    for volume in ["vda", "vdb"] {
+        let bits = ClusterBits::new(9).expect("512 bytes");
+        let disk = names.create_new(&Path::new("/vm").join(volume).with_extension("qcow2")).expect("a file is made");
+        let image =
+            Image::create(disk, &CreateOptions::new(64 << 10).with_cluster_bits(bits)).expect("an image is made");
+        image.write_at(&[7; 3000], GuestOffset::new(1000)).expect("written");
+        image.close().expect("closed");
+    }
+    let volumes = [VolumeSpec::new("vda", "/vm/vda.qcow2"), VolumeSpec::new("vdb", "/vm/vdb.qcow2")];
+    let set = SnapshotSet::adopt_in(names.clone(), CATALOGUE, &volumes, &AdoptOptions::default()).expect("adopted");
+    let taken = |name| drop(set.create(name, &SnapshotOptions::default()).expect("taken"));
+    taken("s1");
+    taken("s2");
+    set.revert("s1", &MergeOptions::default(), &()).expect("reverted");
+    taken("s3");
+    let mut journal = Vec::new();
+    if let Some(request) = request {
+        let plan: Plan = set.plan(request, options).expect("planned");
+        drop(Journal::begin(&names, Path::new(JOURNAL), &plan).expect("begun"));
+        let bytes = shared.get(JOURNAL).expect("a journal").to_vec();
+        journal.push(serde_json::from_slice(&bytes[9..]).expect("a journal is JSON"));
+        names.unlink(Path::new(JOURNAL)).expect("removed");
+        for (stage, work) in
+            plan.stages.iter().enumerate().flat_map(|(at, stage)| stage.work.iter().map(move |w| (at, w)))
+        {
+            let done = Record::Done { stage, volume: work.volume.clone(), step: 0 };
+            journal.push(serde_json::to_value(done).expect("a record is JSON"));
+        }
+    }
+    let catalogue = serde_json::from_slice(&shared.get(CATALOGUE).expect("a catalogue").to_vec()).expect("it is JSON");
+    let paths = names.list(Path::new("/vm")).expect("listed");
+    let files = paths.into_iter().map(|path| (path.clone(), shared.get(&path).expect("a file").to_vec())).collect();
+    World { files, catalogue, journal }
+}
+
+/// The worlds that there are.
+pub fn worlds() -> &'static [World] {
+    &WORLDS
+}
+
+impl World {
+    /// Its files, without catalogue and journal.
+    pub fn names(&self) -> Arc<MemoryNames> {
+        let names = MemoryNames::new();
+        for (path, bytes) in self.files.iter().filter(|(path, _)| !path.starts_with(CATALOGUE)) {
+            names.insert(path, Arc::new(MemoryStorage::with_bytes(path.display().to_string(), bytes)));
+        }
+        Arc::new(names)
+    }
+
+    /// Its catalogue after these changes, its sum right wherever it can still be made.
+    pub fn catalogue(&self, changes: &[Change]) -> Vec<u8> {
+        let mut document = self.catalogue.clone();
+        changes.iter().for_each(|change| change.apply(&mut document));
+        // The text without a model, or with values that no model can have, says what it says.
+        let model = document.get("model").and_then(|model| Model::deserialize(model).ok());
+        match model.and_then(|model| Catalogue::encode(&model).ok()) {
+            Some(text) => text,
+            None => document.to_string().into_bytes(),
+        }
+    }
+
+    /// Its journal after these changes: so many of its records, each with a right sum.
+    pub fn journal(&self, changes: &[Change], records: usize) -> Vec<u8> {
+        let mut document = Value::Array(self.journal.iter().take(records).cloned().collect());
+        changes.iter().for_each(|change| change.apply(&mut document));
+        let lines = document.as_array().into_iter().flatten().map(|record| {
+            let json = record.to_string();
+            format!("{:08x} {json}\n", crc32fast::hash(json.as_bytes()))
+        });
+        lines.collect::<String>().into_bytes()
+    }
+}
+
+/// Where all values of a document are.
+fn nodes(value: &Value) -> Vec<String> {
+    let mut found = vec![String::new()];
+    let mut next = 0;
+    while let Some(path) = found.get(next).filter(|_| found.len() < MAX_NODES).cloned() {
+        next += 1;
+        match value.pointer(&path) {
+            Some(Value::Object(fields)) => found.extend(fields.keys().map(|key| format!("{path}/{}", escaped(key)))),
+            Some(Value::Array(items)) => found.extend((0..items.len()).map(|index| format!("{path}/{index}"))),
+            _ => {}
+        }
+    }
+    found
+}
+
+fn escaped(key: &str) -> String {
+    key.replace('~', "~0").replace('/', "~1")
+}
+
+impl Change {
+    fn apply(self, document: &mut Value) {
+        let nodes = nodes(document);
+        let pick = |number: u16| &nodes[usize::from(number) % nodes.len()];
+        let path = pick(self.node);
+        let old = document.pointer(path).cloned().unwrap_or_default();
+        let number = old.as_u64().unwrap_or_default();
+        let new = match self.to {
+            To::Number(number) => number.into(),
+            To::Max => u64::MAX.into(),
+            To::OneMore => number.wrapping_add(1).into(),
+            To::OneLess => number.wrapping_sub(1).into(),
+            To::Null => Value::Null,
+            To::Text(which) => STRINGS[usize::from(which) % STRINGS.len()].into(),
+            To::CopyOf(other) => document.pointer(pick(other)).cloned().unwrap_or_default(),
+            To::Empty if old.is_array() => Value::Array(Vec::new()),
+            To::Empty => Value::Object(serde_json::Map::new()),
+            To::Nothing | To::Twice => return self.apply_to_parent(document, path, old),
+        };
+        // A document that holds itself again and again would grow without end.
+        if nodes.len() < MAX_NODES
+            && let Some(value) = document.pointer_mut(path)
+        {
+            *value = new;
+        }
+    }
+
+    fn apply_to_parent(self, document: &mut Value, path: &str, old: Value) {
+        let Some((parent, last)) = path.rsplit_once('/') else { return };
+        let twice = matches!(self.to, To::Twice);
+        match document.pointer_mut(parent) {
+            Some(Value::Array(items)) if twice => items.push(old),
+            Some(Value::Array(items)) => {
+                let index = last.parse().unwrap_or(usize::MAX);
+                if index < items.len() {
+                    items.remove(index);
+                }
+            }
+            Some(Value::Object(fields)) if !twice => {
+                fields.remove(last);
+            }
+            _ => {}
+        }
+    }
+}
