@@ -245,10 +245,11 @@ impl<'a> Transfer<'a> {
             let bytes = &buffer[at..at + index(len)];
             if runs[0].fresh {
                 self.target.write_bulk_at(bytes, to)?;
+                cached.push(Cached { layer: None, start: to, end: to + len });
             } else {
+                // Left to the cache, which writes it out in the order of the medium, when the barrier asks for it.
                 self.target.write_at(bytes, to)?;
             }
-            cached.push(Cached { layer: None, start: to, end: to + len });
             at += bytes.len();
         }
         let spent = piece.runs.iter().filter(|run| self.spent.contains(&run.layer));
