@@ -43,3 +43,9 @@ fn reserve(layers: &[Layer]) -> image::Result<Vec<Reservation<'_>>> {
     let images = layers.iter().filter_map(|layer| layer.node.as_qcow2());
     images.filter(|image| !image.is_read_only()).map(Image::reserve).collect()
 }
+
+/// Whether all bytes are zero.
+fn is_zero(bytes: &[u8]) -> bool {
+    static ZEROES: [u8; 4096] = [0; 4096];
+    bytes.chunks(ZEROES.len()).all(|part| *part == ZEROES[..part.len()])
+}

@@ -7,7 +7,7 @@ use crate::chain::Chain;
 use crate::format::{CompressionType, GuestOffset};
 use crate::image::compress;
 
-use super::super::Result;
+use super::super::{Result, is_zero};
 use super::plan::{Origin, Plan, Segment, Task};
 use crate::chain::in_order::in_order;
 
@@ -162,9 +162,4 @@ fn judge(look: &Look, units: Vec<(GuestOffset, Range<usize>)>, buffer: &[u8], so
         }
     }
     pieces
-}
-
-fn is_zero(bytes: &[u8]) -> bool {
-    static ZEROES: [u8; 4096] = [0; 4096];
-    bytes.chunks(ZEROES.len()).all(|part| *part == ZEROES[..part.len()])
 }

@@ -7,8 +7,8 @@ use crate::chain::{Below, ChainExtent};
 use crate::format::GuestOffset;
 use crate::image::{Backing, Image};
 
-use super::super::Result;
 use super::super::copy::{Copier, Report};
+use super::super::{Result, is_zero};
 use super::sides::{Action, Piece, Sides};
 use crate::chain::in_order::{in_order, threads};
 
@@ -170,11 +170,6 @@ fn differences(
         }
     }
     Ok(found)
-}
-
-fn is_zero(bytes: &[u8]) -> bool {
-    static ZEROES: [u8; 4096] = [0; 4096];
-    bytes.chunks(ZEROES.len()).all(|part| *part == ZEROES[..part.len()])
 }
 
 /// Room for the same range of both sides.
