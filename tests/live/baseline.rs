@@ -1,0 +1,91 @@
+//! By virsh alone. That these hold says that the guest and the checks are right; and their times are what our adapter is
+//! compared with.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use crate::content::Content;
+use crate::guest::Guest;
+use crate::hypervisor::Hypervisor;
+use crate::lab::{Lab, chain, text};
+
+const TARGETS: [&str; 3] = ["vda", "vdb", "vdc"];
+
+/// `virsh snapshot-create-as`: one new overlay a disk, named after the snapshot.
+fn create(hypervisor: &Hypervisor, guest: &Guest<'_>, lab: &Lab, snapshot: &str, quiesce: bool) {
+    let mut arguments: Vec<String> =
+        ["snapshot-create-as", &guest.name, snapshot, "--disk-only", "--atomic", "--no-metadata"]
+            .map(str::to_owned)
+            .to_vec();
+    if quiesce {
+        arguments.push("--quiesce".to_owned());
+    }
+    for target in guest.images().into_keys() {
+        let file = lab.path().join(format!("{target}-{snapshot}"));
+        arguments.extend(["--diskspec".to_owned(), format!("{target},snapshot=external,file={}", text(&file))]);
+    }
+    hypervisor.virsh(&arguments);
+}
+
+fn commit(hypervisor: &Hypervisor, guest: &Guest<'_>, target: &str) {
+    hypervisor.virsh(&["blockcommit", &guest.name, target, "--active", "--pivot", "--wait"]);
+}
+
+#[test]
+fn a_guest_boots_writes_and_powers_off() {
+    let Some(hypervisor) = Hypervisor::get() else { return };
+    let lab = Lab::new();
+    let images = TARGETS.map(|target| lab.disk(target));
+    let disks: Vec<(&str, &Path)> = TARGETS.into_iter().zip(images.iter().map(AsRef::as_ref)).collect();
+    let mut guest = Guest::start(&hypervisor, "live-boots", &disks);
+    guest.start_writer();
+    guest.wait_for_records(300);
+    let next = guest.stop_writer();
+    guest.assert_chains();
+    guest.power_off();
+    lab.assert_clean(&images.iter().cloned().collect(), &BTreeSet::new());
+    assert_eq!(guest.records().len() as u64, next);
+    for (target, image) in disks {
+        let content = Content::read(image, target);
+        content.assert_holds(guest.records_of(target));
+        assert_eq!(content.appended, guest.records_of(target));
+    }
+}
+
+#[test]
+fn a_quiesced_snapshot_is_taken_and_committed_while_the_guest_writes() {
+    let Some(hypervisor) = Hypervisor::get() else { return };
+    let lab = Lab::new();
+    let images = TARGETS.map(|target| lab.disk(target));
+    let disks: Vec<(&str, &Path)> = TARGETS.into_iter().zip(images.iter().map(AsRef::as_ref)).collect();
+    let mut guest = Guest::start(&hypervisor, "live-commit", &disks);
+    guest.start_writer();
+    guest.wait_for_records(100);
+    let before = guest.records().len();
+    create(&hypervisor, &guest, &lab, "s1", true);
+    guest.wait_for_records(100);
+
+    // The snapshot's files are no longer written to.
+    let frozen: Vec<u64> = disks.iter().filter_map(|(target, image)| Content::read(image, target).last()).collect();
+    for (target, image) in &disks {
+        let fsynced = guest.records().into_iter().take(before).filter(|record| record.serial == *target);
+        Content::read(image, target).assert_holds(fsynced.map(|record| record.number));
+    }
+    let (low, high) = (frozen.iter().min().unwrap(), frozen.iter().max().unwrap());
+    assert!(high - low < 2 * TARGETS.len() as u64, "not at one instant: {frozen:?}");
+
+    for target in TARGETS {
+        assert_eq!(chain(&guest.images()[target]).len(), 2);
+        commit(&hypervisor, &guest, target);
+        assert_eq!(guest.images()[target], lab.path().join(target));
+    }
+    guest.wait_for_records(100);
+    guest.assert_chains();
+    guest.stop_writer();
+    guest.power_off();
+    let overlays = TARGETS.map(|target| lab.path().join(format!("{target}-s1")));
+    lab.assert_clean(&images.iter().cloned().collect(), &overlays.into());
+    for (target, image) in disks {
+        assert_eq!(Content::read(image, target).appended, guest.records_of(target));
+    }
+}
