@@ -3,10 +3,11 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::time::Duration;
 
 use crate::content::Content;
-use crate::guest::Guest;
-use crate::hypervisor::Hypervisor;
+use crate::guest::{Agent, Guest};
+use crate::hypervisor::{Hypervisor, wait_for};
 use crate::lab::{Lab, chain, text};
 
 const TARGETS: [&str; 3] = ["vda", "vdb", "vdc"];
@@ -88,4 +89,56 @@ fn a_quiesced_snapshot_is_taken_and_committed_while_the_guest_writes() {
     for (target, image) in disks {
         assert_eq!(Content::read(image, target).appended, guest.records_of(target));
     }
+}
+
+#[test]
+fn ten_disks_of_which_seven_are_added_to_the_running_guest() {
+    let Some(hypervisor) = Hypervisor::get() else { return };
+    let lab = Lab::new();
+    let images = TARGETS.map(|target| lab.disk(target));
+    let disks: Vec<(&str, &Path)> = TARGETS.into_iter().zip(images.iter().map(AsRef::as_ref)).collect();
+    let mut guest = Guest::start(&hypervisor, "live-ten", &disks);
+    for target in ["vdd", "vde", "vdf", "vdg", "vdh", "vdi", "vdj"] {
+        guest.hot_add(target, &lab.disk(target));
+    }
+    assert_eq!(guest.images().len(), 10);
+    guest.start_writer();
+    guest.wait_for_records(100);
+    create(&hypervisor, &guest, &lab, "s1", false);
+    guest.wait_for_records(100);
+    guest.destroy();
+    for (target, image) in guest.images() {
+        assert_eq!(image, lab.path().join(format!("{target}-s1")));
+        Content::read(&image, &target).assert_holds(guest.records_of(&target));
+    }
+}
+
+#[test]
+fn a_guest_without_agent_or_with_one_that_hangs() {
+    let Some(hypervisor) = Hypervisor::get() else { return };
+    let lab = Lab::new();
+    let image = lab.disk("vda");
+    for (agent, error) in [(Agent::NotConfigured, "agent is not configured"), (Agent::Absent, "agent is not connected")]
+    {
+        let mut guest = Guest::define(&hypervisor, "live-no-agent", agent, &[("vda", &image)]);
+        guest.boot();
+        let said = guest.try_agent("guest-ping").unwrap_err();
+        assert!(said.contains(error), "{said}");
+        guest.power_off();
+    }
+    let mut guest = Guest::start(&hypervisor, "live-hung", &[("vda", &image)]);
+    guest.signal_agent("STOP");
+    let said = guest.try_agent("guest-ping").unwrap_err();
+    assert!(said.contains("not available") || said.contains("timed out"), "{said}");
+    guest.signal_agent("CONT");
+    wait_for("the agent is back", Duration::from_secs(30), || guest.try_agent("guest-ping").ok());
+    // It still freezes: what writes waits.
+    guest.start_writer();
+    guest.wait_for_records(10);
+    guest.try_agent("guest-fsfreeze-freeze").unwrap();
+    let frozen = guest.records().len();
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(guest.records().len() <= frozen + 1);
+    guest.try_agent("guest-fsfreeze-thaw").unwrap();
+    guest.wait_for_records(10);
 }

@@ -2,7 +2,7 @@
 
 /// Bytes of a record.
 pub const SIZE: usize = 4096;
-/// Records in the file that is written in place, over and over.
+/// Places in the file that is written in place: record n goes to place n modulo this.
 pub const SLOTS: u64 = 256;
 
 /// Record `number` as it is written to the disk with this serial.
@@ -27,7 +27,5 @@ pub fn number(serial: &str, bytes: &[u8]) -> Option<u64> {
 
 /// FNV-1a.
 fn hash(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
 }

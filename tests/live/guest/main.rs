@@ -196,7 +196,7 @@ fn write(
         let index = usize::try_from(number % count).unwrap_or_default();
         let (serial, appended, slots) = &mut files[index];
         let bytes = record::record(serial, number);
-        slots.seek(SeekFrom::Start(number / count % record::SLOTS * record::SIZE as u64))?;
+        slots.seek(SeekFrom::Start(number % record::SLOTS * record::SIZE as u64))?;
         slots.write_all(&bytes)?;
         slots.sync_data()?;
         appended.write_all(&bytes)?;
