@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::content::Content;
 use crate::guest::{Agent, Guest};
@@ -13,7 +13,7 @@ use crate::lab::{Lab, chain, text};
 const TARGETS: [&str; 3] = ["vda", "vdb", "vdc"];
 
 /// `virsh snapshot-create-as`: one new overlay a disk, named after the snapshot.
-fn create(hypervisor: &Hypervisor, guest: &Guest<'_>, lab: &Lab, snapshot: &str, quiesce: bool) {
+pub fn create(hypervisor: &Hypervisor, guest: &Guest<'_>, lab: &Lab, snapshot: &str, quiesce: bool) {
     let mut arguments: Vec<String> =
         ["snapshot-create-as", &guest.name, snapshot, "--disk-only", "--atomic", "--no-metadata"]
             .map(str::to_owned)
@@ -28,8 +28,11 @@ fn create(hypervisor: &Hypervisor, guest: &Guest<'_>, lab: &Lab, snapshot: &str,
     hypervisor.virsh(&arguments);
 }
 
-fn commit(hypervisor: &Hypervisor, guest: &Guest<'_>, target: &str) {
-    hypervisor.virsh(&["blockcommit", &guest.name, target, "--active", "--pivot", "--wait"]);
+/// `virsh blockcommit` of the active file into the one below it; returns the time it took.
+pub fn commit(hypervisor: &Hypervisor, guest: &Guest<'_>, target: &str) -> Duration {
+    let start = Instant::now();
+    hypervisor.virsh(&["blockcommit", &guest.name, target, "--active", "--pivot", "--wait", "--shallow"]);
+    start.elapsed()
 }
 
 #[test]

@@ -217,8 +217,9 @@ impl<'h> Guest<'h> {
         )
         .unwrap();
         let agent = if self.agent == Agent::Running { "running" } else { "absent" };
+        let accelerator = fs::read_to_string(build.join("accelerator")).unwrap();
         format!(
-            "<domain type='qemu'><name>{name}</name><memory unit='MiB'>256</memory><vcpu>1</vcpu>\
+            "<domain type='{accelerator}'><name>{name}</name><memory unit='MiB'>256</memory><vcpu>1</vcpu>\
              <os><type arch='x86_64' machine='pc'>hvm</type>\
              <kernel>{build}/vmlinuz</kernel><initrd>{build}/initramfs</initrd>\
              <cmdline>console=ttyS0 quiet mitigations=off nokaslr audit=0 panic=-1 live.agent={agent}</cmdline></os>\
@@ -227,6 +228,7 @@ impl<'h> Guest<'h> {
              <memballoon model='none'/></devices></domain>",
             name = self.name,
             build = build.display(),
+            accelerator = accelerator.trim(),
         )
     }
 }

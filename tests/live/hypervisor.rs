@@ -1,5 +1,6 @@
 //! The libvirtd that the tests have for themselves.
 
+use std::fs::File;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -9,8 +10,8 @@ use std::time::{Duration, Instant};
 /// How the environment says that it is not to be had.
 const SKIPPED: i32 = 75;
 
-/// Tests have the two processors of a small machine to themselves, one at a time.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+/// Tests have the two processors of a small machine to themselves, one at a time; other processes wait too.
+static ONE_AT_A_TIME: Mutex<Option<File>> = Mutex::new(None);
 
 /// A libvirtd that answers.
 #[derive(Debug)]
@@ -19,7 +20,7 @@ pub struct Hypervisor {
     pub uri: String,
     /// Where sockets and the guests' files lie; short, since a socket's path may have 107 bytes.
     run: PathBuf,
-    _turn: MutexGuard<'static, ()>,
+    _turn: MutexGuard<'static, Option<File>>,
 }
 
 impl Hypervisor {
@@ -27,7 +28,8 @@ impl Hypervisor {
     /// it is not to be had.
     pub fn get() -> Option<Self> {
         static FOUND: OnceLock<Result<(String, PathBuf), String>> = OnceLock::new();
-        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        turn.get_or_insert_with(other_processes);
         match FOUND.get_or_init(find) {
             Ok((uri, run)) => {
                 let hypervisor = Self { uri: uri.clone(), run: run.clone(), _turn: turn };
@@ -83,6 +85,15 @@ impl Hypervisor {
         }
         let _ = std::fs::remove_dir_all(self.run.join("guests"));
     }
+}
+
+/// Waits for other test processes of this checkout, which would take each other's domains for left over ones.
+fn other_processes() -> File {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/live");
+    std::fs::create_dir_all(&directory).unwrap();
+    let lock = File::create(directory.join("lock")).unwrap();
+    lock.lock().unwrap();
+    lock
 }
 
 fn find() -> Result<(String, PathBuf), String> {
