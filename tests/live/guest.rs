@@ -222,7 +222,7 @@ impl<'h> Guest<'h> {
             "<domain type='{accelerator}'><name>{name}</name><memory unit='MiB'>256</memory><vcpu>1</vcpu>\
              <os><type arch='x86_64' machine='pc'>hvm</type>\
              <kernel>{build}/vmlinuz</kernel><initrd>{build}/initramfs</initrd>\
-             <cmdline>console=ttyS0 quiet mitigations=off nokaslr audit=0 panic=-1 live.agent={agent}</cmdline></os>\
+             <cmdline>console=ttyS0 quiet mitigations=off nokaslr audit=0 cryptomgr.notests panic=-1 live.agent={agent}</cmdline></os>\
              <features><acpi/><apic/></features><on_reboot>destroy</on_reboot><on_crash>destroy</on_crash>\
              <devices>{devices}<controller type='virtio-serial'/><controller type='usb' model='none'/>\
              <memballoon model='none'/></devices></domain>",
