@@ -24,6 +24,8 @@
 pub mod chain;
 pub mod format;
 pub mod image;
+#[cfg(feature = "vm")]
+pub mod live;
 pub mod merge;
 pub mod storage;
 #[cfg(feature = "vm")]

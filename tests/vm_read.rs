@@ -498,9 +498,9 @@ fn reconciling_tells_of_a_hypervisor_that_writes_something_else() {
     let lab = lab(&mut rng);
     let mut domain = Domain::default();
     domain.running = true;
-    domain.active.insert("vda".into(), "/vm/vda.img".into());
+    domain.disks.insert("vda".into(), vec!["/vm/vda.img".into()]);
     assert!(lab.set.reconcile(Some(&domain), true, &()).unwrap().problems.is_empty());
-    domain.active.insert("vdb".into(), "/vm/elsewhere".into());
+    domain.disks.insert("vdb".into(), vec!["/vm/elsewhere".into()]);
     let found = lab.set.reconcile(Some(&domain), false, &()).unwrap();
     assert_eq!(found.problems.iter().map(|p| p.kind).collect::<Vec<_>>(), [ProblemKind::Domain]);
     assert_eq!(found.recovery, Some(Recovery::Clean));

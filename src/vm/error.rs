@@ -1,6 +1,7 @@
 //! What the floor says when something went wrong.
 
 use std::io;
+use std::time::Duration;
 
 use thiserror::Error as ThisError;
 
@@ -76,6 +77,25 @@ pub enum Error {
         /// Its own word, if there is one.
         source: Option<Box<dyn std::error::Error + Send + Sync>>,
     },
+    /// The hypervisor was asked for something, and nobody knows whether it did it. Nothing was taken back: recovery decides
+    /// when the hypervisor can be asked.
+    #[error("{what}: whether it happened is not known; recovery asks the hypervisor")]
+    Uncertain {
+        /// What it was to do.
+        what: String,
+        /// Why there was no answer.
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    },
+    /// A running VM's merge took longer than the caller allows. The operation can be resumed.
+    #[error("the merge on disk {disk} was not done after {after:?}; {}", if *running { "its job goes on" } else { "its job was ended" })]
+    TimedOut {
+        /// The hypervisor's name of the disk.
+        disk: String,
+        /// How long it took so far.
+        after: Duration,
+        /// Whether its job goes on.
+        running: bool,
+    },
     /// The caller asked to stop. What has begun can be resumed.
     #[error("cancelled")]
     Cancelled,
@@ -88,6 +108,16 @@ impl Error {
         match self {
             Self::Refused(refusal) => Some(refusal),
             _ => None,
+        }
+    }
+
+    /// Whether a timeout is behind it.
+    #[must_use]
+    pub fn is_timed_out(&self) -> bool {
+        match self {
+            Self::TimedOut { .. } => true,
+            Self::Incomplete { source, .. } => source.is_timed_out(),
+            _ => false,
         }
     }
 
@@ -113,6 +143,7 @@ impl From<Error> for io::Error {
             Error::NoSpace { .. } => io::ErrorKind::StorageFull,
             Error::Catalogue { .. } | Error::Journal { .. } => io::ErrorKind::InvalidData,
             Error::Cancelled => io::ErrorKind::Interrupted,
+            Error::TimedOut { .. } => io::ErrorKind::TimedOut,
             _ => io::ErrorKind::Other,
         };
         Self::new(kind, error)

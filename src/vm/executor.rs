@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::Result;
 use super::model::FileRef;
@@ -15,10 +15,53 @@ use crate::merge;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Domain {
-    /// Whether it is running.
+    /// Whether it is running, or paused.
     pub running: bool,
-    /// The file that it writes for each volume, as far as that is known.
-    pub active: BTreeMap<String, PathBuf>,
+    /// The files of each of its disks by the hypervisor's name of the disk, the one that it writes first; of a VM that is off,
+    /// perhaps only that one, which it would be started with.
+    pub disks: BTreeMap<String, Vec<PathBuf>>,
+}
+
+impl Domain {
+    /// The disk that writes a recorded file.
+    #[must_use]
+    pub fn disk_writing(&self, place: &Place, recorded: &str) -> Option<&str> {
+        let path = place.path(recorded);
+        let mut disks = self.disks.iter();
+        let found = disks.find(|(_, files)| files.first().is_some_and(|file| same(place, file, &path)));
+        found.map(|(name, _)| name.as_str())
+    }
+
+    /// The disk that has a recorded file open, and the file's place among its files.
+    #[must_use]
+    pub fn disk_with(&self, place: &Place, recorded: &str) -> Option<(&str, usize)> {
+        if !self.running {
+            return None;
+        }
+        let path = place.path(recorded);
+        let place_of = |files: &[PathBuf]| files.iter().position(|file| same(place, file, &path));
+        self.disks.iter().find_map(|(name, files)| Some((name.as_str(), place_of(files)?)))
+    }
+}
+
+fn same(place: &Place, a: &Path, b: &Path) -> bool {
+    a == b || place.leads_to(a, b)
+}
+
+/// Hears how far a merge is, and that somebody else's writes are about to go to another file.
+pub trait Watch: merge::Progress {
+    /// The hypervisor is about to be told to write the base instead of the top. What it writes afterwards is newer than the
+    /// top, whoever asks later: that must be remembered first.
+    ///
+    /// # Errors
+    /// What remembering it gives; then it must not be told.
+    fn before_switch(&self) -> Result<()>;
+}
+
+impl Watch for () {
+    fn before_switch(&self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// How the steps are done.
@@ -45,6 +88,8 @@ pub struct Merged {
     pub report: merge::Report,
     /// The files, still open: nobody else can use them until the catalogue knows which is left.
     pub held: Option<Chain>,
+    /// Whether a running VM writes the base now, and has since it was switched over: merging again would undo its writes.
+    pub switched: bool,
 }
 
 /// Does the steps of a plan. Each can be done again after it was interrupted, or done already.
@@ -66,7 +111,7 @@ pub trait Executor: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// What went wrong; it can be done again.
-    fn merge(&self, step: &MergeStep, manner: &Manner<'_>, progress: &dyn merge::Progress) -> Result<Merged>;
+    fn merge(&self, step: &MergeStep, manner: &Manner<'_>, watch: &dyn Watch) -> Result<Merged>;
 
     /// Lets a file's header name another file that reads the same, durable on return.
     ///

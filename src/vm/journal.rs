@@ -38,6 +38,33 @@ pub enum Record {
         volume: String,
         /// Its number among the volume's steps.
         step: usize,
+        /// Whether a running VM was switched over by it.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        switched: bool,
+    },
+    /// A running VM is about to be switched over to the base of a merge. Whether it was, only its hypervisor knows.
+    Switching {
+        /// The number of its stage.
+        stage: usize,
+        /// Its volume.
+        volume: String,
+        /// Its number among the volume's steps.
+        step: usize,
+    },
+}
+
+/// How far a step is, by the journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Progressed {
+    /// Nothing is noted.
+    No,
+    /// A running VM was about to be switched over.
+    Switching,
+    /// It is done.
+    Done {
+        /// Whether a running VM was switched over by it.
+        switched: bool,
     },
 }
 
@@ -144,7 +171,7 @@ impl Journal {
             Some(Record::Plan { version, .. }) => {
                 Err(wrong(path, format!("version {version} of journals is not known")))
             }
-            Some(Record::Done { .. }) => Err(wrong(path, "its first record is no plan")),
+            Some(Record::Done { .. } | Record::Switching { .. }) => Err(wrong(path, "its first record is no plan")),
         }
     }
 
@@ -173,12 +200,20 @@ impl Journal {
         Ok(())
     }
 
-    /// Whether a step is noted as done.
+    /// How far a step is noted to be.
     #[must_use]
-    pub fn is_done(&self, stage: usize, volume: &str, step: usize) -> bool {
-        self.done.iter().any(|record| {
-            matches!(record, Record::Done { stage: s, volume: v, step: n } if (*s, v.as_str(), *n) == (stage, volume, step))
-        })
+    pub fn progressed(&self, stage: usize, volume: &str, step: usize) -> Progressed {
+        let wanted = (stage, volume, step);
+        let noted = self.done.iter().rev().find_map(|record| match record {
+            Record::Done { stage, volume, step, switched } if (*stage, volume.as_str(), *step) == wanted => {
+                Some(Progressed::Done { switched: *switched })
+            }
+            Record::Switching { stage, volume, step } if (*stage, volume.as_str(), *step) == wanted => {
+                Some(Progressed::Switching)
+            }
+            _ => None,
+        });
+        noted.unwrap_or(Progressed::No)
     }
 
     /// Ends the journal: the operation is done, or undone.

@@ -39,9 +39,9 @@ pub use catalogue::Catalogue;
 pub use changed::{ChangedRange, Changes, Point};
 pub use edit::Edit;
 pub use error::{Error, Result};
-pub use executor::{Domain, Executor, Manner, Merged};
+pub use executor::{Domain, Executor, Manner, Merged, Watch};
 pub use export::{ExportOptions, Exported};
-pub use journal::{Found, Journal, Record};
+pub use journal::{Found, Journal, Progressed, Record};
 pub use listing::{ListedSnapshot, ListedVolume, Listing};
 pub use model::{
     Base, Dependent, FileRecord, FileRef, Fingerprint, LastOperation, MAX_NAME, Model, OverlayShape, Snapshot,
@@ -49,6 +49,7 @@ pub use model::{
 };
 pub use offline::Offline;
 pub use options::{AdoptOptions, MergeOptions, SnapshotOptions, VolumeSpec};
+pub(crate) use place::Links;
 pub use place::Place;
 pub use plan::{Cost, MergeStep, NewOverlay, Plan, Purpose, SizeChange, Stage, Step, VolumeWork};
 pub use planner::{PlanOptions, Request, plan};

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::executor::{Domain, Executor, Manner, Merged};
+use super::executor::{Domain, Executor, Manner, Merged, Watch};
 use super::model::FileRef;
 use super::place::{Links, give_back_leaks};
 use super::plan::{MergeStep, NewOverlay};
@@ -35,10 +35,10 @@ impl Executor for Offline {
         Ok(())
     }
 
-    fn merge(&self, step: &MergeStep, manner: &Manner<'_>, progress: &dyn merge::Progress) -> Result<Merged> {
+    fn merge(&self, step: &MergeStep, manner: &Manner<'_>, watch: &dyn Watch) -> Result<Merged> {
         match step.direction {
-            Direction::Pull => pull(step, manner, progress),
-            Direction::Commit | Direction::Auto => commit(step, manner, progress),
+            Direction::Pull => pull(step, manner, watch),
+            Direction::Commit | Direction::Auto => commit(step, manner, watch),
         }
     }
 
@@ -158,5 +158,5 @@ fn finish(chain: Chain, into: usize, report: merge::Report, manner: &Manner<'_>)
         give_back_leaks(&**layer.node.storage())?;
     }
     let virtual_size = layer.node.virtual_size();
-    Ok(Merged { virtual_size, report, held: Some(chain) })
+    Ok(Merged { virtual_size, report, held: Some(chain), switched: false })
 }

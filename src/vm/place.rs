@@ -24,15 +24,15 @@ pub struct Place {
 
 /// What a look at an image's header tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Facts {
-    pub(super) virtual_size: u64,
-    pub(super) bytes_on_disk: Option<u64>,
-    pub(super) shape: Option<OverlayShape>,
+pub(crate) struct Facts {
+    pub(crate) virtual_size: u64,
+    pub(crate) bytes_on_disk: Option<u64>,
+    pub(crate) shape: Option<OverlayShape>,
 }
 
 /// How strictly headers are held to the records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Links {
+pub(crate) enum Links {
     /// Each names the file recorded beneath it.
     Exact,
     /// A merge is under way: a header may name the second file beneath it already, with which the first is one.
@@ -77,7 +77,7 @@ impl Place {
     }
 
     /// How the header of one recorded file calls another: by name beside it, else by its whole path.
-    pub(super) fn backing_name(&self, of: &str, backing: &str) -> Vec<u8> {
+    pub(crate) fn backing_name(&self, of: &str, backing: &str) -> Vec<u8> {
         let (of, backing) = (self.path(of), self.path(backing));
         let beside = of.parent() == backing.parent();
         let name = backing.file_name().filter(|_| beside).map(PathBuf::from);
@@ -85,7 +85,7 @@ impl Place {
         name.into_os_string().into_encoded_bytes()
     }
 
-    pub(super) fn exists(&self, recorded: &str) -> Result<bool> {
+    pub(crate) fn exists(&self, recorded: &str) -> Result<bool> {
         Ok(self.names.exists(&self.path(recorded))?)
     }
 
@@ -94,7 +94,9 @@ impl Place {
         self.leads_to(&self.path(a), &self.path(b))
     }
 
-    pub(super) fn leads_to(&self, a: &Path, b: &Path) -> bool {
+    /// Whether two paths lead to one file.
+    #[must_use]
+    pub fn leads_to(&self, a: &Path, b: &Path) -> bool {
         match (self.names.resolve(a), self.names.resolve(b)) {
             (Ok(a), Ok(b)) if a.file.is_some() && b.file.is_some() => a.file == b.file,
             (Ok(a), Ok(b)) => a.path == b.path,
@@ -103,12 +105,12 @@ impl Place {
     }
 
     /// Opens a recorded file's storage; a lock that cannot be had is a refusal.
-    pub(super) fn storage(&self, recorded: &str, access: &Access) -> Result<Arc<dyn Storage>> {
+    pub(crate) fn storage(&self, recorded: &str, access: &Access) -> Result<Arc<dyn Storage>> {
         self.names.open(&self.path(recorded), access).map_err(in_use)
     }
 
     /// Opens a recorded file as what it is recorded to be.
-    pub(super) fn layer(&self, file: &FileRef, write: bool) -> Result<Layer> {
+    pub(crate) fn layer(&self, file: &FileRef, write: bool) -> Result<Layer> {
         let access = if write { Access::write() } else { Access::read() };
         self.layer_as(file, &access)
     }
@@ -137,7 +139,7 @@ impl Place {
     }
 
     /// Refuses an image whose header names another backing file than the first of `below`, or gives it another format.
-    pub(super) fn check_link(&self, layer: &Layer, file: &FileRef, below: &[FileRef], links: Links) -> Result<()> {
+    pub(crate) fn check_link(&self, layer: &Layer, file: &FileRef, below: &[FileRef], links: Links) -> Result<()> {
         let Some(image) = layer.node.as_qcow2() else { return Ok(()) };
         let header = image.header();
         let mut found = self.check_names(&header, file, below.first());
@@ -177,12 +179,12 @@ impl Place {
     }
 
     /// Opens a recorded file to look at, without a lock.
-    pub(super) fn look_layer(&self, file: &FileRef) -> Result<Layer> {
+    pub(crate) fn look_layer(&self, file: &FileRef) -> Result<Layer> {
         self.layer_as(file, &Access::read().with_lock(LockMode::None))
     }
 
     /// Looks at an image's header without a lock: whoever holds it may be running.
-    pub(super) fn look(&self, file: &FileRef) -> Result<Facts> {
+    pub(crate) fn look(&self, file: &FileRef) -> Result<Facts> {
         let layer = self.layer_as(file, &Access::read().with_lock(LockMode::None))?;
         let shape = layer.node.as_qcow2().map(|image| OverlayShape {
             cluster_bits: image.geometry().cluster_bits().get(),
@@ -219,8 +221,25 @@ impl Place {
         files.map(|file| self.storage(&file.path, &Access::read().with_lock(LockMode::Write))).collect()
     }
 
+    /// Whether somebody has an overlay open, or it holds data of its own: then a VM has been writing it. One that cannot be
+    /// read as an image, as its making was interrupted, holds none.
+    pub(super) fn is_written(&self, file: &FileRef) -> Result<bool> {
+        if !self.exists(&file.path)? {
+            return Ok(false);
+        }
+        match self.hold(std::iter::once(file)) {
+            Err(super::Error::Refused(Refusal::InUse { .. })) => return Ok(true),
+            Err(error) => return Err(error),
+            Ok(_) => {}
+        }
+        let Ok(layer) = self.look_layer(file) else { return Ok(false) };
+        let size = layer.node.virtual_size();
+        let alone = Chain::from_layers(layer, []);
+        Ok(alone.extents(0..size).map_while(Result::ok).any(|extent| extent.layer.is_some()))
+    }
+
     /// Refuses a file whose header disagrees with the records, without a lock.
-    pub(super) fn check_head(&self, file: &FileRef, below: &[FileRef], links: Links) -> Result<()> {
+    pub(crate) fn check_head(&self, file: &FileRef, below: &[FileRef], links: Links) -> Result<()> {
         let layer = self.layer_as(file, &Access::read().with_lock(LockMode::None))?;
         self.check_link(&layer, file, below, links)
     }

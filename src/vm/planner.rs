@@ -331,7 +331,13 @@ impl Planner<'_> {
                 (record(dep, volume)?, files_on(model, id, volume)?)
             }
         };
+        let is_open = self.options.running && model.active_chain(volume).contains(&top.file);
+        if is_open && base.protected {
+            return Err(Refusal::Running { operation: "merge into the file above a protected one" });
+        }
         let direction = match self.options.directions.get(&volume.name) {
+            // A hypervisor merges downwards.
+            _ if is_open => Direction::Commit,
             _ if base.protected => Direction::Pull,
             Some(Direction::Pull) => Direction::Pull,
             _ => Direction::Commit,

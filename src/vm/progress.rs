@@ -67,6 +67,12 @@ pub(super) struct OfVolume<'a> {
     volume: &'a str,
 }
 
+impl OfVolume<'_> {
+    pub(super) fn volume(&self) -> &str {
+        self.volume
+    }
+}
+
 impl merge::Progress for OfVolume<'_> {
     fn step(&self, step: &merge::Step<'_>) {
         let (all_done, all_total) = {

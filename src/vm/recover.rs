@@ -9,8 +9,6 @@
 //! | anything else | completed: each stage that the catalogue does not have yet, each volume that is not recorded yet |
 //! | a snapshot being merged, without a journal | its deletion is planned anew |
 
-use std::path::PathBuf;
-
 use super::catalogue::directory_of;
 use super::executor::Domain;
 use super::journal::{Found, Journal, clear};
@@ -25,14 +23,20 @@ use super::set::{Recovery, SnapshotSet};
 use super::{Error, Result};
 
 impl SnapshotSet {
-    pub(super) fn recover_locked(&self, options: &MergeOptions, progress: &dyn Progress) -> Result<Recovery> {
+    /// Recovers; `told` is what the VM is doing, by the caller, who knows better than the executor.
+    pub(super) fn recover_locked(
+        &self,
+        told: Option<&Domain>,
+        options: &MergeOptions,
+        progress: &dyn Progress,
+    ) -> Result<Recovery> {
         match Journal::find(self.place.names(), &self.journal)? {
-            Found::Journal(journal, plan) => self.resume(*journal, &plan, options, progress),
+            Found::Journal(journal, plan) => self.resume(*journal, &plan, told, options, progress),
             Found::Torn => {
                 clear(&**self.place.names(), &self.journal)?;
                 Ok(Recovery::Undone("an operation that had not changed anything".to_owned()))
             }
-            Found::Nothing => self.resume_without_journal(options, progress),
+            Found::Nothing => self.resume_without_journal(told, options, progress),
         }
     }
 
@@ -40,6 +44,7 @@ impl SnapshotSet {
         &self,
         journal: Journal,
         plan: &Plan,
+        told: Option<&Domain>,
         options: &MergeOptions,
         progress: &dyn Progress,
     ) -> Result<Recovery> {
@@ -47,23 +52,35 @@ impl SnapshotSet {
         journal.settle()?;
         self.store.settle()?;
         let model = self.store.load()?;
-        let switched = self.is_switched(plan, &self.executor.domain(&model.vm)?);
-        let run = Run::new(self.tools(options, progress, true), plan, model);
+        let domain = told.map_or_else(|| self.executor.domain(&model.vm), |domain| Ok(domain.clone()))?;
+        // Once it is in the catalogue it does not matter, and the overlays may be merged already.
+        let switched = model.last_operation.id < plan.id && self.is_switched(plan, &domain)?;
+        let run = Run::new(self.tools(&domain, options, progress, true), plan, model);
         Ok(match run.resume(journal, switched)? {
             Some(report) => Recovery::Completed(Box::new(report)),
             None => Recovery::Undone(plan.purpose.to_string()),
         })
     }
 
-    /// Whether the hypervisor writes to the new overlays, although the catalogue does not know them.
-    fn is_switched(&self, plan: &Plan, domain: &Domain) -> bool {
-        let Some(first) = plan.stages.first() else { return false };
-        let writes = |volume: &str, path: PathBuf| domain.active.get(volume).is_some_and(|active| *active == path);
-        !first.create.is_empty()
-            && first.create.iter().all(|overlay| writes(&overlay.volume, self.place.path(&overlay.file.path)))
+    /// Whether a running VM writes to the new overlays, although the catalogue does not know them: by its hypervisor, or by
+    /// what they hold. All of them were switched over at one instant, or none.
+    fn is_switched(&self, plan: &Plan, domain: &Domain) -> Result<bool> {
+        let (Some(first), Purpose::Create { .. }) = (plan.stages.first(), &plan.purpose) else { return Ok(false) };
+        for overlay in &first.create {
+            let written = domain.disk_writing(&self.place, &overlay.file.path).is_some();
+            if written || self.place.is_written(&overlay.file)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
-    fn resume_without_journal(&self, options: &MergeOptions, progress: &dyn Progress) -> Result<Recovery> {
+    fn resume_without_journal(
+        &self,
+        told: Option<&Domain>,
+        options: &MergeOptions,
+        progress: &dyn Progress,
+    ) -> Result<Recovery> {
         let model = self.store.load()?;
         let Some(merging) = model.merging() else {
             // A journal that was taken away, but whose end could not be made durable, would come back after a crash.
@@ -72,7 +89,7 @@ impl SnapshotSet {
         };
         let plan = self.plan_anew(&model, &merging.name.clone())?;
         let journal = Journal::begin(self.place.names(), &self.journal, &plan)?;
-        self.resume(journal, &plan, options, progress)
+        self.resume(journal, &plan, told, options, progress)
     }
 
     /// The plan that deletes a snapshot on.
@@ -105,7 +122,7 @@ impl SnapshotSet {
         if !merging && !journalled {
             return Ok(None);
         }
-        match self.recover_locked(options, progress)? {
+        match self.recover_locked(None, options, progress)? {
             Recovery::Completed(report) => Ok(Some(*report)),
             Recovery::Undone(_) | Recovery::Clean => Ok(None),
         }
@@ -124,8 +141,8 @@ impl SnapshotSet {
                 completes: true,
             })),
             Found::Journal(_, plan) => {
-                let switched = self.is_switched(&plan, &self.executor.domain(&model.vm)?);
                 let recorded = model.last_operation.id >= plan.id;
+                let switched = !recorded && self.is_switched(&plan, &self.executor.domain(&model.vm)?)?;
                 let undoable = plan.stages.first().is_some_and(|stage| !stage.create.is_empty());
                 Ok(Some(Pending { operation: Some(plan.purpose), completes: recorded || switched || !undoable }))
             }

@@ -7,17 +7,18 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::catalogue::{directory_of, unlink_if_there, with_suffix};
 use super::edit::Edit;
-use super::executor::{Executor, Manner, Merged};
-use super::journal::{Journal, Record};
+use super::executor::{Domain, Executor, Manner, Merged, Watch};
+use super::journal::{Journal, Progressed, Record};
 use super::model::{LastOperation, Model};
 use super::offline::in_parallel;
 use super::place::Place;
-use super::plan::{Plan, Purpose, Stage, Step, VolumeWork};
-use super::progress::{Progress, Relay};
+use super::plan::{MergeStep, Plan, Purpose, Stage, Step, VolumeWork};
+use super::progress::{OfVolume, Progress, Relay};
 use super::report::{MergedVolume, PathChange, Report};
 use super::store::Store;
 use super::trace::event;
 use super::{Error, Result};
+use crate::merge::{self, Direction};
 use crate::storage;
 
 /// What a plan is carried out with.
@@ -25,6 +26,8 @@ use crate::storage;
 pub(super) struct Tools<'a> {
     pub(super) store: &'a dyn Store,
     pub(super) executor: &'a dyn Executor,
+    /// What the VM was doing when the operation began.
+    pub(super) domain: &'a Domain,
     pub(super) journal: &'a Path,
     pub(super) manner: Manner<'a>,
     pub(super) progress: &'a dyn Progress,
@@ -86,7 +89,9 @@ impl<'a> Run<'a> {
         match self.stages(0) {
             Ok(()) => self.clear(),
             Err(error) => {
-                if !self.committed.load(Ordering::SeqCst) {
+                if matches!(error, Error::Uncertain { .. }) {
+                    // A VM may be writing what would be taken back.
+                } else if !self.committed.load(Ordering::SeqCst) {
                     // Where this fails as well, recovery does it.
                     let _ = self.undo();
                 } else if matches!(self.plan.purpose, Purpose::Resize { .. }) {
@@ -234,12 +239,11 @@ impl<'a> Run<'a> {
         let mut merged = None;
         match step {
             Step::Merge(merge) => {
-                // What nobody writes needs no second copy. What the VM writes may have changed since.
-                if !merge.active && lock(&self.journal).as_ref().is_some_and(|j| j.is_done(stage, &work.volume, number))
-                {
-                    return Ok(None);
+                if self.is_merged(stage, &work.volume, number, merge)? {
+                    return self.merged_before(merge);
                 }
-                let done = executor.merge(merge, manner, &self.relay.of(&work.volume))?;
+                let watch = Watching { run: self, stage, step: number, progress: self.relay.of(&work.volume) };
+                let done = executor.merge(merge, manner, &watch)?;
                 let report = &done.report;
                 let moved = MergedVolume {
                     direction: merge.direction,
@@ -259,9 +263,40 @@ impl<'a> Run<'a> {
             }
         }
         if let Some(journal) = lock(&self.journal).as_mut() {
-            journal.append(Record::Done { stage, volume: work.volume.clone(), step: number })?;
+            let switched = merged.as_ref().is_some_and(|merged| merged.switched);
+            journal.append(Record::Done { stage, volume: work.volume.clone(), step: number, switched })?;
         }
         Ok(merged)
+    }
+
+    /// Whether a merge needs no doing again. What nobody writes needs no second copy. A top that a VM writes may have changed
+    /// since, unless the VM was switched over: then it is the base that is newer.
+    fn is_merged(&self, stage: usize, volume: &str, number: usize, step: &MergeStep) -> Result<bool> {
+        let progressed = lock(&self.journal).as_ref().map(|journal| journal.progressed(stage, volume, number));
+        match progressed.unwrap_or(Progressed::No) {
+            Progressed::No => Ok(false),
+            Progressed::Done { switched } => Ok(!step.active || switched),
+            Progressed::Switching => {
+                let (place, domain) = (self.tools.place(), self.tools.domain);
+                if domain.disk_writing(place, &step.base.path).is_some() {
+                    return Ok(true);
+                }
+                if domain.disk_writing(place, &step.top.path).is_some() {
+                    return Ok(false);
+                }
+                let what = format!("volume {volume}: switching the VM from {} to {}", step.top, step.base);
+                Err(Error::Uncertain { what, source: None })
+            }
+        }
+    }
+
+    /// What is left of a merge that was done earlier.
+    fn merged_before(&self, step: &MergeStep) -> Result<Option<Merged>> {
+        if step.direction == Direction::Pull {
+            return Ok(None);
+        }
+        let virtual_size = self.tools.place().look(&step.base)?.virtual_size;
+        Ok(Some(Merged { virtual_size, ..Merged::default() }))
     }
 
     /// Gives a file the name of another beside it. Its own stays, so that the catalogue's path leads to it all the time; on a
@@ -318,11 +353,12 @@ impl<'a> Run<'a> {
             for step in &work.steps {
                 let Step::Resize { file, .. } = step else { continue };
                 // It did not get to its end, or nobody knows whether it did.
-                let layer = place.layer(file, true)?;
-                if layer.node.as_qcow2().is_some() {
-                    super::place::give_back_leaks(&**layer.node.storage())?;
+                if self.tools.domain.disk_with(place, &file.path).is_none() {
+                    let layer = place.layer(file, true)?;
+                    if layer.node.as_qcow2().is_some() {
+                        super::place::give_back_leaks(&**layer.node.storage())?;
+                    }
                 }
-                drop(layer);
                 let mut edits = work.edits.clone();
                 set_size(&mut edits, place.look(file)?.virtual_size);
                 self.record(&edits)?;
@@ -354,6 +390,32 @@ impl<'a> Run<'a> {
         report.state = self.plan.state_in(&model);
         event!("done", purpose = %self.plan.purpose, removed = report.removed.len());
         report
+    }
+}
+
+/// Hears of one step, and notes in the journal what must not be forgotten.
+struct Watching<'a> {
+    run: &'a Run<'a>,
+    stage: usize,
+    step: usize,
+    progress: OfVolume<'a>,
+}
+
+impl merge::Progress for Watching<'_> {
+    fn step(&self, step: &merge::Step<'_>) {
+        self.progress.step(step);
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.progress.is_cancelled()
+    }
+}
+
+impl Watch for Watching<'_> {
+    fn before_switch(&self) -> Result<()> {
+        let (stage, volume, step) = (self.stage, self.progress.volume().to_owned(), self.step);
+        let mut journal = lock(&self.run.journal);
+        journal.as_mut().map_or(Ok(()), |journal| journal.append(Record::Switching { stage, volume, step }))
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::adopt;
 use super::catalogue::{Catalogue, directory_of, with_suffix};
-use super::executor::{Executor, Manner};
+use super::executor::{Domain, Executor, Manner};
 use super::journal::{Found, Journal};
 use super::listing::Listing;
 use super::lock::VmLock;
@@ -244,8 +244,9 @@ impl SnapshotSet {
     pub fn plan(&self, request: &Request, options: &MergeOptions) -> Result<Plan> {
         self.refuse_unfinished()?;
         let model = self.look_at_volumes()?;
-        let plan = self.planned(&model, request, options)?;
-        survey::check(&self.place, &plan)?;
+        let domain = self.executor.domain(&model.vm)?;
+        let plan = self.planned(&model, &domain, request, options)?;
+        survey::check(&self.place, &domain, &plan)?;
         Ok(plan)
     }
 
@@ -304,8 +305,13 @@ impl SnapshotSet {
     /// # Errors
     /// What keeps it from being completed.
     pub fn recover(&self, progress: &dyn Progress) -> Result<Recovery> {
+        self.recover_told(None, progress)
+    }
+
+    /// Recovers with what the caller says of the VM, if it says something.
+    pub(super) fn recover_told(&self, domain: Option<&Domain>, progress: &dyn Progress) -> Result<Recovery> {
         let _locked = self.lock.take()?;
-        self.recover_locked(&MergeOptions::default(), progress)
+        self.recover_locked(domain, &MergeOptions::default(), progress)
     }
 
     /// Takes in one more volume. There must be no snapshots: they would lack it.
@@ -365,38 +371,37 @@ impl SnapshotSet {
     fn operate_locked(&self, request: &Request, options: &MergeOptions, progress: &dyn Progress) -> Result<Report> {
         self.refuse_unfinished()?;
         let model = self.look_at_volumes()?;
-        let plan = self.planned(&model, request, options)?;
-        survey::check(&self.place, &plan)?;
-        let running = self.executor.domain(&model.vm)?.running;
-        if let Request::Resize { volume, .. } = request
-            && !running
-        {
+        let domain = self.executor.domain(&model.vm)?;
+        let plan = self.planned(&model, &domain, request, options)?;
+        survey::check(&self.place, &domain, &plan)?;
+        let idle = |file: &&FileRef| domain.disk_with(&self.place, &file.path).is_none();
+        if let Request::Resize { volume, .. } = request {
             // Whoever has it open is met before the journal is begun.
-            drop(self.place.hold(model.volume(volume).map(|volume| &volume.active.file).into_iter())?);
+            drop(self.place.hold(model.volume(volume).map(|volume| &volume.active.file).into_iter().filter(idle))?);
         }
         // Nobody may write to files while they are frozen.
-        let replaced = plan.created().next().is_some() && !running;
+        let replaced = plan.created().next().is_some();
         let active = model.volumes.iter().map(|volume| &volume.active.file).filter(|_| replaced);
-        let held = self.place.hold(active)?;
-        let done = Run::new(self.tools(options, progress, false), &plan, model).start();
+        let held = self.place.hold(active.filter(idle))?;
+        let done = Run::new(self.tools(&domain, options, progress, false), &plan, model).start();
         drop(held);
         done
     }
 
     pub(super) fn tools<'a>(
         &'a self,
+        domain: &'a Domain,
         options: &MergeOptions,
         progress: &'a dyn Progress,
         recovering: bool,
     ) -> Tools<'a> {
         let manner = Manner { place: &self.place, jobs: self.jobs, rate_limit: options.rate_limit, recovering };
-        Tools { store: &*self.store, executor: &*self.executor, journal: &self.journal, manner, progress }
+        Tools { store: &*self.store, executor: &*self.executor, domain, journal: &self.journal, manner, progress }
     }
 
     /// Plans after a look at everything that could refute the records.
-    fn planned(&self, model: &Model, request: &Request, options: &MergeOptions) -> Result<Plan> {
-        let running = self.executor.domain(&model.vm)?.running;
-        let plan = survey::plan_with_costs(&self.place, model, request, running, options)?;
+    fn planned(&self, model: &Model, domain: &Domain, request: &Request, options: &MergeOptions) -> Result<Plan> {
+        let plan = survey::plan_with_costs(&self.place, model, request, domain, options)?;
         for volume in &model.volumes {
             volume.bases.iter().try_for_each(|base| self.place.check_base(base))?;
             self.check_head(model, &model.active_chain(volume))?;

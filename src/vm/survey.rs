@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::executor::Domain;
 use super::model::{FileRef, Model};
 use super::options::MergeOptions;
 use super::place::{Links, Place};
@@ -16,14 +17,14 @@ pub(super) fn plan_with_costs(
     place: &Place,
     model: &Model,
     request: &Request,
-    running: bool,
+    domain: &Domain,
     wanted: &MergeOptions,
 ) -> Result<Plan> {
-    let mut options = PlanOptions::default().with_running(running).with_keep_top_names(wanted.keep_top_names);
+    let mut options = PlanOptions::default().with_running(domain.running).with_keep_top_names(wanted.keep_top_names);
     let first = plan(model, request, &options)?;
     let mut costs = BTreeMap::new();
     for (volume, step) in first.merges() {
-        let cost = weigh(place, model, step, wanted.direction)?;
+        let cost = weigh(place, model, domain, step, wanted.direction)?;
         options = options.with_direction(volume, cost.direction);
         costs.insert(volume.to_owned(), cost);
     }
@@ -35,14 +36,24 @@ pub(super) fn plan_with_costs(
         if costs.get(&volume).is_some_and(|cost| cost.direction != direction)
             && let Some(step) = first.merges().find(|(known, _)| *known == volume).map(|(_, step)| step)
         {
-            costs.insert(volume, weigh(place, model, step, direction)?);
+            costs.insert(volume, weigh(place, model, domain, step, direction)?);
         }
     }
     plan.costs = costs;
     Ok(plan)
 }
 
-fn weigh(place: &Place, model: &Model, step: &MergeStep, wanted: Direction) -> Result<Cost> {
+/// Whether a running VM has the files of a merge open: then its hypervisor does it.
+fn is_live(place: &Place, domain: &Domain, step: &MergeStep) -> bool {
+    [&step.top, &step.base].iter().any(|file| domain.disk_with(place, &file.path).is_some())
+}
+
+fn weigh(place: &Place, model: &Model, domain: &Domain, step: &MergeStep, wanted: Direction) -> Result<Cost> {
+    if is_live(place, domain, step) {
+        // The tables of a file that is being written are not to be relied on: at most all of it moves.
+        let data = place.look(&step.top)?.bytes_on_disk.unwrap_or_default();
+        return Ok(Cost { direction: Direction::Commit, data, space_needed: data, space_free: None });
+    }
     let links = if model.merging().is_some() { Links::MaySkip } else { Links::Exact };
     let files: Vec<FileRef> = [&step.top, &step.base].into_iter().chain(&step.below).cloned().collect();
     let chain = place.chain(&files, 0, links)?;
@@ -58,11 +69,15 @@ fn weigh(place: &Place, model: &Model, step: &MergeStep, wanted: Direction) -> R
 }
 
 /// Refuses a plan whose merges do not fit where they are done, or whose files somebody else has open.
-pub(super) fn check(place: &Place, plan: &Plan) -> Result<()> {
+pub(super) fn check(place: &Place, domain: &Domain, plan: &Plan) -> Result<()> {
     // Volumes on one file system share its room.
     let mut needs: BTreeMap<Option<u64>, (u64, u64, String)> = BTreeMap::new();
     for (volume, step) in plan.merges() {
         let written = if step.direction == Direction::Pull { &step.top } else { &step.base };
+        if is_live(place, domain, step) {
+            place.check_writable(written)?;
+            continue;
+        }
         let held = place.hold([&step.top, written].into_iter().take(1 + usize::from(written != &step.top)))?;
         place.check_writable(written)?;
         let Some(cost) = plan.costs.get(volume) else { continue };
@@ -79,20 +94,22 @@ pub(super) fn check(place: &Place, plan: &Plan) -> Result<()> {
     let new: Vec<&FileRef> = plan.created().map(|overlay| &overlay.file).collect();
     for stage in &plan.stages {
         for work in &stage.work {
-            check_relinks(place, &work.steps, &new)?;
+            check_relinks(place, domain, &work.steps, &new)?;
         }
     }
     Ok(())
 }
 
 /// Refuses where a file that is to be relinked is in use, or says already something else than it should.
-fn check_relinks(place: &Place, steps: &[Step], new: &[&FileRef]) -> Result<()> {
+fn check_relinks(place: &Place, domain: &Domain, steps: &[Step], new: &[&FileRef]) -> Result<()> {
     for step in steps {
         if let Step::Relink { file, from, to } = step
             && !new.contains(&file)
         {
-            drop(place.hold(std::iter::once(file))?);
-            let layer = place.layer(file, false)?;
+            if domain.disk_with(place, &file.path).is_none() {
+                drop(place.hold(std::iter::once(file))?);
+            }
+            let layer = place.look_layer(file)?;
             place.check_link(&layer, file, &[from.clone(), to.clone()], Links::MaySkip)?;
         }
     }

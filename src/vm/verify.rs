@@ -303,20 +303,23 @@ impl SnapshotSet {
     }
 
     /// Brings the catalogue and the world together: completes or undoes what was interrupted, then tells what else does not
-    /// agree, the hypervisor's view among it, if that is given. A dry run only tells.
+    /// agree, the hypervisor's view among it, if that is given: it decides where recovery would have to ask the hypervisor. A dry run only
+    /// tells.
     ///
     /// # Errors
     /// As [`SnapshotSet::recover`] and [`SnapshotSet::verify`].
     pub fn reconcile(&self, domain: Option<&Domain>, dry_run: bool, progress: &dyn Progress) -> Result<Reconciliation> {
         let pending = self.pending()?;
-        let recovery = if dry_run { None } else { Some(self.recover(progress)?) };
+        let recovery = if dry_run { None } else { Some(self.recover_told(domain, progress)?) };
         let mut found = self.verify(&VerifyOptions::default(), progress)?;
         let model = self.store.load()?;
         for volume in &model.volumes {
             let recorded = self.place.path(&volume.active.file.path);
-            if let Some(written) = domain.and_then(|domain| domain.active.get(&volume.name))
-                && !self.place.leads_to(written, &recorded)
-            {
+            let Some(domain) = domain else { continue };
+            if domain.disk_writing(&self.place, &volume.active.file.path).is_some() {
+                continue;
+            }
+            if let Some(written) = domain.disks.get(&volume.name).and_then(|files| files.first()) {
                 let what = format!("the hypervisor writes it; volume {} is {}", volume.name, recorded.display());
                 found.add(ProblemKind::Domain, Some(written.clone()), what);
             }

@@ -115,7 +115,7 @@ fn journals_that_no_crash_leaves() {
         let json = serde_json::to_vec(record).expect("JSON");
         [format!("{:08x} ", crc32(&json)).as_bytes(), &json, b"\n"].concat()
     };
-    let done = line(&Record::Done { stage: usize::MAX, volume: "vda".into(), step: usize::MAX });
+    let done = line(&Record::Done { stage: usize::MAX, volume: "vda".into(), step: usize::MAX, switched: false });
     let first = line(&Record::Plan { version: 1, plan: plan.clone() });
     let later = line(&Record::Plan { version: 2, plan });
     let cases = [
