@@ -1,0 +1,24 @@
+//! A real guest under a real libvirt: what the fake hypervisor of the other tests is measured against.
+//!
+//! ```text
+//! tests/live/environment up        # as root: Debian packages, the guest, libvirtd with directories of its own
+//! cargo test --all-features --test live -- --test-threads=1
+//! tests/live/environment stop      # ends libvirtd and what runs under it
+//! virsh -c "$(tests/live/environment uri)" list --all
+//! ```
+//!
+//! Where the environment is there but not started, the tests start it. Where it is not there, each of them says
+//! `live tests SKIPPED`; `QCOW2_CHAIN_REQUIRE_LIVE=1` makes that a failure.
+//!
+//! - [`hypervisor`]: `Hypervisor::get()`, its URI, and `virsh`
+//! - [`lab`]: a directory with fresh ext4 disks, and what must hold of its files
+//! - [`guest`]: a domain: boot (about 5 s under TCG), agent, hot-added disks, the writer and its fsynced records
+//! - [`content`]: what an image holds, seen from outside: fsck, and every record of the writer
+//! - `baseline`: the same operations by virsh alone, which is what our adapter is compared with
+
+mod baseline;
+mod content;
+mod guest;
+mod hypervisor;
+mod lab;
+mod record;
