@@ -137,9 +137,11 @@ impl Live {
             on_timeout: self.on_timeout,
             watch,
         };
-        let disk = watcher.run()?;
+        let (disk, moved) = watcher.run()?;
         let base = position(&disk, &commit.base, place).unwrap_or(0);
-        merged(place, &disk, base, step, active)
+        let mut merged = merged(place, &disk, base, step, active)?;
+        merged.report.copied = moved;
+        Ok(merged)
     }
 }
 
