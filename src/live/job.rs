@@ -92,6 +92,7 @@ impl Watcher<'_> {
         if let Some(job) = self.running_job()? {
             return self.adopt(job);
         }
+        self.watch.before_start()?;
         let Err(error) = self.hypervisor.commit(self.commit) else { return Ok(()) };
         match self.running_job()? {
             Some(job) => self.adopt(job),
