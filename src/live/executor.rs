@@ -95,8 +95,10 @@ impl Live {
         if tops.iter().any(is_written) {
             return Ok(());
         }
-        // Of a VM that is gone, its configuration tells what it was told, not what it wrote.
-        if error.kind == FailureKind::Unreachable && !description.running {
+        // Of a VM that is gone, its configuration tells what it was told, not what it wrote: it may have been switched over, and
+        // have written, before it went.
+        let refused = matches!(error.kind, FailureKind::NoAgent | FailureKind::AgentTimeout);
+        if !description.running && !refused {
             return Err(Error::Uncertain { what: what(), source: Some(Box::new(error)) });
         }
         Err(refuse(error, quiesce).unwrap_or_else(|error| failed(&what(), error)))
