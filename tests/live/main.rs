@@ -28,4 +28,3 @@ mod scene;
 mod snapshots;
 #[path = "../support/states.rs"]
 mod states;
-mod virsh;
