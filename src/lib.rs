@@ -24,6 +24,8 @@
 pub mod chain;
 pub mod format;
 pub mod image;
+#[cfg(feature = "libvirt")]
+pub mod libvirt;
 #[cfg(feature = "vm")]
 pub mod live;
 pub mod merge;
