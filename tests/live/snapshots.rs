@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use qcow2_chain::libvirt::{Libvirt, Listening};
 use qcow2_chain::live::Live;
 use qcow2_chain::vm::Executor;
 
@@ -11,7 +12,8 @@ use crate::scene::Scene;
 pub const TARGETS: [&str; 3] = ["vda", "vdb", "vdc"];
 
 pub fn live(hypervisor: &Hypervisor, domain: &str) -> Arc<dyn Executor> {
-    Arc::new(Live::new(Arc::new(crate::virsh::Virsh { uri: hypervisor.uri.clone(), domain: domain.to_owned() })))
+    let libvirt = Libvirt::connect(&*hypervisor.uri, domain, Listening::default()).unwrap();
+    Arc::new(Live::new(Arc::new(libvirt)))
 }
 
 #[test]
