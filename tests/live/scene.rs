@@ -10,7 +10,7 @@ use qcow2_chain::vm::{
 use tempfile::TempDir;
 
 use crate::content::Content;
-use crate::guest::Guest;
+use crate::guest::{Agent, Guest};
 use crate::hypervisor::{Hypervisor, run};
 use crate::lab::{Lab, chain, text};
 use crate::states::state;
@@ -33,23 +33,39 @@ pub struct Scene<'h> {
     kept: TempDir,
 }
 
+/// Makes the executor for a domain.
+pub type MakeExecutor = fn(&Hypervisor, &str) -> Arc<dyn Executor>;
+
 impl<'h> Scene<'h> {
     /// A guest of this name with these disks, which writes.
-    pub fn start(
+    pub fn start(hypervisor: &'h Hypervisor, name: &str, targets: &[&str], executor: MakeExecutor) -> Self {
+        Self::start_with(hypervisor, name, (targets, &[]), Agent::Running, executor)
+    }
+
+    /// The same with an agent or without, and with disks that are added while it runs.
+    pub fn start_with(
         hypervisor: &'h Hypervisor,
         name: &str,
-        targets: &[&str],
-        executor: impl FnOnce(&Hypervisor, &str) -> Arc<dyn Executor>,
+        (targets, added): (&[&str], &[&str]),
+        agent: Agent,
+        executor: MakeExecutor,
     ) -> Self {
         let lab = Lab::new();
-        let images: Vec<PathBuf> = targets.iter().map(|target| lab.disk(&format!("{target}.qcow2"))).collect();
-        let disks: Vec<(&str, &Path)> = targets.iter().copied().zip(images.iter().map(AsRef::as_ref)).collect();
-        let specs: Vec<VolumeSpec> = disks.iter().map(|(target, image)| VolumeSpec::new(*target, *image)).collect();
+        let image = |target: &str| lab.disk(&format!("{target}.qcow2"));
+        let first: Vec<(&str, PathBuf)> = targets.iter().map(|target| (*target, image(target))).collect();
+        let later: Vec<(&str, PathBuf)> = added.iter().map(|target| (*target, image(target))).collect();
+        let specs: Vec<VolumeSpec> =
+            first.iter().chain(&later).map(|(target, image)| VolumeSpec::new(*target, image)).collect();
         let set = SnapshotSet::adopt(lab.path().join("vm.json"), &specs, &AdoptOptions::default()).unwrap();
+        let disks: Vec<(&str, &Path)> = first.iter().map(|(target, image)| (*target, image.as_path())).collect();
+        let mut guest = Guest::define(hypervisor, name, agent, &disks);
+        guest.boot();
+        for (target, image) in &later {
+            guest.hot_add(target, image);
+        }
         let set = set.with_executor(executor(hypervisor, name));
-        let mut guest = Guest::start(hypervisor, name, &disks);
         guest.start_writer();
-        guest.wait_for_records(targets.len() * 3);
+        guest.wait_for_records(specs.len() * 3);
         let (taken, files, kept) = (BTreeMap::new(), BTreeMap::new(), tempfile::tempdir().unwrap());
         let mut scene = Self { guest, set, lab, taken, reverted: (Records::new(), 0), files, kept };
         scene.number_files();
@@ -77,6 +93,13 @@ impl<'h> Scene<'h> {
         report
     }
 
+    /// Takes several.
+    pub fn create_all(&mut self, names: &[&str], quiesce: bool) {
+        for name in names {
+            self.create(name, quiesce);
+        }
+    }
+
     /// Powers off, reverts, and boots.
     pub fn revert(&mut self, name: &str) -> Report {
         self.guest.power_off();
@@ -101,6 +124,11 @@ impl<'h> Scene<'h> {
     /// Deletes a snapshot, or not.
     pub fn try_delete(&mut self, name: &str) -> Result<Report, Error> {
         self.set.delete(name, &MergeOptions::default(), &())
+    }
+
+    /// Gives a volume another size, in MiB.
+    pub fn resize(&mut self, volume: &str, mib: u64) -> Report {
+        self.set.resize(volume, mib << 20, false).unwrap_or_else(|error| panic!("resize {volume}: {error}"))
     }
 
     /// Boots what was powered off, with the disks' active files, and lets it write on.
@@ -133,7 +161,9 @@ impl<'h> Scene<'h> {
             assert_eq!(self.guest.images()[&volume.name], active[0], "{}: domblklist", volume.name);
             images.extend(active);
             for snapshot in model.snapshots.values() {
-                let image = self.set.place().path(&snapshot.files[&volume.name].file.path);
+                // One that is being merged may have no file of this volume any more.
+                let Some(record) = snapshot.files.get(&volume.name) else { continue };
+                let image = self.set.place().path(&record.file.path);
                 if snapshot.state == State::Ready {
                     self.assert_unchanged(&snapshot.name, &volume.name, &image);
                 }
@@ -181,7 +211,7 @@ impl<'h> Scene<'h> {
 
     /// All files in the directory but the catalogue.
     fn images(&self) -> BTreeSet<PathBuf> {
-        let catalogue = ["vm.json", "vm.json.lock"].map(|name| self.lab.path().join(name));
+        let catalogue = ["vm.json", "vm.json.lock", "vm.json.journal"].map(|name| self.lab.path().join(name));
         self.lab.files().into_iter().filter(|file| !catalogue.contains(file)).collect()
     }
 
