@@ -95,7 +95,8 @@ impl<'h> Guest<'h> {
 
     /// Writes from here on, until stopped, on all mounted disks in turn.
     pub fn start_writer(&mut self) {
-        let next = self.records().last().map_or(0, |record| record.number + 1);
+        // A record that was written, but not known to be fsynced, has a number beyond the last one.
+        let next = self.records().last().map_or(0, |record| record.number + 1000);
         self.tell(&format!("start {next}"));
     }
 
@@ -165,6 +166,11 @@ impl<'h> Guest<'h> {
                 assert!(xml.contains(&format!("'{}'", text(&file))), "{target}: {} is not in\n{xml}", file.display());
             }
         }
+    }
+
+    /// Whether it runs.
+    pub fn runs(&self) -> bool {
+        self.control.is_some()
     }
 
     /// The guest unmounts its disks and powers off.

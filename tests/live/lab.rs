@@ -57,6 +57,12 @@ pub fn chain(active: &Path) -> Vec<PathBuf> {
     layers.as_array().unwrap().iter().map(|layer| PathBuf::from(layer["filename"].as_str().unwrap())).collect()
 }
 
+/// The virtual size in bytes that a header tells.
+pub fn virtual_size(image: &Path) -> u64 {
+    let answer = run("qemu-img", &["info", "-U", "--output=json", text(image)]);
+    serde_json::from_str::<Value>(&answer).unwrap()["virtual-size"].as_u64().unwrap()
+}
+
 /// A path as an argument.
 pub fn text(path: &Path) -> &str {
     path.to_str().unwrap()

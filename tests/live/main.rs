@@ -14,6 +14,8 @@
 //! - [`lab`]: a directory with fresh ext4 disks, and what must hold of its files
 //! - [`guest`]: a domain: boot (about 5 s under TCG), agent, hot-added disks, the writer and its fsynced records
 //! - [`content`]: what an image holds, seen from outside: fsck, and every record of the writer
+//! - [`scene`]: a VM with snapshots that writes all the time; its steps and what must hold after each
+//! - `snapshots`: the acceptance table's rows
 //! - `baseline`: the same operations by virsh alone, which is what our adapter is compared with
 
 mod baseline;
@@ -22,3 +24,7 @@ mod guest;
 mod hypervisor;
 mod lab;
 mod record;
+mod scene;
+mod snapshots;
+#[path = "../support/states.rs"]
+mod states;

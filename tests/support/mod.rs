@@ -22,6 +22,7 @@ pub mod rng;
 #[cfg(all(feature = "vm", unix))]
 pub mod scene;
 pub mod stack;
+pub mod states;
 pub mod victim;
 
 use std::io::Write;

@@ -1,18 +1,18 @@
 //! Scenarios in the words of the acceptance table: steps like `create s1`, states like `s1(R*)=f0; f1<-f0`.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::Arc;
 
 use qcow2_chain::storage::HostNames;
-use qcow2_chain::vm::{Report, SnapshotOptions, State, Volume};
+use qcow2_chain::vm::{Report, SnapshotOptions};
 
 use super::judge::Judge;
 use super::lab::{Lab, LabShape};
 use super::qemu::Qemu;
 use super::ram;
 use super::rng::{Rng, seed};
+use super::states::state;
 
 /// One step: the row of the table that it belongs to, what is done, and what there is then.
 pub type Step = (&'static str, &'static str, &'static str);
@@ -144,35 +144,6 @@ impl Scene {
     /// The state of each volume in the words of the table.
     pub fn states(&self) -> Vec<String> {
         let model = self.lab.model();
-        model.volumes.iter().map(|volume| self.state(volume)).collect()
-    }
-
-    fn state(&self, volume: &Volume) -> String {
-        let model = self.lab.model();
-        let number = |path: &str| {
-            let known = self.files[&volume.name].iter().position(|known| known == path);
-            known.map_or_else(|| path.to_owned(), |number| format!("f{number}"))
-        };
-        let chain = |own: &str, below: Vec<qcow2_chain::vm::FileRef>| match below.first() {
-            Some(below) => format!("{}<-{}", number(own), number(&below.path)),
-            None => number(own),
-        };
-        let mut text = String::new();
-        for snapshot in model.snapshots.values() {
-            let state = match snapshot.state {
-                State::Ready => "R",
-                State::Hidden => "H",
-                State::Merging => "M",
-            };
-            let current = if model.current == Some(snapshot.id) { "*" } else { "" };
-            let file = snapshot
-                .files
-                .get(&volume.name)
-                .map_or_else(String::new, |record| chain(&record.file.path, model.files_from(snapshot.parent, volume)));
-            let comma = if text.is_empty() { "" } else { ", " };
-            let _ = write!(text, "{comma}{}({state}{current})={file}", snapshot.name);
-        }
-        let active = chain(&volume.active.file.path, model.files_from(model.current, volume));
-        if text.is_empty() { active } else { format!("{text}; {active}") }
+        model.volumes.iter().map(|volume| state(&model, volume, &self.files[&volume.name])).collect()
     }
 }

@@ -8,6 +8,7 @@
 //! - `stop`: answers with the number of the next record
 //! - `verify`: reads every record back; answers with `SERIAL=COUNT` for each disk
 //! - `fill SERIAL MIB`: a file of that many MiB that do not compress, fsynced
+//! - `size SERIAL`: the disk's size in bytes, as the guest sees it
 //! - `agent STOP` or `agent CONT`: sends the guest agent that signal
 //! - `poweroff`
 
@@ -34,6 +35,8 @@ struct Writer {
 struct Guest {
     /// Serial numbers of the mounted disks, in order.
     disks: BTreeMap<String, PathBuf>,
+    /// Their places below `/sys/block`.
+    devices: BTreeMap<String, PathBuf>,
     records: Arc<Mutex<File>>,
     writer: Option<Writer>,
     fills: u32,
@@ -43,7 +46,13 @@ fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     let mut control = OpenOptions::new().read(true).write(true).open(&arguments[1]).expect("the control port");
     let records = OpenOptions::new().write(true).open(&arguments[2]).expect("the record port");
-    let mut guest = Guest { disks: BTreeMap::new(), records: Arc::new(Mutex::new(records)), writer: None, fills: 0 };
+    let mut guest = Guest {
+        disks: BTreeMap::new(),
+        devices: BTreeMap::new(),
+        records: Arc::new(Mutex::new(records)),
+        writer: None,
+        fills: 0,
+    };
     if let Err(error) = guest.mount() {
         println!("mount: {error}");
     }
@@ -85,6 +94,7 @@ impl Guest {
             ["stop"] => self.stop(),
             ["verify"] => self.verify(),
             ["fill", serial, mib] => self.fill(serial, mib.parse().map_err(|_| "not a number")?),
+            ["size", serial] => self.size(serial),
             ["agent", signal] => {
                 let pid = fs::read_to_string("/run/agent.pid").map_err(|error| error.to_string())?;
                 busybox(&["kill", &format!("-{signal}"), pid.trim()]).map(|()| String::new())
@@ -108,6 +118,7 @@ impl Guest {
             let at = Path::new("/data").join(&serial);
             fs::create_dir_all(&at).map_err(text)?;
             busybox(&["mount", "-t", "ext4", &device.to_string_lossy(), &at.to_string_lossy()])?;
+            self.devices.insert(serial.clone(), name);
             self.disks.insert(serial, at);
         }
         Ok(self.disks.keys().cloned().collect::<Vec<_>>().join(" "))
@@ -161,6 +172,13 @@ impl Guest {
         Ok(String::new())
     }
 
+    fn size(&self, serial: &str) -> Answer {
+        let device = self.devices.get(serial).ok_or("no such disk")?;
+        let sectors = fs::read_to_string(device.join("size")).map_err(text)?;
+        let sectors: u64 = sectors.trim().parse().map_err(|_| "not a number")?;
+        Ok((sectors * 512).to_string())
+    }
+
     fn power_off(&mut self) -> Answer {
         if self.writer.is_some() {
             self.stop()?;
@@ -178,12 +196,7 @@ fn text(error: std::io::Error) -> String {
 }
 
 /// Writes records to the disks in turn until told to stop: appended to `records`, and over an older one in `slots`.
-fn write(
-    disks: Vec<(String, PathBuf)>,
-    records: &Mutex<File>,
-    first: u64,
-    stop: &AtomicBool,
-) -> std::io::Result<u64> {
+fn write(disks: Vec<(String, PathBuf)>, records: &Mutex<File>, first: u64, stop: &AtomicBool) -> std::io::Result<u64> {
     let mut files = Vec::new();
     for (serial, at) in disks {
         let appended = OpenOptions::new().create(true).append(true).open(at.join("records"))?;

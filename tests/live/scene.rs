@@ -1,0 +1,235 @@
+//! A VM with snapshots, writing all the time: the acceptance table's steps and states on a real guest.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use qcow2_chain::vm::{
+    AdoptOptions, Error, Executor, MergeOptions, Report, SnapshotOptions, SnapshotSet, State, VolumeSpec,
+};
+use tempfile::TempDir;
+
+use crate::content::Content;
+use crate::guest::{Agent, Guest};
+use crate::hypervisor::{Hypervisor, run};
+use crate::lab::{Lab, chain, text};
+use crate::states::state;
+
+/// Numbers of records by disk.
+type Records = BTreeMap<String, BTreeSet<u64>>;
+
+/// A VM and what is to be found in it.
+pub struct Scene<'h> {
+    pub guest: Guest<'h>,
+    pub set: SnapshotSet,
+    pub lab: Lab,
+    /// What the guest had fsynced at each snapshot.
+    taken: BTreeMap<String, Records>,
+    /// What it had at the last revert, and how many records there were in all.
+    reverted: (Records, usize),
+    /// The paths of each volume's files in order of creation: f0, f1, ...
+    files: BTreeMap<String, Vec<String>>,
+    /// What each snapshot held when it was taken, as raw images.
+    kept: TempDir,
+}
+
+/// Makes the executor for a domain.
+pub type MakeExecutor = fn(&Hypervisor, &str) -> Arc<dyn Executor>;
+
+impl<'h> Scene<'h> {
+    /// A guest of this name with these disks, which writes.
+    pub fn start(hypervisor: &'h Hypervisor, name: &str, targets: &[&str], executor: MakeExecutor) -> Self {
+        Self::start_with(hypervisor, name, (targets, &[]), Agent::Running, executor)
+    }
+
+    /// The same with an agent or without, and with disks that are added while it runs.
+    pub fn start_with(
+        hypervisor: &'h Hypervisor,
+        name: &str,
+        (targets, added): (&[&str], &[&str]),
+        agent: Agent,
+        executor: MakeExecutor,
+    ) -> Self {
+        let lab = Lab::new();
+        let image = |target: &str| lab.disk(&format!("{target}.qcow2"));
+        let first: Vec<(&str, PathBuf)> = targets.iter().map(|target| (*target, image(target))).collect();
+        let later: Vec<(&str, PathBuf)> = added.iter().map(|target| (*target, image(target))).collect();
+        let specs: Vec<VolumeSpec> =
+            first.iter().chain(&later).map(|(target, image)| VolumeSpec::new(*target, image)).collect();
+        let set = SnapshotSet::adopt(lab.path().join("vm.json"), &specs, &AdoptOptions::default()).unwrap();
+        let disks: Vec<(&str, &Path)> = first.iter().map(|(target, image)| (*target, image.as_path())).collect();
+        let mut guest = Guest::define(hypervisor, name, agent, &disks);
+        guest.boot();
+        for (target, image) in &later {
+            guest.hot_add(target, image);
+        }
+        let set = set.with_executor(executor(hypervisor, name));
+        guest.start_writer();
+        guest.wait_for_records(specs.len() * 3);
+        let (taken, files, kept) = (BTreeMap::new(), BTreeMap::new(), tempfile::tempdir().unwrap());
+        let mut scene = Self { guest, set, lab, taken, reverted: (Records::new(), 0), files, kept };
+        scene.number_files();
+        scene
+    }
+
+    /// Takes a snapshot, which must hold what was fsynced before, on all disks up to the same moment.
+    pub fn create(&mut self, name: &str, quiesce: bool) -> Report {
+        let options = SnapshotOptions::default().with_quiesce(quiesce);
+        let before = self.fsynced();
+        let report = self.set.create(name, &options).unwrap_or_else(|error| panic!("create {name}: {error}"));
+        let mut last = Vec::new();
+        for volume in self.volumes() {
+            let image = self.set.snapshot_path(name, &volume).unwrap();
+            let raw = self.kept(name, &volume);
+            run("qemu-img", &["convert", "-U", "-O", "raw", text(&image), text(&raw)]);
+            let content = Content::read(&image, &volume);
+            content.assert_holds(before.get(&volume).into_iter().flatten().copied());
+            last.extend(content.last());
+        }
+        let (low, high) = (last.iter().min().unwrap(), last.iter().max().unwrap());
+        assert!(high - low <= 2 * last.len() as u64, "{name}: not at one instant: {last:?}");
+        self.taken.insert(name.to_owned(), before);
+        self.number_files();
+        report
+    }
+
+    /// Takes several.
+    pub fn create_all(&mut self, names: &[&str], quiesce: bool) {
+        for name in names {
+            self.create(name, quiesce);
+        }
+    }
+
+    /// Powers off, reverts, and boots.
+    pub fn revert(&mut self, name: &str) -> Report {
+        self.guest.power_off();
+        let report = self.revert_stopped(name).unwrap_or_else(|error| panic!("revert {name}: {error}"));
+        self.boot();
+        report
+    }
+
+    /// Reverts the VM as it is.
+    pub fn revert_stopped(&mut self, name: &str) -> Result<Report, Error> {
+        let report = self.set.revert(name, &MergeOptions::default(), &())?;
+        self.reverted = (self.taken[name].clone(), self.guest.records().len());
+        self.number_files();
+        Ok(report)
+    }
+
+    /// Deletes a snapshot.
+    pub fn delete(&mut self, name: &str) -> Report {
+        self.try_delete(name).unwrap_or_else(|error| panic!("delete {name}: {error}"))
+    }
+
+    /// Deletes a snapshot, or not.
+    pub fn try_delete(&mut self, name: &str) -> Result<Report, Error> {
+        self.set.delete(name, &MergeOptions::default(), &())
+    }
+
+    /// Gives a volume another size, in MiB.
+    pub fn resize(&mut self, volume: &str, mib: u64) -> Report {
+        self.set.resize(volume, mib << 20, false).unwrap_or_else(|error| panic!("resize {volume}: {error}"))
+    }
+
+    /// Boots what was powered off, with the disks' active files, and lets it write on.
+    pub fn boot(&mut self) {
+        let images: Vec<(String, PathBuf)> = self.active().into_iter().collect();
+        let disks: Vec<(&str, &Path)> = images.iter().map(|(name, image)| (name.as_str(), image.as_ref())).collect();
+        self.guest.redefine(&disks);
+        self.guest.boot();
+        self.guest.start_writer();
+    }
+
+    /// What was fsynced and not given up by a revert.
+    pub fn fsynced(&self) -> Records {
+        let (mut records, since) = (self.reverted.0.clone(), self.reverted.1);
+        for record in self.guest.records().into_iter().skip(since) {
+            records.entry(record.serial).or_default().insert(record.number);
+        }
+        records
+    }
+
+    /// Holds everything against what must be, the same on all disks, while the guest runs or not.
+    pub fn check(&self, expected: &str) {
+        assert_eq!(self.states(), vec![expected; self.files.len()]);
+        let model = self.set.model().unwrap();
+        let mut images = BTreeSet::new();
+        for volume in &model.volumes {
+            let active: Vec<PathBuf> =
+                model.active_chain(volume).iter().map(|file| self.set.place().path(&file.path)).collect();
+            assert_eq!(chain(&active[0]), active, "{}: headers", volume.name);
+            assert_eq!(self.guest.images()[&volume.name], active[0], "{}: domblklist", volume.name);
+            images.extend(active);
+            for snapshot in model.snapshots.values() {
+                // One that is being merged may have no file of this volume any more.
+                let Some(record) = snapshot.files.get(&volume.name) else { continue };
+                let image = self.set.place().path(&record.file.path);
+                if snapshot.state == State::Ready {
+                    self.assert_unchanged(&snapshot.name, &volume.name, &image);
+                }
+                images.insert(image);
+            }
+        }
+        assert_eq!(self.images(), images, "no file left over, none lost");
+        if self.guest.runs() {
+            self.guest.assert_chains();
+            // It still writes.
+            self.guest.wait_for_records(self.files.len());
+        }
+    }
+
+    /// Powers off; then every image is clean and every volume holds what was fsynced.
+    pub fn end(mut self) {
+        if self.guest.runs() {
+            self.guest.stop_writer();
+            self.guest.tell("verify");
+            self.guest.power_off();
+        }
+        let fsynced = self.fsynced();
+        for image in self.images() {
+            run("qemu-img", &["check", "-q", text(&image)]);
+        }
+        for (volume, image) in self.active() {
+            Content::read(&image, &volume).assert_holds(fsynced[&volume].iter().copied());
+        }
+    }
+
+    /// The state of each volume in the words of the table.
+    pub fn states(&self) -> Vec<String> {
+        let model = self.set.model().unwrap();
+        model.volumes.iter().map(|volume| state(&model, volume, &self.files[&volume.name])).collect()
+    }
+
+    /// Volumes, which are called as the disks are.
+    pub fn volumes(&self) -> Vec<String> {
+        self.files.keys().cloned().collect()
+    }
+
+    fn active(&self) -> BTreeMap<String, PathBuf> {
+        self.volumes().into_iter().map(|volume| (volume.clone(), self.set.active_path(&volume).unwrap())).collect()
+    }
+
+    /// All files in the directory but the catalogue.
+    fn images(&self) -> BTreeSet<PathBuf> {
+        let catalogue = ["vm.json", "vm.json.lock", "vm.json.journal"].map(|name| self.lab.path().join(name));
+        self.lab.files().into_iter().filter(|file| !catalogue.contains(file)).collect()
+    }
+
+    fn kept(&self, snapshot: &str, volume: &str) -> PathBuf {
+        self.kept.path().join(format!("{snapshot}-{volume}"))
+    }
+
+    fn assert_unchanged(&self, snapshot: &str, volume: &str, image: &Path) {
+        let kept = self.kept(snapshot, volume);
+        run("qemu-img", &["compare", "-q", "-U", "-f", "raw", "-F", "qcow2", text(&kept), text(image)]);
+    }
+
+    fn number_files(&mut self) {
+        for volume in self.set.model().unwrap().volumes {
+            let files = self.files.entry(volume.name).or_default();
+            if !files.contains(&volume.active.file.path) {
+                files.push(volume.active.file.path);
+            }
+        }
+    }
+}
