@@ -296,7 +296,7 @@ mod tests {
     use super::*;
 
     /// Blocks of narrower entries have more of them than Miri has time for.
-    const NARROWEST: u32 = if cfg!(miri) { 3 } else { 0 };
+    const NARROWEST: u32 = if cfg!(miri) { 5 } else { 0 };
 
     fn geometry(order: u32) -> Geometry {
         let order = RefcountOrder::new(order).expect("valid order");
