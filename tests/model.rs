@@ -112,8 +112,8 @@ fn regressions() -> Vec<Case> {
 
 const SMALL: Shape = Shape { sectors: 9, cluster_bits: 9, refcount_order: 4, v2: false, extended: false };
 
-/// These are no faults of the past: they hold the hard corners together.
-const REGRESSIONS: [(bool, Shape, &[Op]); 4] = [
+/// All but the last are no faults of the past: they hold the hard corners together.
+const REGRESSIONS: [(bool, Shape, &[Op]); 5] = [
     // A raw base shorter than its overlay, written through, committed, crashed.
     (
         true,
@@ -164,6 +164,17 @@ const REGRESSIONS: [(bool, Shape, &[Op]); 4] = [
             Op::Overlay(SMALL),
             Op::Pull { base: 2 },
             Op::Commit { base: 1, empty: true },
+        ],
+    ),
+    // Power fails as a shrink cuts the file: refcounts behind its new end stayed, and became leaks when it grew again.
+    (
+        false,
+        Shape { sectors: 79, refcount_order: 0, extended: true, ..SMALL },
+        &[
+            Op::Write { at: 802_356_980, len: 2317, byte: 1 },
+            Op::Crash(40_595),
+            Op::Resize { sectors: 1 },
+            Op::Session([Guest::Write { at: 0, len: 1, byte: 1 }; 4]),
         ],
     ),
 ];
