@@ -433,6 +433,7 @@ mod tests {
         }
 
         #[test]
+        #[cfg_attr(miri, ignore = "takes too long; the test above goes the same ways")]
         fn any_bytes_are_a_block(order in NARROWEST..=6, bytes in prop::collection::vec(any::<u8>(), 512)) {
             let block = block(order, &bytes);
             prop_assert_eq!(block.as_bytes(), &bytes[..]);
