@@ -186,8 +186,8 @@ fn holds_when_accepted(bytes: &[u8], decoded: &HeaderCluster) -> Result<(), Test
     Ok(())
 }
 
-/// Some sectors; not quite two for Miri, which takes its time for each byte.
-const LONG: usize = if cfg!(miri) { 800 } else { 3000 };
+/// Some sectors; one and a little for Miri, which takes its time for each byte.
+const LONG: usize = if cfg!(miri) { 600 } else { 3000 };
 
 proptest! {
     #[test]

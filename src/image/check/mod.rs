@@ -212,6 +212,9 @@ fn examine(subject: &mut Subject<'_>, fix: Fix) -> Result<Examined> {
         // No barrier before the flags either: a flag or a refcount that is ahead of the other is no worse than both were.
         wrote |= comparison.wrote;
     }
+    if fix != Fix::Nothing && rebuilt.is_none() && comparison.equal && report.is_clean() {
+        wrote |= compare::clear_behind(subject, &counts)?;
+    }
     report.image_end_offset = comparison.end;
 
     // Where every flag is set and every count is one there is no need to look at each entry again.
