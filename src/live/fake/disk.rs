@@ -156,8 +156,7 @@ impl FakeDisk {
         }
         let kind = if commit.active { JobKind::ActiveCommit } else { JobKind::Commit };
         let (parts, ready, stalls) = (0, false, 0);
-        self.job =
-            Some(FakeJob { kind, top, base, parts, ready, total, stalls, vanishes: false, never_ends: false });
+        self.job = Some(FakeJob { kind, top, base, parts, ready, total, stalls, vanishes: false, never_ends: false });
         Ok(())
     }
 
