@@ -188,7 +188,11 @@ impl Executor for Live {
         if self.disk_with(manner.place, &file.path)?.is_none() {
             return Offline.relink(file, from, to, manner);
         }
-        // The hypervisor did it with the merge; a header that it has open is not ours to write.
+        // The hypervisor did it with the merge; a header that it has open is not ours to write. By the letters: the old name,
+        // which may lead to the same file still, is about to go.
+        if !manner.place.is_named_by(file, to)? {
+            return Err(Refusal::Running { operation: "relink a file that the VM has open" }.into());
+        }
         manner.place.check_head(file, std::slice::from_ref(to), Links::Exact)
     }
 

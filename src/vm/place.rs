@@ -244,6 +244,16 @@ impl Place {
         self.check_link(&layer, file, below, links)
     }
 
+    /// Whether a file's header names another by this name, and not by a second one that leads to it too.
+    pub(crate) fn is_named_by(&self, file: &FileRef, below: &FileRef) -> Result<bool> {
+        let layer = self.look_layer(file)?;
+        let Some(image) = layer.node.as_qcow2() else { return Ok(true) };
+        let header = image.header();
+        let named = header.backing_file.as_ref().map(|name| self.seen_from(file, &String::from_utf8_lossy(name)));
+        let plain = |path: &Path| self.names.resolve(path).map_or_else(|_| path.to_owned(), |found| found.path);
+        Ok(named.is_some_and(|named| plain(&named) == plain(&self.path(&below.path))))
+    }
+
     /// Whether the top of a merge does not stand on its base any more: it has taken it in.
     pub(super) fn has_pulled(&self, step: &MergeStep) -> Result<bool> {
         if !self.exists(&step.top.path)? {

@@ -278,7 +278,12 @@ impl<'a> Run<'a> {
         let progressed = lock(&self.journal).as_ref().map(|journal| journal.progressed(stage, volume, number));
         match progressed.unwrap_or(Progressed::No) {
             Progressed::No => Ok(false),
-            Progressed::Done { switched } => Ok(!step.active || switched),
+            Progressed::Done { switched: true } => Ok(true),
+            // Done offline, and the VM was started before what stands on the top was relinked: its hypervisor does that with a
+            // merge, in which nothing is left to copy.
+            Progressed::Done { .. } => Ok(!step.active
+                && (step.direction == Direction::Pull
+                    || self.tools.domain.disk_with(self.tools.place(), &step.top.path).is_none())),
             begun @ (Progressed::Started | Progressed::Switching) => {
                 let (place, domain) = (self.tools.place(), self.tools.domain);
                 if step.active && domain.disk_writing(place, &step.base.path).is_some() {

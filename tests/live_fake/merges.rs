@@ -4,7 +4,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use qcow2_chain::live::fake::{Call, Turn};
 use qcow2_chain::live::{Commit, FailureKind, Hypervisor, OnTimeout};
-use qcow2_chain::vm::{Error, Offline, Progress, Recovery, Refusal, State, VolumeStep};
+use qcow2_chain::merge::Direction;
+use qcow2_chain::vm::{Error, MergeOptions, Offline, Progress, Recovery, Refusal, State, VolumeStep};
 
 use super::rig::{Rig, incomplete, kind};
 
@@ -326,15 +327,46 @@ fn revert_is_refused_while_the_vm_runs() {
     rig.settled();
 }
 
+/// Stops when it is asked so often.
+struct StopsWhenAsked(AtomicU32);
+
+impl Progress for StopsWhenAsked {
+    fn step(&self, _step: &VolumeStep<'_>) {}
+
+    fn is_cancelled(&self) -> bool {
+        self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| Some(left.saturating_sub(1))) == Ok(0)
+    }
+}
+
 #[test]
-fn an_offline_merge_that_was_interrupted_goes_on_when_the_vm_runs() {
-    let mut rig = Rig::new();
-    ["s1", "s2"].iter().for_each(|name| rig.create(name));
-    rig.fake.stop();
-    let error = rig.set().delete("s1", &Default::default(), &StopsAfter(3.into())).unwrap_err();
-    assert!(matches!(error, Error::Cancelled), "{error:?}");
-    rig.start();
-    rig.write_all();
-    rig.set().recover(&()).unwrap();
-    rig.settled_without("s1");
+fn an_offline_merge_that_was_interrupted_anywhere_goes_on_when_the_vm_runs() {
+    for direction in [Direction::Commit, Direction::Pull] {
+        let mut refused = 0;
+        for asked in 0.. {
+            let mut rig = Rig::new();
+            ["s1", "s2"].iter().for_each(|name| rig.create(name));
+            rig.fake.stop();
+            let options = MergeOptions::default().with_direction(direction);
+            let done = rig.set().delete("s1", &options, &StopsWhenAsked(asked.into()));
+            rig.start();
+            rig.write_all();
+            if done.is_ok() {
+                rig.settled_without("s1");
+                break;
+            }
+            if let Err(error) = rig.set().recover(&()) {
+                let (error, ..) = incomplete(error);
+                assert!(matches!(error.refusal(), Some(Refusal::Running { .. })), "{error:?}");
+                refused += 1;
+                rig.fake.stop();
+                rig.fake.start().expect("it can be started all the same");
+                rig.write_all();
+                rig.fake.stop();
+                rig.set().recover(&()).unwrap();
+                rig.define();
+            }
+            rig.settled_without("s1");
+        }
+        assert_eq!(refused > 0, direction == Direction::Pull, "a hypervisor merges downwards");
+    }
 }

@@ -1,5 +1,6 @@
 //! A VM under a fake hypervisor, with a model of what its snapshots and disks must read as.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use qcow2_chain::live::{FailureKind, Hypervisor, HypervisorError, Live, OnTimeou
 use qcow2_chain::storage::{MemoryNames, Names};
 use qcow2_chain::vm::{Error, Executor, Report, Result, SnapshotSet, VerifyOptions};
 
-use crate::support::lab::{Lab, LabShape};
+use crate::support::lab::{Contents, Lab, LabShape};
 use crate::support::rng::{Rng, seed};
 
 /// The VM.
@@ -105,30 +106,63 @@ impl Rig {
     }
 
     pub fn check(&self) -> Result<(), String> {
-        self.check_against(&self.lab.now)
+        self.lab.check()?;
+        self.check_against(&self.lab.now, true)
     }
 
     /// As [`Rig::check`], with other contents of the disks.
-    pub fn check_against(&self, now: &crate::support::lab::Contents) -> Result<(), String> {
+    pub fn check_against(&self, now: &Contents, deep: bool) -> Result<(), String> {
         let said = |error: Error| error.to_string();
         let set = self.set();
-        let pending = set.pending().map_err(said)?;
-        if pending.is_some() {
-            return Err(format!("not settled: {pending:?}"));
-        }
-        let found = set.verify(&VerifyOptions::default().with_deep(true), &()).map_err(said)?;
+        let found = set.verify(&VerifyOptions::default().with_deep(deep).with_digests(true), &()).map_err(said)?;
         if !found.is_sound() {
             return Err(format!("{:?}", found.problems));
         }
-        self.lab.check_against(&self.lab.taken, now)?;
-        self.lab.check_files(true)?;
-        for volume in self.volumes() {
-            let active = set.active_path(&volume).map_err(said)?;
-            if self.fake.files(&volume)[0] != active {
-                return Err(format!("{volume}: the VM has {:?}, the catalogue {active:?}", self.fake.files(&volume)));
+        let read: BTreeMap<_, _> =
+            found.digests.iter().map(|one| ((one.snapshot.as_deref(), &*one.volume), one)).collect();
+        let taken = self.lab.taken.iter().map(|(name, contents)| (Some(name.as_str()), contents));
+        let mut expected = 0;
+        for (snapshot, contents) in taken.chain([(None, now)]) {
+            for (volume, content) in contents {
+                expected += 1;
+                let as_expected = read
+                    .get(&(snapshot, volume))
+                    .is_some_and(|one| (one.size, one.crc32) == (content.len() as u64, crc32fast::hash(content)));
+                if !as_expected {
+                    return Err(format!("{volume} of {snapshot:?} reads otherwise"));
+                }
             }
-            if self.fake.has_job(&volume) {
-                return Err(format!("{volume}: a job is left"));
+        }
+        if read.len() != expected {
+            return Err(format!("{} contents, not {expected}", read.len()));
+        }
+        self.check_files(&set, now)
+    }
+
+    /// Whether the directory holds what is recorded and nothing else, and the VM has what is recorded.
+    fn check_files(&self, set: &SnapshotSet, now: &Contents) -> Result<(), String> {
+        let model = set.model().map_err(|error| error.to_string())?;
+        let mut recorded: Vec<PathBuf> = model.records().map(|(_, _, record)| self.path(&record.file.path)).collect();
+        recorded.extend([self.lab.catalogue.clone(), self.path("vm.json.lock")]);
+        recorded.sort();
+        let there = self.lab.names.list(self.lab.catalogue.parent().unwrap()).map_err(|error| error.to_string())?;
+        if there != recorded {
+            return Err(format!("files {there:?}, recorded {recorded:?}"));
+        }
+        for volume in &model.volumes {
+            let name = &volume.name;
+            let files = self.fake.files(name);
+            let mut active: Vec<_> = model.active_chain(volume).iter().map(|file| self.path(&file.path)).collect();
+            if !self.fake.is_running() {
+                active.truncate(1);
+            } else if self.fake.read(name, 0, now[name].len()).ok().as_ref() != Some(&now[name]) {
+                return Err(format!("the VM reads {name} otherwise"));
+            }
+            if files != active {
+                return Err(format!("{name}: the VM has {files:?}, the catalogue {active:?}"));
+            }
+            if self.fake.has_job(name) {
+                return Err(format!("{name}: a job is left"));
             }
         }
         if self.fake.is_frozen() { Err("the guest is left frozen".to_owned()) } else { Ok(()) }

@@ -159,7 +159,9 @@ impl FakeHypervisor {
         if state.running {
             return Err(failed("the domain is running"));
         }
-        state.disk(disk)?.defined = path.into();
+        let disk = state.disk(disk)?;
+        disk.defined = path.into();
+        disk.files.clear();
         Ok(())
     }
 
