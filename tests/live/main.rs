@@ -16,12 +16,14 @@
 //! - [`content`]: what an image holds, seen from outside: fsck, and every record of the writer
 //! - [`scene`]: a VM with snapshots that writes all the time; its steps and what must hold after each
 //! - `snapshots`: the acceptance table's rows
+//! - `jobs`: merges that take too long, or whose program or guest dies
 //! - `baseline`: the same operations by virsh alone, which is what our adapter is compared with
 
 mod baseline;
 mod content;
 mod guest;
 mod hypervisor;
+mod jobs;
 mod lab;
 mod record;
 mod scene;
