@@ -10,6 +10,8 @@
 //! | 3 | [`chain`] | several images as one disk |
 //! | 4 | [`merge`] | deltas become one |
 //! | 5 | `vm` (feature `vm`) | a VM's snapshots over all of its volumes |
+//! | 6 | `live` (feature `vm`) | the same while the VM runs, by its hypervisor |
+//! | 7 | `libvirt` (feature `libvirt`, links libvirt) | that hypervisor, by libvirt |
 #![deny(unsafe_code)]
 #![warn(
     missing_docs,

@@ -28,6 +28,8 @@ mod kill;
 #[cfg(all(feature = "cli", unix))]
 mod kill_vm;
 mod layering;
+#[cfg(feature = "vm")]
+mod live_fake;
 mod locks;
 mod merge;
 mod model;

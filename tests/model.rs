@@ -7,7 +7,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use qcow2_chain::chain::{Chain, Layer, Node};
-use qcow2_chain::format::{ClusterBits, GuestOffset, RefcountOrder, Version};
+use qcow2_chain::format::{ClusterBits, CompressionType, GuestOffset, HeaderCluster, Limits, RefcountOrder, Version};
 use qcow2_chain::image::{CreateOptions, Fix, Image, OpenOptions, RawImage, ResizeOptions};
 use qcow2_chain::merge::{
     AfterCommit, CommitOptions, ConvertOptions, ConvertTarget, Onto, PullOptions, RebaseOptions, commit, convert, pull,
@@ -64,10 +64,37 @@ enum Op {
     Flatten {
         compress: bool,
     },
+    /// An overlay whose clusters are compressed: all that the part touches.
+    Compressed {
+        shape: Shape,
+        zstd: bool,
+        at: u32,
+        len: u16,
+        byte: u8,
+    },
+    /// Several things on one handle, which the other operations open anew each.
+    Session([Guest; 4]),
     /// Power fails in the middle of what comes next, in the state of this number.
     Crash(u16),
     /// The call of this number fails in what comes next.
     FailNext(u16),
+}
+
+/// What a guest does while the chain is open.
+#[derive(Clone, Copy, Debug)]
+enum Guest {
+    Write {
+        at: u32,
+        len: u16,
+        byte: u8,
+    },
+    Zero {
+        at: u32,
+        len: u16,
+    },
+    Flush,
+    /// The whole chain is closed and opened again.
+    Reopen,
 }
 
 /// A base and what happens to it.
@@ -85,8 +112,8 @@ fn regressions() -> Vec<Case> {
 
 const SMALL: Shape = Shape { sectors: 9, cluster_bits: 9, refcount_order: 4, v2: false, extended: false };
 
-/// The first three are no faults of the past: they hold the hard corners together.
-const REGRESSIONS: [(bool, Shape, &[Op]); 3] = [
+/// These are no faults of the past: they hold the hard corners together.
+const REGRESSIONS: [(bool, Shape, &[Op]); 4] = [
     // A raw base shorter than its overlay, written through, committed, crashed.
     (
         true,
@@ -121,6 +148,24 @@ const REGRESSIONS: [(bool, Shape, &[Op]); 3] = [
             Op::Flatten { compress: true },
         ],
     ),
+    // A compressed overlay that is written in part, on a handle and on the next one, and pulled into.
+    (
+        false,
+        SMALL,
+        &[
+            Op::Write { at: 0, len: 4608, byte: 3 },
+            Op::Compressed { shape: Shape { sectors: 12, ..SMALL }, zstd: true, at: 700, len: 3000, byte: 8 },
+            Op::Session([
+                Guest::Write { at: 1000, len: 100, byte: 5 },
+                Guest::Zero { at: 2048, len: 700 },
+                Guest::Reopen,
+                Guest::Write { at: 2100, len: 9, byte: 6 },
+            ]),
+            Op::Overlay(SMALL),
+            Op::Pull { base: 2 },
+            Op::Commit { base: 1, empty: true },
+        ],
+    ),
 ];
 
 fn shape() -> impl Strategy<Value = Shape> {
@@ -146,8 +191,20 @@ fn op() -> impl Strategy<Value = Op> {
         2 => any::<u8>().prop_map(|onto| Op::Rebase { onto }),
         2 => (1..220_u16).prop_map(|sectors| Op::Resize { sectors }),
         1 => any::<bool>().prop_map(|compress| Op::Flatten { compress }),
+        2 => (shape(), any::<bool>(), any::<u32>(), 1..9000_u16, 1..255_u8)
+            .prop_map(|(shape, zstd, at, len, byte)| Op::Compressed { shape, zstd, at, len, byte }),
+        3 => prop::array::uniform4(guest()).prop_map(Op::Session),
         3 => any::<u16>().prop_map(Op::Crash),
         3 => (0..60_u16).prop_map(Op::FailNext),
+    ]
+}
+
+fn guest() -> impl Strategy<Value = Guest> {
+    prop_oneof![
+        4 => (any::<u32>(), 1..9000_u16, 1..255_u8).prop_map(|(at, len, byte)| Guest::Write { at, len, byte }),
+        2 => (any::<u32>(), 1..9000_u16).prop_map(|(at, len)| Guest::Zero { at, len }),
+        1 => Just(Guest::Flush),
+        1 => Just(Guest::Reopen),
     ]
 }
 
@@ -167,6 +224,37 @@ fn options(shape: Shape) -> CreateOptions {
         return options.with_version(Version::V2);
     }
     options.with_refcount_order(RefcountOrder::new(shape.refcount_order).unwrap()).with_extended_l2(shape.extended)
+}
+
+/// The bytes of an overlay of `below` that shows `content` and holds, compressed, the clusters of this part of it. Clusters of
+/// zeroes are not allocated, and show what lies below: zeroes too, as nothing else was changed.
+fn compressed(
+    shape: Shape,
+    zstd: bool,
+    content: &[u8],
+    part: &std::ops::Range<usize>,
+    below: &Member,
+) -> Result<Vec<u8>, String> {
+    let mut options = options(shape);
+    if zstd && !shape.v2 {
+        options = options.with_compression_type(CompressionType::Zstd);
+    }
+    let cluster = 1_usize << options.cluster_bits.get();
+    let mut source = vec![0; content.len()];
+    let held = part.start / cluster * cluster..part.end.next_multiple_of(cluster).min(content.len());
+    source[held.clone()].copy_from_slice(&content[held]);
+    let source = RawImage::open(Arc::new(MemoryStorage::with_bytes("source", &source))).map_err(wrong)?;
+    let chain = Chain::from_layers(Layer { node: Node::Raw(source), path: PathBuf::from("source") }, []);
+    let target = Arc::new(MemoryStorage::new("compressed"));
+    let how = ConvertOptions::default().with_compress(true).with_threads(1);
+    convert(&chain, ConvertTarget::Qcow2(target.clone(), options), &how, &()).map_err(wrong)?;
+    let mut bytes = target.to_vec();
+    let mut header = HeaderCluster::decode(&bytes, bytes.len() as u64, &Limits::default()).map_err(wrong)?;
+    let format = if below.raw { &b"raw"[..] } else { b"qcow2" };
+    header.set_backing(Some(below.name.as_bytes()), Some(format));
+    let first = header.encode_over(&bytes[..cluster.min(bytes.len())]).map_err(wrong)?;
+    bytes[..first.len()].copy_from_slice(&first);
+    Ok(bytes)
 }
 
 /// A layer: its file, and what a guest of it reads.
@@ -250,6 +338,22 @@ impl World {
             Op::Zero { at, len } => top.content[part(size, at, len)].fill(0),
             // What a discard leaves is looked at when it is done.
             Op::Discard { .. } | Op::Flush => {}
+            Op::Compressed { shape, at, len, byte, .. } => {
+                let mut content = top.content.clone();
+                content.resize(usize::from(shape.sectors) * 512, 0);
+                let part = part(content.len(), at, len);
+                content[part].fill(byte);
+                layers.push(Member { name: format!("layer{}", self.made), raw: false, content });
+            }
+            Op::Session(steps) => {
+                for step in steps {
+                    match step {
+                        Guest::Write { at, len, byte } => top.content[part(size, at, len)].fill(byte),
+                        Guest::Zero { at, len } => top.content[part(size, at, len)].fill(0),
+                        Guest::Flush | Guest::Reopen => {}
+                    }
+                }
+            }
             Op::Overlay(shape) => {
                 let mut content = top.content.clone();
                 content.resize(usize::from(shape.sectors) * 512, 0);
@@ -367,6 +471,40 @@ impl World {
                 let options = ConvertOptions::default().with_compress(compress).with_threads(1);
                 convert(&open(0)?, target, &options, &()).map_err(wrong)?;
                 names.sync_dir(Path::new("/")).map_err(wrong)
+            }
+            Op::Compressed { shape, zstd, at, len, .. } => {
+                let after = self.after(op).ok_or("no layers")?;
+                let shown = &after.last().ok_or("no layers")?.content;
+                let bytes = compressed(shape, zstd, shown, &part(shown.len(), at, len), self.top())?;
+                let file = create()?;
+                file.write_at(&bytes, 0).map_err(wrong)?;
+                file.sync().map_err(wrong)?;
+                names.sync_dir(Path::new("/")).map_err(wrong)
+            }
+            Op::Session(steps) => {
+                let mut chain = open(1)?;
+                for step in steps {
+                    match step {
+                        Guest::Write { at, len, byte } => {
+                            let (at, len) = span(at, len);
+                            chain.write_at(&vec![byte; len], at).map_err(wrong)?;
+                        }
+                        Guest::Zero { at, len } => {
+                            let (at, len) = span(at, len);
+                            chain.write_zeroes_at(at, len as u64).map_err(wrong)?;
+                        }
+                        Guest::Flush => chain.flush().map_err(wrong)?,
+                        Guest::Reopen => {
+                            chain.close().map_err(wrong)?;
+                            chain = open(1)?;
+                        }
+                    }
+                }
+                let expected = self.after(op).ok_or("no layers")?;
+                if Some(&content(&chain)?) != expected.last().map(|top| &top.content) {
+                    return Err("the open chain shows something else".to_owned());
+                }
+                chain.close().map_err(wrong)
             }
             Op::Crash(_) | Op::FailNext(_) => Ok(()),
         }

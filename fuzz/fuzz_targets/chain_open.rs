@@ -8,12 +8,12 @@
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use qcow2_chain::chain::{Chain, ChainOptions, Policy};
 use qcow2_chain::format::GuestOffset;
 use qcow2_chain::storage::{MemoryStorage, Names};
-use qcow2_chain_fuzz::{Hostile, WatchedNames, limits};
+use qcow2_chain_fuzz::inputs::{Files as Input, Link, Name};
+use qcow2_chain_fuzz::{WatchedNames, limits};
 
 /// Where files lie; the first is the top.
 const PLACES: [&str; 5] = ["/d/top", "/d/base", "/d/sub/deep", "/secret", "/dx/near"];
@@ -38,35 +38,12 @@ const CALLED: [&str; 16] = [
 ];
 const MAX_DEPTH: usize = 4;
 
-#[derive(Debug, Arbitrary)]
-enum Name<'a> {
-    Called(u8),
-    Any(&'a [u8]),
-}
-
-#[derive(Debug, Arbitrary)]
-struct Link<'a> {
-    name: Name<'a>,
-    raw: bool,
-}
-
-#[derive(Debug, Arbitrary)]
-struct Input<'a> {
-    files: [(Hostile, Option<Link<'a>>); 3],
-    places: [u8; 2],
-    policy: u8,
-    writable: bool,
-    probe: bool,
-}
-
-impl Link<'_> {
-    fn backing(&self) -> (Vec<u8>, Vec<u8>) {
-        let name = match self.name {
-            Name::Called(index) => CALLED[usize::from(index) % CALLED.len()].as_bytes().to_vec(),
-            Name::Any(bytes) => bytes.iter().copied().take(300).collect(),
-        };
-        (name, if self.raw { b"raw".to_vec() } else { b"qcow2".to_vec() })
-    }
+fn backing(link: &Link<'_>) -> (Vec<u8>, Vec<u8>) {
+    let name = match link.name {
+        Name::Called(index) => CALLED[usize::from(index) % CALLED.len()].as_bytes().to_vec(),
+        Name::Any(bytes) => bytes.iter().copied().take(300).collect(),
+    };
+    (name, if link.raw { b"raw".to_vec() } else { b"qcow2".to_vec() })
 }
 
 /// A path from the root without `.` and `..`.
@@ -87,7 +64,7 @@ fuzz_target!(|input: Input<'_>| {
     let places = [0, 1 + input.places[0] % 4, 1 + input.places[1] % 4];
     for ((hostile, link), place) in input.files.into_iter().zip(places) {
         // A name that does not fit a cluster of 512 bytes cannot be made.
-        let backing = link.map(|link| link.backing()).filter(|(name, _)| !name.is_empty() && name.len() < 200);
+        let backing = link.map(|link| backing(&link)).filter(|(name, _)| !name.is_empty() && name.len() < 200);
         let place = PLACES[usize::from(place)];
         names.files.insert(place, Arc::new(MemoryStorage::with_bytes(place, hostile.over(backing).bytes())));
     }

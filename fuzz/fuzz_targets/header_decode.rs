@@ -7,8 +7,9 @@
 
 use libfuzzer_sys::fuzz_target;
 use qcow2_chain::format::{HeaderCluster, Limits};
+use qcow2_chain_fuzz::inputs::Header;
 
-fuzz_target!(|input: (u64, &[u8])| {
+fuzz_target!(|input: Header<'_>| {
     let (file_len, bytes) = input;
     // Both an honest length and a claimed one: checks against it must hold for either.
     for len in [bytes.len() as u64, file_len] {

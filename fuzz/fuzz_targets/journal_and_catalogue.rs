@@ -10,27 +10,11 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use qcow2_chain::storage::{MemoryNames, MemoryStorage, Names};
 use qcow2_chain::vm::{Catalogue, Recovery, SnapshotSet, VerifyOptions};
+use qcow2_chain_fuzz::inputs::{Bytes, Records as Input};
 use qcow2_chain_fuzz::records::{CATALOGUE, Change, JOURNAL, worlds};
-
-#[derive(Debug, Arbitrary)]
-enum Bytes<'a> {
-    Changed(Vec<Change>),
-    Raw(&'a [u8]),
-}
-
-#[derive(Debug, Arbitrary)]
-struct Input<'a> {
-    world: u8,
-    records: u8,
-    catalogue: Bytes<'a>,
-    journal: Bytes<'a>,
-    /// The journal ends so many bytes early.
-    torn: u8,
-}
 
 fuzz_target!(|input: Input<'_>| {
     let worlds = worlds();

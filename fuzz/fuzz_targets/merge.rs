@@ -8,7 +8,6 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use qcow2_chain::chain::{Chain, ChainOptions, Policy};
 use qcow2_chain::format::GuestOffset;
@@ -18,28 +17,12 @@ use qcow2_chain::merge::{
     pull, rebase,
 };
 use qcow2_chain::storage::{MemoryNames, MemoryStorage, Names};
-use qcow2_chain_fuzz::{Hostile, Step, limits};
+use qcow2_chain_fuzz::inputs::{Merge, Merges as Input};
+use qcow2_chain_fuzz::{Step, limits};
 
 const NAMES: [&str; 3] = ["top", "mid", "base"];
 /// A disk of more than this is not read whole.
 const MAX_SIZE: u64 = 4 << 20;
-
-#[derive(Clone, Copy, Debug, Arbitrary)]
-enum Merge {
-    Commit { base: bool, empty: bool },
-    Pull { base: u8 },
-    Rebase { layer: bool, drop_equal: bool },
-    Convert { compress: bool },
-}
-
-#[derive(Debug, Arbitrary)]
-struct Input {
-    layers: [Hostile; 3],
-    three: bool,
-    repair: bool,
-    steps: [Vec<Step>; 2],
-    merges: [Merge; 2],
-}
 
 fuzz_target!(|input: Input| {
     let names = Arc::new(MemoryNames::new());

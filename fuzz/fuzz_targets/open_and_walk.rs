@@ -8,21 +8,15 @@
 
 use std::sync::Arc;
 
-use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use qcow2_chain::format::GuestOffset;
 use qcow2_chain::image::{CheckOptions, ExtentKind, Image, OpenOptions, check};
 use qcow2_chain::storage::MemoryStorage;
-use qcow2_chain_fuzz::{Hostile, limits};
+use qcow2_chain_fuzz::inputs::Walk as Input;
+use qcow2_chain_fuzz::limits;
 
 /// How many extents are looked at: an image of this size has fewer, unless it lies about its size.
 const MAX_EXTENTS: usize = 20_000;
-
-#[derive(Debug, Arbitrary)]
-enum Input<'a> {
-    Made(Hostile),
-    Raw(&'a [u8]),
-}
 
 fuzz_target!(|input: Input<'_>| {
     let bytes = match input {

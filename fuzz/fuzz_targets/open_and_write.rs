@@ -10,9 +10,10 @@ use libfuzzer_sys::fuzz_target;
 use qcow2_chain::format::GuestOffset;
 use qcow2_chain::image::{CheckOptions, CheckReport, Image, OpenOptions, check};
 use qcow2_chain::storage::MemoryStorage;
-use qcow2_chain_fuzz::{Hostile, Step, limits};
+use qcow2_chain_fuzz::inputs::Write;
+use qcow2_chain_fuzz::{Step, limits};
 
-fuzz_target!(|input: (Hostile, Vec<Step>, bool)| {
+fuzz_target!(|input: Write| {
     let (hostile, steps, repair) = input;
     let storage = Arc::new(MemoryStorage::with_bytes("hostile", hostile.bytes()));
     if repair {

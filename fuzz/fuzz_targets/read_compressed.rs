@@ -7,29 +7,14 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use qcow2_chain::chain::{Chain, Layer, Node};
 use qcow2_chain::format::{ClusterBits, CompressionType, GuestOffset};
 use qcow2_chain::image::{CreateOptions, Image, OpenOptions, RawImage};
 use qcow2_chain::merge::{ConvertOptions, ConvertTarget, convert};
 use qcow2_chain::storage::MemoryStorage;
+use qcow2_chain_fuzz::inputs::Compressed as Input;
 use qcow2_chain_fuzz::limits;
-
-#[derive(Debug, Arbitrary)]
-struct Input<'a> {
-    cluster_bits: u8,
-    zstd: bool,
-    extended_l2: bool,
-    clusters: u8,
-    content: &'a [u8],
-    /// Changes of L2 entries: which, whether its second word, and the bits that flip.
-    entries: Vec<(u8, bool, u64)>,
-    /// Changes of bytes from the first stream on: where, and what they become.
-    streams: Vec<(u16, u8)>,
-    /// The file is cut so many bytes before its end.
-    cut: u16,
-}
 
 fuzz_target!(|input: Input<'_>| {
     let bits = if input.extended_l2 { 14 } else { 9 + u32::from(input.cluster_bits % 8) };

@@ -5,23 +5,12 @@
 //! inverse to each other. Snapshots and bitmaps: what decodes encodes to bytes that decode to the same.
 #![no_main]
 
-use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use qcow2_chain::format::{
     BitmapsExtension, ClusterBits, CompressedDescriptor, Geometry, HostOffset, L2Table, Limits, RefcountBlock,
     RefcountOrder, Version, decode_bitmap_directory, decode_snapshots, encode_bitmap_directory, encode_snapshots,
 };
-
-#[derive(Debug, Arbitrary)]
-struct Input<'a> {
-    cluster_bits: u8,
-    refcount_order: u8,
-    extended_l2: bool,
-    version_2: bool,
-    count: u32,
-    words: [u64; 2],
-    bytes: &'a [u8],
-}
+use qcow2_chain_fuzz::inputs::Tables as Input;
 
 fuzz_target!(|input: Input<'_>| {
     let bits = ClusterBits::new(9 + u32::from(input.cluster_bits % 13)).expect("within the limits");

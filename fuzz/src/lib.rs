@@ -8,6 +8,7 @@ use qcow2_chain::format::{ClusterBits, CompressionType, GuestOffset, Limits, Ref
 use qcow2_chain::image::{CreateOptions, Image};
 use qcow2_chain::storage::MemoryStorage;
 
+pub mod inputs;
 pub mod records;
 mod watched;
 
@@ -25,11 +26,19 @@ pub fn limits() -> Limits {
 /// How an image comes to be.
 #[derive(Debug)]
 pub struct Hostile {
-    options: CreateOptions,
-    steps: Vec<Step>,
+    origin: Origin,
     mutations: Vec<Mutation>,
     /// The file is cut here, in 1/256 of its length.
     cut: Option<u8>,
+}
+
+/// What it is before anything hostile happens to it.
+#[derive(Debug)]
+enum Origin {
+    /// An image that the library makes.
+    Made { options: CreateOptions, steps: Vec<Step> },
+    /// Bytes. The seeds have images here with what takes more than steps: compressed clusters, snapshots, bitmaps.
+    Given(Vec<u8>),
 }
 
 /// One thing done to an image. The offsets are taken modulo the virtual size.
@@ -79,6 +88,25 @@ enum Value {
 
 impl<'a> Arbitrary<'a> for Hostile {
     fn arbitrary(u: &mut Unstructured<'a>) -> Result<Self> {
+        let origin = if u.arbitrary::<u8>()? % 8 == 7 {
+            let len = u.arbitrary::<u32>()? as usize;
+            Origin::Given(u.bytes(len.min(u.len()))?.to_vec())
+        } else {
+            Origin::made(u)?
+        };
+        let mutations = (0..few(u)?).map(|_| u.arbitrary()).collect::<Result<_>>()?;
+        let cut = if u.ratio(1, 8)? { Some(u.arbitrary()?) } else { None };
+        Ok(Self { origin, mutations, cut })
+    }
+}
+
+/// How many of something there are.
+fn few(u: &mut Unstructured<'_>) -> Result<usize> {
+    Ok(u.arbitrary::<usize>()? % 9)
+}
+
+impl Origin {
+    fn made(u: &mut Unstructured<'_>) -> Result<Self> {
         let mut options = CreateOptions::default();
         let version_2 = u.ratio(1, 4)?;
         options.extended_l2 = !version_2 && u.ratio(1, 3)?;
@@ -95,18 +123,17 @@ impl<'a> Arbitrary<'a> for Hostile {
         if u.ratio(1, 4)? {
             options = options.with_backing("base.raw", "raw");
         }
-        let few = |count: usize| count % 9;
-        let steps = (0..few(u.arbitrary()?)).map(|_| u.arbitrary()).collect::<Result<_>>()?;
-        let mutations = (0..few(u.arbitrary()?)).map(|_| u.arbitrary()).collect::<Result<_>>()?;
-        let cut = if u.ratio(1, 8)? { Some(u.arbitrary()?) } else { None };
-        Ok(Self { options, steps, mutations, cut })
+        let steps = (0..few(u)?).map(|_| u.arbitrary()).collect::<Result<_>>()?;
+        Ok(Self::Made { options, steps })
     }
 }
 
 impl Hostile {
-    /// The same image over another backing file, or over none.
+    /// The same image over another backing file, or over none. One that is given keeps what it names.
     pub fn over(mut self, backing: Option<(Vec<u8>, Vec<u8>)>) -> Self {
-        self.options.backing = backing;
+        if let Origin::Made { options, .. } = &mut self.origin {
+            options.backing = backing;
+        }
         self
     }
 
@@ -119,14 +146,23 @@ impl Hostile {
         self.damage(sound)
     }
 
+    /// Whether its bytes are the input's: then nobody says that it is sound.
+    pub fn is_given(&self) -> bool {
+        matches!(self.origin, Origin::Given(_))
+    }
+
     /// The bytes of the image before anything hostile happens to it.
     ///
     /// # Panics
     /// Where the library cannot make it.
     pub fn sound(&self) -> Vec<u8> {
+        let (options, steps) = match &self.origin {
+            Origin::Made { options, steps } => (options, steps),
+            Origin::Given(bytes) => return bytes.clone(),
+        };
         let storage = Arc::new(MemoryStorage::new("hostile"));
-        let image = Image::create(storage.clone(), &self.options).expect("a valid image is created");
-        for step in &self.steps {
+        let image = Image::create(storage.clone(), options).expect("a valid image is created");
+        for step in steps {
             // An overlay without its backing file refuses some of it, which is no finding.
             let _ = step.apply(&image);
         }
@@ -136,8 +172,11 @@ impl Hostile {
 
     /// What becomes of an image of this shape.
     pub fn damage(&self, mut bytes: Vec<u8>) -> Vec<u8> {
+        // As the header has it, or as everybody has it where that is none.
+        let bits = read(&bytes, 20, 4);
+        let cluster_size = 1 << if (9..=21).contains(&bits) { bits } else { 16 };
         for mutation in &self.mutations {
-            mutation.apply(&mut bytes, 1 << self.options.cluster_bits.get());
+            mutation.apply(&mut bytes, cluster_size);
         }
         if let Some(cut) = self.cut {
             bytes.truncate(bytes.len() * usize::from(cut) / 256);

@@ -95,8 +95,10 @@ impl Live {
         if tops.iter().any(is_written) {
             return Ok(());
         }
-        // Of a VM that is gone, its configuration tells what it was told, not what it wrote.
-        if error.kind == FailureKind::Unreachable && !description.running {
+        // Of a VM that is gone, its configuration tells what it was told, not what it wrote: it may have been switched over, and
+        // have written, before it went.
+        let refused = matches!(error.kind, FailureKind::NoAgent | FailureKind::AgentTimeout);
+        if !description.running && !refused {
             return Err(Error::Uncertain { what: what(), source: Some(Box::new(error)) });
         }
         Err(refuse(error, quiesce).unwrap_or_else(|error| failed(&what(), error)))
@@ -112,14 +114,10 @@ impl Live {
     ) -> Result<Merged> {
         let place = manner.place;
         let active = match found {
-            // The base is there and the top is not: done before.
-            (None, base) => return merged(place, disk, base, step, step.active),
+            // The base is there and the top is not: done before. (What the VM writes is the journal's to judge.)
+            (None, base) if !step.active => return merged(place, disk, base, step, false),
             (Some(top), base) if base == top + 1 => top == 0,
-            (Some(_), _) => {
-                let (path, recorded) = (place.path(&step.top.path).display().to_string(), step.base.path.clone());
-                let found = format!("other files on disk {}", disk.name);
-                return Err(Refusal::Disagreement { path, found, recorded }.into());
-            }
+            _ => return Err(disagreement(place, &step.top, &format!("not above {} on disk {}", step.base, disk.name))),
         };
         let commit = Commit {
             disk: disk.name.clone(),
@@ -137,9 +135,11 @@ impl Live {
             on_timeout: self.on_timeout,
             watch,
         };
-        let disk = watcher.run()?;
+        let (disk, moved) = watcher.run()?;
         let base = position(&disk, &commit.base, place).unwrap_or(0);
-        merged(place, &disk, base, step, active)
+        let mut merged = merged(place, &disk, base, step, active)?;
+        merged.report.copied = moved;
+        Ok(merged)
     }
 }
 
@@ -160,10 +160,7 @@ impl Executor for Live {
             let backing = manner.place.path(&overlay.backing.path);
             let Some((disk, at)) = find(&description, &backing, manner.place) else { continue };
             if at != 0 {
-                let written = disk.files.first().map(|file| file.path.display().to_string());
-                let (path, found) = (backing.display().to_string(), format!("beneath {}", written.unwrap_or_default()));
-                let recorded = "the file that the VM writes".to_owned();
-                return Err(Refusal::Disagreement { path, found, recorded }.into());
+                return Err(disagreement(manner.place, &overlay.backing, "not the one that the VM writes"));
             }
             let file = absolute(&manner.place.path(&overlay.file.path));
             tops.push(NewTop { disk: disk.name, file });
@@ -183,11 +180,7 @@ impl Executor for Live {
                 Err(Refusal::Running { operation: "complete a merge upwards" }.into())
             }
             (top, Some((disk, base))) => self.merge_live(&disk, (top.map(|(_, at)| at), base), step, manner, watch),
-            (Some(_), None) => {
-                let (path, recorded) = (place.path(&step.top.path).display().to_string(), step.base.path.clone());
-                let found = "another file in the running VM".to_owned();
-                Err(Refusal::Disagreement { path, found, recorded }.into())
-            }
+            (Some(_), None) => Err(disagreement(place, &step.base, "not beneath what its disk has")),
         }
     }
 
@@ -214,6 +207,13 @@ impl Executor for Live {
         let unchanged = || HypervisorError::new(FailureKind::Failed, "the disk kept its size");
         Err(failed("resizing a disk", done.err().unwrap_or_else(unchanged)))
     }
+}
+
+/// The hypervisor has other files than the plan.
+fn disagreement(place: &Place, file: &FileRef, found: &str) -> Error {
+    let what =
+        format!("{}: by the catalogue a disk's file, by the hypervisor {found}", place.path(&file.path).display());
+    Error::Hypervisor { what, source: None }
 }
 
 /// The disk that has a file, and the file's place among its files.

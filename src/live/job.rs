@@ -48,30 +48,33 @@ enum Seen {
 }
 
 impl Watcher<'_> {
-    /// Starts the commit, unless it is running or done, and sees it through. Returns the disk as it is then.
-    pub(super) fn run(&self) -> Result<Box<Disk>> {
+    /// Starts the commit, unless it is running or done, and sees it through. Returns the disk as it is then, and how
+    /// many bytes the job has moved as far as it was seen.
+    pub(super) fn run(&self) -> Result<(Box<Disk>, u64)> {
         let start = self.hypervisor.now();
         self.begin()?;
         let mut pause = FIRST_LOOK;
         let mut pivots = 0;
         let mut last_word = None;
+        let mut moved = 0;
         loop {
             let job = match self.hypervisor.job(&self.commit.disk) {
                 Ok(Some(job)) => job,
-                Ok(None) => return self.ended(last_word),
+                Ok(None) => return Ok((self.ended(last_word)?, moved)),
                 Err(error) if error.kind == FailureKind::Gone => return Err(self.lost()),
                 Err(error) => return Err(failed(&self.what(), error)),
             };
             self.tell(job);
+            moved = job.done;
             if self.commit.active && self.is_ready(job)? {
                 if self.pivot(&mut pivots)? {
-                    return self.ended(None);
+                    return Ok((self.ended(None)?, moved));
                 }
                 pause = FIRST_LOOK;
             }
             self.stop_if_wanted(start)?;
             match self.hypervisor.wait(&self.commit.disk, pause) {
-                Some(Event::Stopped) => return self.gone(),
+                Some(Event::Stopped) => return Ok((self.gone()?, moved)),
                 Some(Event::Job { disk, event }) if disk == self.commit.disk => last_word = Some(event),
                 _ => {}
             }
@@ -89,6 +92,7 @@ impl Watcher<'_> {
         if let Some(job) = self.running_job()? {
             return self.adopt(job);
         }
+        self.watch.before_start()?;
         let Err(error) = self.hypervisor.commit(self.commit) else { return Ok(()) };
         match self.running_job()? {
             Some(job) => self.adopt(job),

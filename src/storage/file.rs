@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use super::sys::{self, Kind};
-use super::{Access, Error, FileId, LockMode, MAX_LEN, Result, Storage, beneath, lock};
+use super::{Access, Error, FileId, LockMode, MAX_LEN, Result, Storage, beneath, lock, whole};
 
 /// What a write around the page cache is a multiple of, in place, length and memory. No medium's sectors are larger.
 const DIRECT_UNIT: usize = 4096;
@@ -129,15 +129,8 @@ impl FileStorage {
             return 0;
         }
         let Some(direct) = self.direct.get_or_init(|| sys::reopen_direct(&self.file)) else { return 0 };
-        let mut done = 0;
-        while done < buf.len() {
-            // What went wrong, the ordinary way finds out again and tells; after a part, it does the rest.
-            match sys::retry(|| sys::write_some_at(direct, &buf[done..], offset + done as u64)) {
-                Ok(written) if written > 0 && written.is_multiple_of(DIRECT_UNIT) => done += written,
-                _ => break,
-            }
-        }
-        done
+        // What went wrong, the ordinary way finds out again and tells; after a part, it does the rest.
+        whole::write_units(buf, offset, DIRECT_UNIT, |part, at| sys::write_some_at(direct, part, at))
     }
 
     /// What a range operation of the system came to.
@@ -176,27 +169,8 @@ impl Storage for FileStorage {
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let len = buf.len();
-        let mut rest = buf;
-        let mut at = offset;
-        while !rest.is_empty() {
-            let most = usize::try_from(MAX_LEN.saturating_sub(at)).unwrap_or(usize::MAX).min(rest.len());
-            let read =
-                if most == 0 { Ok(0) } else { sys::retry(|| sys::read_some_at(&self.file, &mut rest[..most], at)) };
-            match read {
-                Ok(0) => {
-                    rest.fill(0);
-                    break;
-                }
-                Ok(read) => {
-                    rest = &mut rest[read..];
-                    at += read as u64;
-                }
-                Err(error) => {
-                    return Err(Error::io(&self.name, format!("read {len} bytes at offset {offset}"), 0, error));
-                }
-            }
-        }
-        Ok(())
+        whole::read(buf, offset, |part, at| sys::read_some_at(&self.file, part, at))
+            .map_err(|error| Error::io(&self.name, format!("read {len} bytes at offset {offset}"), 0, error))
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
@@ -205,19 +179,8 @@ impl Storage for FileStorage {
         if offset.checked_add(len).is_none_or(|end| end > MAX_LEN) {
             return Err(Error::NoSpace { name: self.name.clone(), need: len });
         }
-        let mut rest = buf;
-        let mut at = offset;
-        while !rest.is_empty() {
-            let written = match sys::retry(|| sys::write_some_at(&self.file, rest, at)) {
-                Ok(0) => Err(io::ErrorKind::WriteZero.into()),
-                result => result,
-            };
-            let written = written
-                .map_err(|error| Error::io(&self.name, format!("write {len} bytes at offset {offset}"), len, error))?;
-            rest = &rest[written..];
-            at += written as u64;
-        }
-        Ok(())
+        whole::write(buf, offset, |part, at| sys::write_some_at(&self.file, part, at))
+            .map_err(|error| Error::io(&self.name, format!("write {len} bytes at offset {offset}"), len, error))
     }
 
     fn len(&self) -> Result<u64> {
@@ -305,18 +268,13 @@ impl Storage for FileStorage {
         let Some(file) = source.as_file() else {
             return Err(Error::unsupported(&self.name, "copying in the kernel"));
         };
-        let mut done = 0;
-        while done < len {
-            match sys::copy_some(file, from.saturating_add(done), &self.file, to.saturating_add(done), len - done) {
-                Ok(0) => break,
-                Ok(copied) => done += copied,
-                Err(error) => {
-                    let range = to..to.saturating_add(len);
-                    return self.done("copying in the kernel", &range, Err(error)).map(|()| done);
-                }
-            }
-        }
-        Ok(done)
+        let copied = whole::copy(len, |done, left| {
+            sys::copy_some(file, from.saturating_add(done), &self.file, to.saturating_add(done), left)
+        });
+        copied.or_else(|error| {
+            let range = to..to.saturating_add(len);
+            self.done("copying in the kernel", &range, Err(error)).map(|()| 0)
+        })
     }
 
     fn prefers_copy_from(&self, source: &dyn Storage) -> bool {

@@ -100,6 +100,7 @@ mod memory_names;
 mod names;
 mod read_only;
 mod sys;
+mod whole;
 
 use std::fmt;
 use std::ops::Range;

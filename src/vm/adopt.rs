@@ -8,6 +8,7 @@ use super::options::{AdoptOptions, VolumeSpec};
 use super::place::Place;
 use super::{Refusal, Result};
 use crate::chain::{Chain, ChainOptions};
+use crate::storage::LockMode;
 
 /// A volume's name is part of its overlays' names.
 fn check_volume_name(name: &str) -> Result<(), Refusal> {
@@ -37,7 +38,9 @@ pub(super) struct Adopted {
 /// Reads a volume's files from their headers.
 pub(super) fn read(place: &Place, spec: &VolumeSpec, options: &AdoptOptions) -> Result<Adopted> {
     check_volume_name(&spec.name)?;
+    // Headers only are read, which a running VM does not change.
     let chain_options = ChainOptions::default().with_policy(options.policy.clone()).with_format(spec.format);
+    let chain_options = chain_options.with_lock(LockMode::None);
     let chain = Chain::open_in(place.names(), &spec.path, &chain_options)?;
     let mut files = Vec::new();
     for (index, layer) in chain.layers().iter().enumerate() {

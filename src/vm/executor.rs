@@ -48,8 +48,14 @@ fn same(place: &Place, a: &Path, b: &Path) -> bool {
     a == b || place.leads_to(a, b)
 }
 
-/// Hears how far a merge is, and that somebody else's writes are about to go to another file.
+/// Hears how far a merge is, and that a hypervisor is about to do it.
 pub trait Watch: merge::Progress {
+    /// The hypervisor is about to be told to do the merge: should the VM write the base one day, it was switched over.
+    ///
+    /// # Errors
+    /// What remembering it gives; then it must not be told.
+    fn before_start(&self) -> Result<()>;
+
     /// The hypervisor is about to be told to write the base instead of the top. What it writes afterwards is newer than the
     /// top, whoever asks later: that must be remembered first.
     ///
@@ -59,6 +65,10 @@ pub trait Watch: merge::Progress {
 }
 
 impl Watch for () {
+    fn before_start(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn before_switch(&self) -> Result<()> {
         Ok(())
     }

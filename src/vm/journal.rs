@@ -42,6 +42,15 @@ pub enum Record {
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         switched: bool,
     },
+    /// A running VM's hypervisor is about to be told to do a merge. Should the VM write the base later, it was switched over.
+    Started {
+        /// The number of its stage.
+        stage: usize,
+        /// Its volume.
+        volume: String,
+        /// Its number among the volume's steps.
+        step: usize,
+    },
     /// A running VM is about to be switched over to the base of a merge. Whether it was, only its hypervisor knows.
     Switching {
         /// The number of its stage.
@@ -59,6 +68,8 @@ pub enum Record {
 pub enum Progressed {
     /// Nothing is noted.
     No,
+    /// A running VM's hypervisor was about to do it.
+    Started,
     /// A running VM was about to be switched over.
     Switching,
     /// It is done.
@@ -171,7 +182,9 @@ impl Journal {
             Some(Record::Plan { version, .. }) => {
                 Err(wrong(path, format!("version {version} of journals is not known")))
             }
-            Some(Record::Done { .. } | Record::Switching { .. }) => Err(wrong(path, "its first record is no plan")),
+            Some(Record::Done { .. } | Record::Started { .. } | Record::Switching { .. }) => {
+                Err(wrong(path, "its first record is no plan"))
+            }
         }
     }
 
@@ -210,6 +223,9 @@ impl Journal {
             }
             Record::Switching { stage, volume, step } if (*stage, volume.as_str(), *step) == wanted => {
                 Some(Progressed::Switching)
+            }
+            Record::Started { stage, volume, step } if (*stage, volume.as_str(), *step) == wanted => {
+                Some(Progressed::Started)
             }
             _ => None,
         });

@@ -66,11 +66,21 @@ impl SnapshotSet {
     /// what they hold. All of them were switched over at one instant, or none.
     fn is_switched(&self, plan: &Plan, domain: &Domain) -> Result<bool> {
         let (Some(first), Purpose::Create { .. }) = (plan.stages.first(), &plan.purpose) else { return Ok(false) };
+        let mut overlays = first.create.iter();
+        if overlays.any(|overlay| domain.disk_writing(&self.place, &overlay.file.path).is_some()) {
+            return Ok(true);
+        }
         for overlay in &first.create {
-            let written = domain.disk_writing(&self.place, &overlay.file.path).is_some();
-            if written || self.place.is_written(&overlay.file)? {
-                return Ok(true);
+            if !self.place.is_written(&overlay.file)? {
+                continue;
             }
+            // Started anew on the files beneath: either of them holds what the other lacks.
+            if domain.running && domain.disk_writing(&self.place, &overlay.backing.path).is_some() {
+                let (backing, file) = (&overlay.backing, &overlay.file);
+                let what = format!("the VM writes {backing}, and {file} over it holds data of its own; {}", plan.purpose);
+                return Err(Error::Uncertain { what, source: None });
+            }
+            return Ok(true);
         }
         Ok(false)
     }
@@ -142,7 +152,13 @@ impl SnapshotSet {
             })),
             Found::Journal(_, plan) => {
                 let recorded = model.last_operation.id >= plan.id;
-                let switched = !recorded && self.is_switched(&plan, &self.executor.domain(&model.vm)?)?;
+                let asked = || self.executor.domain(&model.vm).and_then(|domain| self.is_switched(&plan, &domain));
+                let switched = !recorded
+                    && match asked() {
+                        // It does neither: people must decide.
+                        Err(Error::Uncertain { .. }) => false,
+                        switched => switched?,
+                    };
                 let undoable = plan.stages.first().is_some_and(|stage| !stage.create.is_empty());
                 Ok(Some(Pending { operation: Some(plan.purpose), completes: recorded || switched || !undoable }))
             }

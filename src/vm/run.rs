@@ -262,11 +262,14 @@ impl<'a> Run<'a> {
                 executor.resize(file, below, *size, manner)?;
             }
         }
-        if let Some(journal) = lock(&self.journal).as_mut() {
-            let switched = merged.as_ref().is_some_and(|merged| merged.switched);
-            journal.append(Record::Done { stage, volume: work.volume.clone(), step: number, switched })?;
-        }
+        let switched = merged.as_ref().is_some_and(|merged| merged.switched);
+        self.note(Record::Done { stage, volume: work.volume.clone(), step: number, switched })?;
         Ok(merged)
+    }
+
+    /// Appends to the journal, if there is one.
+    fn note(&self, record: Record) -> Result<()> {
+        lock(&self.journal).as_mut().map_or(Ok(()), |journal| journal.append(record))
     }
 
     /// Whether a merge needs no doing again. What nobody writes needs no second copy. A top that a VM writes may have changed
@@ -276,12 +279,13 @@ impl<'a> Run<'a> {
         match progressed.unwrap_or(Progressed::No) {
             Progressed::No => Ok(false),
             Progressed::Done { switched } => Ok(!step.active || switched),
-            Progressed::Switching => {
+            begun @ (Progressed::Started | Progressed::Switching) => {
                 let (place, domain) = (self.tools.place(), self.tools.domain);
-                if domain.disk_writing(place, &step.base.path).is_some() {
+                if step.active && domain.disk_writing(place, &step.base.path).is_some() {
                     return Ok(true);
                 }
-                if domain.disk_writing(place, &step.top.path).is_some() {
+                // Until it is about to be switched over, all is in the top.
+                if begun == Progressed::Started || domain.disk_writing(place, &step.top.path).is_some() {
                     return Ok(false);
                 }
                 let what = format!("volume {volume}: switching the VM from {} to {}", step.top, step.base);
@@ -412,10 +416,14 @@ impl merge::Progress for Watching<'_> {
 }
 
 impl Watch for Watching<'_> {
+    fn before_start(&self) -> Result<()> {
+        let (stage, volume, step) = (self.stage, self.progress.volume().to_owned(), self.step);
+        self.run.note(Record::Started { stage, volume, step })
+    }
+
     fn before_switch(&self) -> Result<()> {
         let (stage, volume, step) = (self.stage, self.progress.volume().to_owned(), self.step);
-        let mut journal = lock(&self.run.journal);
-        journal.as_mut().map_or(Ok(()), |journal| journal.append(Record::Switching { stage, volume, step }))
+        self.run.note(Record::Switching { stage, volume, step })
     }
 }
 

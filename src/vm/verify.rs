@@ -149,13 +149,18 @@ pub struct Reconciliation {
 }
 
 impl SnapshotSet {
-    /// Compares records, headers and directories, and looks deeper where asked to. Images in use are looked at without locks;
+    /// Compares records, headers, directories and what the hypervisor says, and looks deeper where asked to. Images in use are looked at without locks;
     /// what a running VM writes meanwhile may show as leaks.
     ///
     /// # Errors
     /// What reading the catalogue gives; [`Error::Cancelled`]. What is wrong with images is no error but a
     /// [`Problem`].
     pub fn verify(&self, options: &VerifyOptions, progress: &dyn Progress) -> Result<Verification> {
+        let domain = self.executor.domain(&self.store.load()?.vm)?;
+        self.verify_with(&domain, options, progress)
+    }
+
+    fn verify_with(&self, domain: &Domain, options: &VerifyOptions, progress: &dyn Progress) -> Result<Verification> {
         let model = self.store.load()?;
         let mut found = Verification::default();
         if let Some(pending) = self.pending()? {
@@ -186,6 +191,7 @@ impl SnapshotSet {
             }
         }
         self.find_orphans(&model, &mut found)?;
+        self.compare_with_domain(&model, domain, &mut found);
         if options.digests {
             self.digest(&model, &mut found, progress)?;
         }
@@ -311,19 +317,30 @@ impl SnapshotSet {
     pub fn reconcile(&self, domain: Option<&Domain>, dry_run: bool, progress: &dyn Progress) -> Result<Reconciliation> {
         let pending = self.pending()?;
         let recovery = if dry_run { None } else { Some(self.recover_told(domain, progress)?) };
-        let mut found = self.verify(&VerifyOptions::default(), progress)?;
-        let model = self.store.load()?;
+        let asked;
+        let domain = match domain {
+            Some(told) => told,
+            None => {
+                asked = self.executor.domain(&self.store.load()?.vm)?;
+                &asked
+            }
+        };
+        let found = self.verify_with(domain, &VerifyOptions::default(), progress)?;
+        Ok(Reconciliation { pending, recovery, problems: found.problems })
+    }
+
+    /// Whether the VM's disk of a volume's name writes another file than the volume's. A volume may be the file of a disk of
+    /// another name.
+    fn compare_with_domain(&self, model: &Model, domain: &Domain, found: &mut Verification) {
         for volume in &model.volumes {
-            let recorded = self.place.path(&volume.active.file.path);
-            let Some(domain) = domain else { continue };
             if domain.disk_writing(&self.place, &volume.active.file.path).is_some() {
                 continue;
             }
             if let Some(written) = domain.disks.get(&volume.name).and_then(|files| files.first()) {
+                let recorded = self.place.path(&volume.active.file.path);
                 let what = format!("the hypervisor writes it; volume {} is {}", volume.name, recorded.display());
                 found.add(ProblemKind::Domain, Some(written.clone()), what);
             }
         }
-        Ok(Reconciliation { pending, recovery, problems: found.problems })
     }
 }

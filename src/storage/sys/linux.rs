@@ -58,16 +58,13 @@ pub(in crate::storage) fn allocate_range(file: &File, range: &Range<u64>) -> io:
 
 /// Copies once within the kernel; 0 where the source ends.
 pub(in crate::storage) fn copy_some(source: &File, from: u64, target: &File, to: u64, len: u64) -> io::Result<u64> {
-    let (from, to) = (offset(from)?, offset(to)?);
+    let (mut from, mut to) = (offset(from)?, offset(to)?);
     // The kernel takes at most this much at once; the sum of offset and length must fit too.
     let len = usize::try_from(len.min(1 << 30)).unwrap_or(1 << 30);
-    let copied = retry(|| {
-        let (mut from, mut to) = (from, to);
-        copy_file_range(source, Some(&mut from), target, Some(&mut to), len).map_err(|errno| match errno {
-            // Said of a swap file, and of a target that the kernel itself reads from.
-            Errno::ETXTBSY => io::Error::new(io::ErrorKind::Unsupported, errno),
-            _ => or_unsupported(errno),
-        })
+    let copied = copy_file_range(source, Some(&mut from), target, Some(&mut to), len).map_err(|errno| match errno {
+        // Said of a swap file, and of a target that the kernel itself reads from.
+        Errno::ETXTBSY => io::Error::new(io::ErrorKind::Unsupported, errno),
+        _ => or_unsupported(errno),
     })?;
     Ok(copied as u64)
 }

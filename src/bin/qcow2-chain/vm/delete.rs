@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
-use qcow2_chain::vm::{MergeOptions, Request, SnapshotSet, State};
+use qcow2_chain::vm::{MergeOptions, Request, State};
 
 use super::bars::with_bars;
+use super::hypervisor::HypervisorArgs;
 use super::telling::{TellArgs, explain};
 use crate::commit::Way;
 use crate::failure::Outcome;
@@ -31,11 +32,13 @@ pub(crate) struct Args {
     progress: bool,
     #[command(flatten)]
     merge: MergeArgs,
+    #[command(flatten)]
+    hypervisor: HypervisorArgs,
 }
 
 /// Does it.
 pub(crate) fn run(args: &Args) -> Outcome {
-    let set = SnapshotSet::load(&args.catalogue).map_err(explain)?;
+    let set = args.hypervisor.load(&args.catalogue)?;
     let options = MergeOptions::default().with_direction(args.direction.into()).with_rate_limit(args.merge.rate()?);
     if args.merge.dry_run {
         let plan = set.plan(&Request::Delete { name: args.name.clone() }, &options).map_err(explain)?;

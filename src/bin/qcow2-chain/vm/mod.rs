@@ -4,6 +4,7 @@ mod bars;
 mod changed;
 mod delete;
 mod drawing;
+mod hypervisor;
 mod init;
 mod list;
 mod path;
@@ -23,7 +24,8 @@ use crate::failure::Outcome;
 /// Snapshots of a virtual machine over all its volumes
 ///
 /// CATALOGUE is a file that remembers the volumes, the snapshots and the file of each. Only its journal and lock lie beside
-/// it; new overlays lie beside the files that they stand on. The machine must be off.
+/// it; new overlays lie beside the files that they stand on. The machine must be off, or
+/// run under a libvirt that --connect and --domain name.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     #[command(subcommand)]

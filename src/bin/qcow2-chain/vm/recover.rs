@@ -6,6 +6,7 @@ use qcow2_chain::vm::{Recovery, Report, SnapshotSet};
 use serde::Serialize;
 
 use super::bars::with_bars;
+use super::hypervisor::HypervisorArgs;
 use super::telling::{TellArgs, explain};
 use crate::failure::Outcome;
 
@@ -24,6 +25,8 @@ pub(crate) struct Args {
     progress: bool,
     #[command(flatten)]
     tell: TellArgs,
+    #[command(flatten)]
+    hypervisor: HypervisorArgs,
 }
 
 /// What is told as JSON.
@@ -37,7 +40,7 @@ struct Told<'a> {
 
 /// Does it.
 pub(crate) fn run(args: &Args) -> Outcome {
-    let set = SnapshotSet::load(&args.catalogue).map_err(explain)?;
+    let set = args.hypervisor.load(&args.catalogue)?;
     if args.dry_run {
         return foretell(args, &set);
     }

@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use qcow2_chain::vm::{Refusal, SnapshotSet};
+use qcow2_chain::vm::Refusal;
 
+use super::hypervisor::HypervisorArgs;
 use super::telling::{TellArgs, explain};
 use crate::failure::Outcome;
 use crate::resize::Target;
@@ -23,12 +24,14 @@ pub(crate) struct Args {
     shrink: bool,
     #[command(flatten)]
     tell: TellArgs,
+    #[command(flatten)]
+    hypervisor: HypervisorArgs,
 }
 
 /// Does it.
 pub(crate) fn run(args: &Args) -> Outcome {
     let target = Target::parse(&args.size)?;
-    let set = SnapshotSet::load(&args.catalogue).map_err(explain)?;
+    let set = args.hypervisor.load(&args.catalogue)?;
     let listing = set.list(false).map_err(explain)?;
     let volume = listing.volumes.iter().find(|volume| volume.name == args.volume);
     let unknown = || explain(Refusal::UnknownVolume { name: args.volume.clone() }.into());

@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
-use qcow2_chain::vm::{MergeOptions, Request, SnapshotSet};
+use qcow2_chain::vm::{MergeOptions, Request};
 
 use super::bars::with_bars;
+use super::hypervisor::HypervisorArgs;
 use super::telling::{TellArgs, explain};
 use crate::failure::Outcome;
 use crate::planning::MergeArgs;
@@ -24,11 +25,13 @@ pub(crate) struct Args {
     progress: bool,
     #[command(flatten)]
     merge: MergeArgs,
+    #[command(flatten)]
+    hypervisor: HypervisorArgs,
 }
 
 /// Does it.
 pub(crate) fn run(args: &Args) -> Outcome {
-    let set = SnapshotSet::load(&args.catalogue).map_err(explain)?;
+    let set = args.hypervisor.load(&args.catalogue)?;
     let options = MergeOptions::default().with_rate_limit(args.merge.rate()?);
     if args.merge.dry_run {
         let plan = set.plan(&Request::Revert { name: args.name.clone() }, &options).map_err(explain)?;

@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use qcow2_chain::vm::{SnapshotOptions, SnapshotSet};
+use qcow2_chain::vm::SnapshotOptions;
 
+use super::hypervisor::HypervisorArgs;
 use super::telling::{TellArgs, explain};
 use crate::failure::Outcome;
 
@@ -17,14 +18,19 @@ pub(crate) struct Args {
     /// What is to be remembered with it
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     description: String,
+    /// Let the guest agent of a running VM bring its file systems in order first
+    #[arg(long)]
+    quiesce: bool,
     #[command(flatten)]
     tell: TellArgs,
+    #[command(flatten)]
+    hypervisor: HypervisorArgs,
 }
 
 /// Does it.
 pub(crate) fn run(args: &Args) -> Outcome {
-    let set = SnapshotSet::load(&args.catalogue).map_err(explain)?;
-    let options = SnapshotOptions::default().with_description(&args.description);
+    let set = args.hypervisor.load(&args.catalogue)?;
+    let options = SnapshotOptions::default().with_description(&args.description).with_quiesce(args.quiesce);
     let report = set.create(&args.name, &options).map_err(explain)?;
     args.tell.tell(&format!("Snapshot {} taken.", args.name), &report)
 }

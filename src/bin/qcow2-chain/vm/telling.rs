@@ -80,10 +80,14 @@ pub(super) fn explain(error: Error) -> Failure {
             Refusal::UnknownSnapshot { .. } | Refusal::UnknownVolume { .. } => "Use vm list to see what there is",
             Refusal::Shrinks { .. } => "Use --shrink to allow that: what lies behind the new end is lost",
             Refusal::Locked { .. } => "Try again when it is done",
-            Refusal::InUse { .. } => "Stop the VM, or whatever has it open, first",
+            Refusal::InUse { .. } => {
+                "Stop the VM, or whatever has it open, first; a VM that runs under libvirt is reached with --connect URI \
+                 --domain NAME"
+            }
             Refusal::Depth { .. } => "Delete a snapshot first",
             _ => return Failure::from(error),
         },
+        Error::Uncertain { .. } => "Use vm recover with --connect and --domain when the hypervisor answers",
         _ => return Failure::from(error),
     };
     Failure::from(error).with_hint(hint)

@@ -3,9 +3,10 @@
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
-use qcow2_chain::vm::{ProblemKind, SnapshotSet, VerifyOptions};
+use qcow2_chain::vm::{ProblemKind, VerifyOptions};
 
 use super::bars::with_bars;
+use super::hypervisor::HypervisorArgs;
 use super::table::counted;
 use super::telling::{explain, json};
 use crate::failure::Outcome;
@@ -27,11 +28,13 @@ pub(crate) struct Args {
     /// Tell what was found as JSON
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    hypervisor: HypervisorArgs,
 }
 
 /// Does it.
 pub(crate) fn run(args: &Args) -> Outcome {
-    let set = SnapshotSet::load(&args.catalogue).map_err(explain)?;
+    let set = args.hypervisor.load(&args.catalogue)?;
     let options = VerifyOptions::default().with_deep(args.deep).with_digests(args.digests);
     let found = with_bars(false, |face| set.verify(&options, face)).map_err(explain)?;
     if args.json {

@@ -1,0 +1,75 @@
+//! Which hypervisor is asked about a VM that may be running.
+
+use std::path::Path;
+
+use qcow2_chain::vm::SnapshotSet;
+
+use super::telling::explain;
+use crate::failure::Failure;
+
+/// Options of the verbs that change things.
+#[derive(clap::Args, Debug)]
+pub(super) struct HypervisorArgs {
+    /// The libvirt that the VM may be running under, such as qemu:///system. Without it the VM must be off
+    #[arg(long, value_name = "URI", requires = "domain")]
+    connect: Option<String>,
+    /// The VM's name or UUID there
+    #[arg(long, value_name = "NAME", requires = "connect")]
+    domain: Option<String>,
+    /// How long one volume's merge in the running VM may take, in seconds; 0 for as long as it takes
+    #[arg(long, value_name = "SECONDS", default_value_t = 0, requires = "connect")]
+    timeout: u64,
+    /// What becomes of a merge that takes longer: it is left running, and the same command again watches on; or it is ended
+    #[arg(long, value_enum, default_value = "keep", requires = "connect")]
+    on_timeout: OnTimeout,
+    /// How long the guest agent may take for an answer, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, requires = "connect")]
+    agent_timeout: u64,
+}
+
+/// What becomes of a merge that takes too long.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+enum OnTimeout {
+    /// It goes on.
+    Keep,
+    /// It is ended.
+    Abort,
+}
+
+impl HypervisorArgs {
+    /// Loads a set that asks the hypervisor, if one was named.
+    pub(super) fn load(&self, catalogue: &Path) -> Result<SnapshotSet, Failure> {
+        let set = SnapshotSet::load(catalogue).map_err(explain)?;
+        match (&self.connect, &self.domain) {
+            (Some(uri), Some(domain)) => self.attach(set, uri, domain),
+            _ => Ok(set),
+        }
+    }
+
+    #[cfg(feature = "libvirt")]
+    fn attach(&self, set: SnapshotSet, uri: &str, domain: &str) -> Result<SnapshotSet, Failure> {
+        use std::sync::Arc;
+        use std::time::Duration;
+
+        use qcow2_chain::libvirt::{Libvirt, Listening};
+        use qcow2_chain::live::{Live, OnTimeout as Then};
+
+        let hypervisor = Libvirt::connect(uri, domain, Listening::OwnLoop)
+            .map_err(|error| Failure::new(format!("{uri}: {error}")))?;
+        let then = match self.on_timeout {
+            OnTimeout::Keep => Then::Keep,
+            OnTimeout::Abort => Then::Abort,
+        };
+        let live = Live::new(Arc::new(hypervisor))
+            .with_timeout(Duration::from_secs(self.timeout), then)
+            .with_agent_timeout(Duration::from_secs(self.agent_timeout));
+        Ok(set.with_executor(Arc::new(live)))
+    }
+
+    #[cfg(not(feature = "libvirt"))]
+    #[expect(clippy::unused_self, reason = "as with the feature")]
+    fn attach(&self, _set: SnapshotSet, uri: &str, domain: &str) -> Result<SnapshotSet, Failure> {
+        let why = format!("{domain} on {uri}: this program was built without the feature libvirt");
+        Err(Failure::new(why).with_hint("Build it with --features cli,libvirt"))
+    }
+}

@@ -1,0 +1,283 @@
+//! A disk of the VM: its files, and the job on it.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::super::hypervisor::{Commit, DiskFile, Event, JobEvent, JobKind, Result};
+use super::failed;
+use crate::chain::{Chain, ChainOptions, Format, Layer, Node, Policy};
+use crate::format::GuestOffset;
+use crate::image::{ExtentKind, Image, OpenOptions, RawImage, ResizeOptions};
+use crate::merge::{self, CommitOptions};
+use crate::storage::{Access, LockMode, Storage};
+use crate::vm::Place;
+
+/// In how many parts a job copies.
+const PARTS: u64 = 3;
+
+/// A disk of the VM.
+#[derive(Debug)]
+pub(super) struct FakeDisk {
+    pub(super) name: String,
+    /// The file that it is started on.
+    pub(super) defined: PathBuf,
+    /// Its files, the one that it writes first; of a VM that is off, those that it had.
+    pub(super) files: Vec<DiskFile>,
+    pub(super) job: Option<FakeJob>,
+    /// After how many looks a switch to the file of this place is seen.
+    pub(super) switching: Option<(u32, usize)>,
+    pub(super) events: VecDeque<Event>,
+    /// Its files, open for their locks.
+    pub(super) held: Vec<Arc<dyn Storage>>,
+}
+
+/// A commit.
+#[derive(Debug)]
+pub(super) struct FakeJob {
+    pub(super) kind: JobKind,
+    /// The places of its files.
+    pub(super) top: usize,
+    pub(super) base: usize,
+    /// The parts that are copied; one more look, and it is ready, or done.
+    pub(super) parts: u64,
+    pub(super) ready: bool,
+    /// The bytes to copy, as it says.
+    pub(super) total: u64,
+    pub(super) stalls: u32,
+    pub(super) vanishes: bool,
+    pub(super) never_ends: bool,
+}
+
+impl FakeJob {
+    /// It is not stuck any more.
+    pub(super) fn behave(&mut self) {
+        (self.stalls, self.vanishes, self.never_ends) = (0, false, false);
+    }
+
+    /// What it says of itself: nothing of nothing at first.
+    pub(super) fn progress(&self) -> (u64, u64) {
+        if self.parts == 0 { (0, 0) } else { (self.total * self.parts.min(PARTS) / PARTS, self.total) }
+    }
+}
+
+impl FakeDisk {
+    pub(super) fn new(name: String, defined: PathBuf) -> Self {
+        let (files, events, held) = (Vec::new(), VecDeque::new(), Vec::new());
+        Self { name, defined, files, job: None, switching: None, events, held }
+    }
+
+    pub(super) fn tell(&mut self, event: JobEvent) {
+        self.events.push_back(Event::Job { disk: self.name.clone(), event });
+    }
+
+    /// Opens the file that it is defined with, and follows the headers from there.
+    pub(super) fn open(&mut self, place: &Place) -> Result<()> {
+        let wrong = |error: &dyn std::fmt::Display| failed(format!("cannot open a disk: {error}"));
+        let known = self.files.iter().find(|file| file.path == self.defined).and_then(|file| file.format);
+        let format = match known {
+            Some(format) => format,
+            None => probe(place, &self.defined).map_err(|error| wrong(&error))?,
+        };
+        let options = ChainOptions::default().with_policy(Policy::Any).with_lock(LockMode::None).with_format(format);
+        let chain = Chain::open_in(place.names(), &self.defined, &options).map_err(|error| wrong(&error))?;
+        let file = |layer: &Layer| DiskFile { path: layer.path.clone(), format: Some(layer.format()) };
+        self.files = chain.layers().iter().map(file).collect();
+        self.events.clear();
+        self.hold(place)
+    }
+
+    /// Takes the locks of its files.
+    pub(super) fn hold(&mut self, place: &Place) -> Result<()> {
+        self.held.clear();
+        for (index, file) in self.files.iter().enumerate() {
+            let access = if index == 0 { Access::write() } else { Access::read() };
+            let opened = place.names().open(&file.path, &access);
+            self.held.push(opened.map_err(|error| failed(error.to_string()))?);
+        }
+        Ok(())
+    }
+
+    /// The place of a file.
+    pub(super) fn position(&self, place: &Place, path: &std::path::Path) -> Result<usize> {
+        let found = self.files.iter().position(|file| place.leads_to(&file.path, path));
+        found.ok_or_else(|| failed(format!("disk {} has no file {}", self.name, path.display())))
+    }
+
+    /// Its files from a place on, so many of them writable.
+    fn open_from(&self, place: &Place, from: usize, writable: usize) -> Result<Chain> {
+        let mut layers = Vec::new();
+        for (index, file) in self.files.iter().skip(from).enumerate() {
+            let layer = layer(place, file, index < writable).map_err(|error| failed(error.to_string()))?;
+            layers.push(layer);
+        }
+        let mut layers = layers.into_iter();
+        let top = layers.next().ok_or_else(|| failed("a disk without files"))?;
+        Ok(Chain::from_layers(top, layers))
+    }
+
+    /// Its files, so many of them writable.
+    pub(super) fn chain(&self, place: &Place, writable: usize) -> Result<Chain> {
+        self.open_from(place, 0, writable)
+    }
+
+    pub(super) fn write(&self, place: &Place, offset: u64, bytes: &[u8]) -> Result<()> {
+        let chain = self.chain(place, 1)?;
+        let done = chain.write_at(bytes, GuestOffset::new(offset)).and_then(|()| chain.close());
+        done.map_err(|error| failed(error.to_string()))
+    }
+
+    pub(super) fn read(&self, place: &Place, offset: u64, len: usize) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; len];
+        let read = self.chain(place, 0)?.read_at(&mut bytes, GuestOffset::new(offset));
+        read.map(|()| bytes).map_err(|error| failed(error.to_string()))
+    }
+
+    pub(super) fn resize(&self, place: &Place, size: u64) -> Result<()> {
+        if self.job.is_some() {
+            return Err(failed("a block job uses the disk"));
+        }
+        set_size(&self.chain(place, 1)?, size)
+    }
+
+    /// Starts a commit. The base grows first, where the top is larger.
+    pub(super) fn start_job(&mut self, place: &Place, commit: &Commit) -> Result<()> {
+        if self.job.is_some() || self.switching.is_some() {
+            return Err(failed(format!("disk {} has an active block job", self.name)));
+        }
+        let (top, base) = (self.position(place, &commit.top)?, self.position(place, &commit.base)?);
+        if top >= base || commit.active != (top == 0) {
+            return Err(failed("the top is not above the base, or is not the active file"));
+        }
+        let total = self.open_from(place, top, 0)?.virtual_size();
+        let beneath = self.open_from(place, base, 1)?;
+        if beneath.virtual_size() < total {
+            set_size(&beneath, total)?;
+        }
+        let kind = if commit.active { JobKind::ActiveCommit } else { JobKind::Commit };
+        let (parts, ready, stalls) = (0, false, 0);
+        self.job = Some(FakeJob { kind, top, base, parts, ready, total, stalls, vanishes: false, never_ends: false });
+        Ok(())
+    }
+
+    /// The job gets a little further. A part that was copied is in the base, and tells nothing about the whole.
+    pub(super) fn advance(&mut self, place: &Place) -> Result<()> {
+        if let Some((looks, base)) = self.switching {
+            self.switching = Some((looks.saturating_sub(1), base));
+            return if looks == 0 { self.switch(place, base) } else { Ok(()) };
+        }
+        let Some(job) = self.job.as_mut() else { return Ok(()) };
+        if job.stalls > 0 {
+            job.stalls -= 1;
+            return Ok(());
+        }
+        if job.parts < PARTS {
+            job.parts += 1;
+            let (part, top, base, total) = (job.parts - 1, job.top, job.base, job.total);
+            return self.copy_part(place, top, base, part * total / PARTS..(part + 1) * total / PARTS);
+        }
+        if job.vanishes {
+            self.job = None;
+            self.tell(JobEvent::Failed);
+            return Ok(());
+        }
+        if job.never_ends || job.ready {
+            return Ok(());
+        }
+        self.complete(place)
+    }
+
+    /// All is copied: the VM can be switched over, or, where it only reads the top, what is above it is.
+    pub(super) fn complete(&mut self, place: &Place) -> Result<()> {
+        let Some(job) = self.job.as_mut() else { return Ok(()) };
+        job.parts = PARTS;
+        let (top, base) = (job.top, job.base);
+        if job.kind == JobKind::ActiveCommit {
+            job.ready = true;
+            self.commit(place, top, base)?;
+            self.tell(JobEvent::Ready);
+            return Ok(());
+        }
+        self.commit(place, top, base)?;
+        let target = &self.files[base];
+        let name = std::path::absolute(&target.path).unwrap_or_else(|_| target.path.clone());
+        let format = target.format.map(Format::name).unwrap_or_default();
+        let above = layer(place, &self.files[top - 1], true).map_err(|error| failed(error.to_string()))?;
+        if let Node::Qcow2(image) = above.node {
+            let name = name.into_os_string().into_encoded_bytes();
+            let linked = image.set_backing_file(Some(&name), Some(format.as_bytes())).and_then(|()| image.close());
+            linked.map_err(|error| failed(error.to_string()))?;
+        }
+        self.files.drain(top..base);
+        self.job = None;
+        self.tell(JobEvent::Completed);
+        self.hold(place)
+    }
+
+    /// The VM writes the base from now on, which holds all that was written to the top until now.
+    pub(super) fn switch(&mut self, place: &Place, base: usize) -> Result<()> {
+        self.commit(place, 0, base)?;
+        self.files.drain(..base);
+        (self.job, self.switching) = (None, None);
+        self.tell(JobEvent::Completed);
+        self.hold(place)
+    }
+
+    fn commit(&self, place: &Place, top: usize, base: usize) -> Result<()> {
+        let chain = self.open_from(place, top, base - top + 1)?;
+        let options = CommitOptions::default().with_base(base - top).with_shrink_base(false);
+        let done = merge::commit(&chain, &options, &());
+        done.map_err(|error| failed(error.to_string()))?;
+        chain.close().map_err(|error| failed(error.to_string()))
+    }
+
+    fn copy_part(&self, place: &Place, top: usize, base: usize, part: std::ops::Range<u64>) -> Result<()> {
+        let wrong = |error: crate::chain::Error| failed(error.to_string());
+        let from = self.open_from(place, top, 0)?;
+        let mut pieces = Vec::new();
+        for extent in from.extents_of(0..base - top, part) {
+            let extent = extent.map_err(wrong)?;
+            if extent.kind == ExtentKind::Unallocated {
+                continue;
+            }
+            let mut bytes = vec![0; usize::try_from(extent.len).unwrap_or_default()];
+            from.read_at(&mut bytes, extent.guest).map_err(wrong)?;
+            pieces.push((extent.guest, bytes));
+        }
+        drop(from);
+        let to = self.open_from(place, base, 1)?;
+        pieces.iter().try_for_each(|(at, bytes)| to.write_at(bytes, *at)).map_err(wrong)?;
+        to.close().map_err(wrong)
+    }
+}
+
+/// A file that starts as a qcow2 image does is one.
+fn probe(place: &Place, path: &std::path::Path) -> crate::storage::Result<Format> {
+    let storage = place.names().open(path, &Access::read().with_lock(LockMode::None))?;
+    let mut magic = [0; 4];
+    storage.read_at(&mut magic, 0)?;
+    Ok(if magic == *b"QFI\xfb" { Format::Qcow2 } else { Format::Raw })
+}
+
+fn layer(place: &Place, file: &DiskFile, write: bool) -> Result<Layer, crate::image::Error> {
+    let access = if write { Access::write() } else { Access::read() };
+    let storage = place.names().open(&file.path, &access.with_lock(LockMode::None))?;
+    let node = match file.format {
+        Some(Format::Raw) => Node::Raw(RawImage::open(storage)?),
+        _ => Node::Qcow2(Image::open(storage, &OpenOptions::default().with_write(write))?),
+    };
+    Ok(Layer { node, path: file.path.clone() })
+}
+
+/// Gives the topmost image of a chain another size.
+fn set_size(chain: &Chain, size: u64) -> Result<()> {
+    let done = match &chain.top().node {
+        Node::Qcow2(image) => {
+            let beneath = chain.below(0);
+            image.resize_over(size, &ResizeOptions::default().with_shrink(true), &beneath, beneath.virtual_size())
+        }
+        Node::Raw(raw) => raw.resize(size),
+    };
+    done.map_err(|error| failed(error.to_string()))?;
+    chain.flush().map_err(|error| failed(error.to_string()))
+}

@@ -1,0 +1,340 @@
+//! Merges by the hypervisor, one ugly turn each.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use qcow2_chain::live::fake::{Call, Turn};
+use qcow2_chain::live::{Commit, FailureKind, Hypervisor, OnTimeout};
+use qcow2_chain::vm::{Error, Offline, Progress, Recovery, Refusal, State, VolumeStep};
+
+use super::rig::{Rig, incomplete, kind};
+
+const DONE: [Turn; 12] = [
+    Turn::LosesEvent,
+    Turn::TellsNothing,
+    Turn::NamesWrongDisk,
+    Turn::JobIsSwift,
+    Turn::JobStalls(100),
+    Turn::RefusesPivot(3),
+    Turn::PivotsLate(5),
+    Turn::LosesAnswer { to: Call::Commit, done: true },
+    Turn::LosesAnswer { to: Call::Pivot, done: true },
+    Turn::LosesAnswer { to: Call::Pivot, done: false },
+    Turn::LosesEvent,
+    Turn::Disconnects(1 << 20),
+];
+
+#[test]
+fn a_merge_with_what_the_vm_writes_is_done_whatever_is_told_of_it() {
+    for turn in DONE {
+        let mut rig = Rig::new();
+        rig.create("s1");
+        rig.fake.play(turn);
+        rig.try_delete("s1").unwrap_or_else(|error| panic!("{turn:?}: {error:?}"));
+        assert_eq!(rig.chain("vda"), ["vda.img"], "{turn:?}");
+        rig.write_all();
+        rig.settled_without("s1");
+    }
+}
+
+#[test]
+fn a_merge_beneath_what_the_vm_writes_is_done_whatever_is_told_of_it() {
+    let turns = DONE.into_iter().filter(|turn| !format!("{turn:?}").contains("Pivot"));
+    for turn in turns {
+        let mut rig = Rig::new();
+        rig.create("s1");
+        rig.create("s2");
+        rig.fake.play(turn);
+        rig.try_delete("s1").unwrap_or_else(|error| panic!("{turn:?}: {error:?}"));
+        assert_eq!(rig.chain("vda"), ["vm-vda.3.qcow2", "vda.img"], "{turn:?}");
+        rig.write_all();
+        rig.settled_without("s1");
+    }
+}
+
+#[test]
+fn a_merge_two_files_beneath_is_relinked_by_the_hypervisor() {
+    let mut rig = Rig::new();
+    ["s1", "s2", "s3"].iter().for_each(|name| rig.create(name));
+    rig.try_delete("s1").unwrap();
+    assert_eq!(rig.chain("vdb"), ["vm-vdb.6.qcow2", "vm-vdb.4.qcow2", "vdb.img"]);
+    rig.settled_without("s1");
+}
+
+/// Deletes a snapshot that cannot be, and tells why.
+fn failing(rig: &Rig, name: &str) -> Error {
+    let error = rig.try_delete(name).expect_err("it cannot be done");
+    let (source, _, left) = incomplete(error);
+    assert!(!left.is_empty());
+    assert_eq!(rig.lab.model().find(name).map(|known| known.state), Some(State::Merging));
+    source
+}
+
+#[test]
+fn a_job_that_vanishes_is_an_error_and_begun_again() {
+    for active in [true, false] {
+        let mut rig = Rig::new();
+        rig.create("s1");
+        if !active {
+            rig.create("s2");
+        }
+        let before = rig.chain("vda");
+        rig.fake.play(Turn::JobVanishes);
+        let error = failing(&rig, "s1");
+        assert_eq!(kind(&error), Some(FailureKind::Failed));
+        assert!(error.to_string().contains("the job failed"), "{error}");
+        assert_eq!(rig.chain("vda"), before, "its chain is what it was");
+        rig.write_all();
+        rig.try_delete("s1").unwrap();
+        rig.settled_without("s1");
+    }
+}
+
+#[test]
+fn a_job_that_vanishes_in_silence_is_an_error_and_begun_again() {
+    let mut rig = Rig::new();
+    rig.create("s1");
+    rig.fake.play(Turn::TellsNothing);
+    rig.fake.play(Turn::JobVanishes);
+    let error = failing(&rig, "s1");
+    assert!(error.to_string().contains("the job vanished"), "{error}");
+    rig.write_all();
+    rig.try_delete("s1").unwrap();
+    rig.settled_without("s1");
+}
+
+#[test]
+fn a_commit_that_was_not_heard_is_an_error_and_begun_again() {
+    let mut rig = Rig::new();
+    rig.create("s1");
+    rig.fake.play(Turn::LosesAnswer { to: Call::Commit, done: false });
+    assert_eq!(kind(&failing(&rig, "s1")), Some(FailureKind::Unreachable));
+    assert!(!rig.fake.has_job("vda"));
+    rig.write_all();
+    rig.try_delete("s1").unwrap();
+    rig.settled_without("s1");
+}
+
+#[test]
+fn a_switch_that_is_always_refused_leaves_the_job_for_later() {
+    let mut rig = Rig::new();
+    rig.create("s1");
+    rig.fake.play(Turn::RefusesPivot(1000));
+    let error = failing(&rig, "s1");
+    assert_eq!(kind(&error), Some(FailureKind::Failed));
+    assert!(error.to_string().contains("not ready for pivot"), "{error}");
+    assert!(rig.fake.has_job("vda"));
+    rig.write_all();
+    rig.fake.behave();
+    rig.try_delete("s1").unwrap();
+    rig.settled_without("s1");
+}
+
+#[test]
+fn after_the_time_that_is_allowed_the_job_goes_on_and_is_taken_over() {
+    let mut rig = Rig::new();
+    rig.create("s1");
+    rig.fake.play(Turn::JobNeverEnds);
+    let error = rig.hasty_set(OnTimeout::Keep).delete("s1", &Default::default(), &()).unwrap_err();
+    assert!(error.is_timed_out());
+    let (error, done, left) = incomplete(error);
+    assert!(matches!(error, Error::TimedOut { ref disk, running: true, .. } if disk == "vda"), "{error:?}");
+    assert_eq!((done, left), (vec!["vdb".to_owned()], vec!["vda".to_owned()]));
+    assert!(rig.fake.has_job("vda"));
+    assert_eq!(rig.chain("vda"), ["vm-vda.1.qcow2", "vda.img"]);
+    rig.write_all();
+    rig.fake.behave();
+    // A second job beside the first would be refused.
+    assert!(rig.try_delete("s1").is_ok());
+    rig.settled_without("s1");
+}
+
+#[test]
+fn after_the_time_that_is_allowed_the_job_is_ended_where_that_is_wanted() {
+    let mut rig = Rig::new();
+    rig.create("s1");
+    rig.fake.play(Turn::JobNeverEnds);
+    let error = rig.hasty_set(OnTimeout::Abort).delete("s1", &Default::default(), &()).unwrap_err();
+    let (error, ..) = incomplete(error);
+    assert!(matches!(error, Error::TimedOut { running: false, .. }), "{error:?}");
+    assert!(!rig.fake.has_job("vda"));
+    assert_eq!(rig.chain("vda"), ["vm-vda.1.qcow2", "vda.img"]);
+    rig.write_all();
+    rig.try_delete("s1").unwrap();
+    rig.settled_without("s1");
+}
+
+#[test]
+fn an_end_that_was_not_heard_is_told_as_a_failure() {
+    let mut rig = Rig::new();
+    rig.create("s1");
+    rig.fake.play(Turn::JobNeverEnds);
+    rig.fake.play(Turn::LosesAnswer { to: Call::Abort, done: false });
+    let error = rig.hasty_set(OnTimeout::Abort).delete("s1", &Default::default(), &()).unwrap_err();
+    let (error, ..) = incomplete(error);
+    assert_eq!(kind(&error), Some(FailureKind::Unreachable), "{error:?}");
+    assert!(rig.fake.has_job("vda"));
+    rig.fake.behave();
+    rig.try_delete("s1").unwrap();
+    rig.settled_without("s1");
+}
+
+#[test]
+fn an_end_whose_answer_was_lost_is_an_end() {
+    let mut rig = Rig::new();
+    rig.create("s1");
+    rig.fake.play(Turn::JobNeverEnds);
+    rig.fake.play(Turn::LosesAnswer { to: Call::Abort, done: true });
+    let error = rig.hasty_set(OnTimeout::Abort).delete("s1", &Default::default(), &()).unwrap_err();
+    let (error, ..) = incomplete(error);
+    assert!(matches!(error, Error::TimedOut { running: false, .. }), "{error:?}");
+    rig.try_delete("s1").unwrap();
+    rig.settled_without("s1");
+}
+
+/// Stops after so many steps.
+struct StopsAfter(AtomicU32);
+
+impl Progress for StopsAfter {
+    fn step(&self, step: &VolumeStep<'_>) {
+        assert!(step.done <= step.total);
+        let _ = self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::SeqCst) == 0
+    }
+}
+
+#[test]
+fn a_merge_is_cancelled_with_its_job() {
+    let mut rig = Rig::new();
+    rig.create("s1");
+    let error = rig.set().delete("s1", &Default::default(), &StopsAfter(2.into())).unwrap_err();
+    assert!(matches!(error, Error::Cancelled), "{error:?}");
+    assert!(!rig.fake.has_job("vda"));
+    assert_eq!(rig.chain("vda"), ["vm-vda.1.qcow2", "vda.img"]);
+    rig.write_all();
+    assert!(matches!(rig.set().recover(&()), Ok(Recovery::Completed(_))));
+    rig.settled_without("s1");
+}
+
+#[test]
+fn x6_a_vm_that_is_destroyed_in_mid_merge_is_noticed_and_resumed_offline() {
+    for turns in [vec![Turn::Dies(8)], vec![Turn::Dies(8), Turn::LosesEvent], vec![Turn::DiesIn(Call::Commit)]] {
+        let mut rig = Rig::new();
+        rig.create("s1");
+        turns.iter().for_each(|turn| rig.fake.play(*turn));
+        let error = failing(&rig, "s1");
+        assert_eq!(kind(&error), Some(FailureKind::Gone), "{turns:?}: {error:?}");
+        assert!(!rig.fake.is_running());
+        assert!(matches!(rig.set_with(std::sync::Arc::new(Offline)).recover(&()), Ok(Recovery::Completed(_))));
+        rig.define();
+        rig.settled_without("s1");
+        rig.start();
+        rig.write_all();
+        rig.settled();
+    }
+}
+
+#[test]
+fn x6_a_vm_that_was_destroyed_and_started_again_is_merged_by_its_hypervisor() {
+    let mut rig = Rig::new();
+    rig.create("s1");
+    rig.fake.play(Turn::Dies(8));
+    failing(&rig, "s1");
+    rig.start();
+    rig.write_all();
+    rig.try_delete("s1").unwrap();
+    rig.settled_without("s1");
+}
+
+#[test]
+fn x7_a_manager_that_dies_at_any_call_leaves_the_rest_to_the_next() {
+    let mut ready = 0;
+    for calls in 0.. {
+        let mut rig = Rig::new();
+        rig.create("s1");
+        rig.fake.play(Turn::Disconnects(calls));
+        let died = rig.try_delete("s1").is_err();
+        if died {
+            let recovery = rig.set().recover(&());
+            assert!(matches!(recovery, Err(_) | Ok(Recovery::Clean)), "the hypervisor cannot be asked: {recovery:?}");
+        }
+        rig.fake.behave();
+        rig.write_all();
+        let mirrors = rig.fake.describe().unwrap().disks.into_iter().filter_map(|disk| disk.mirror);
+        ready += mirrors.filter(|mirror| mirror.ready).count();
+        let recovery = rig.set().recover(&()).unwrap();
+        if !died {
+            assert_eq!(recovery, Recovery::Clean);
+            rig.settled_without("s1");
+            break;
+        }
+        if recovery == Recovery::Clean {
+            rig.settled();
+        } else {
+            rig.settled_without("s1");
+        }
+    }
+    assert!(ready > 0, "a job was ready and adopted");
+}
+
+#[test]
+fn a_job_that_somebody_else_runs_on_the_disk_is_let_be() {
+    let mut rig = Rig::new();
+    rig.create("s1");
+    rig.create("s2");
+    let (top, base) = (rig.path("vm-vda.3.qcow2"), rig.path("vm-vda.1.qcow2"));
+    let other = Commit { disk: "vda".into(), top, base, active: true, rate_limit: None };
+    // It copies nothing yet, or the snapshot would be spoiled by it.
+    rig.fake.play(Turn::JobStalls(1000));
+    rig.fake.commit(&other).unwrap();
+    let error = failing(&rig, "s1");
+    assert!(error.to_string().contains("another job is running"), "{error}");
+    assert!(rig.fake.has_job("vda"));
+    rig.fake.abort("vda").unwrap();
+    rig.try_delete("s1").unwrap();
+    rig.settled_without("s1");
+}
+
+#[test]
+fn x3_files_off_the_chain_are_merged_while_the_vm_runs() {
+    let mut rig = Rig::new();
+    ["s1", "s2", "s3"].iter().for_each(|name| rig.create(name));
+    rig.fake.stop();
+    rig.set().revert("s1", &Default::default(), &()).unwrap();
+    rig.lab.now = rig.lab.taken["s1"].clone();
+    rig.start();
+    rig.write_all();
+    let before = rig.chain("vda");
+    // The hypervisor would refuse a job on other files than its own.
+    rig.fake.play(Turn::LosesAnswer { to: Call::Commit, done: false });
+    rig.try_delete("s2").unwrap();
+    assert_eq!(rig.chain("vda"), before);
+    assert_eq!(rig.fake.unplayed().len(), 1, "it was not asked to merge");
+    rig.settled_without("s2");
+}
+
+#[test]
+fn revert_is_refused_while_the_vm_runs() {
+    let mut rig = Rig::new();
+    rig.create("s1");
+    let before = rig.chain("vda");
+    let error = rig.set().revert("s1", &Default::default(), &()).unwrap_err();
+    assert!(matches!(error.refusal(), Some(Refusal::Running { operation: "revert" })), "{error:?}");
+    assert_eq!(rig.chain("vda"), before);
+    rig.settled();
+}
+
+#[test]
+fn an_offline_merge_that_was_interrupted_goes_on_when_the_vm_runs() {
+    let mut rig = Rig::new();
+    ["s1", "s2"].iter().for_each(|name| rig.create(name));
+    rig.fake.stop();
+    let error = rig.set().delete("s1", &Default::default(), &StopsAfter(3.into())).unwrap_err();
+    assert!(matches!(error, Error::Cancelled), "{error:?}");
+    rig.start();
+    rig.write_all();
+    rig.set().recover(&()).unwrap();
+    rig.settled_without("s1");
+}

@@ -1,0 +1,390 @@
+//! Thousands of random schedules: operations on a VM that runs, stops, dies and starts, under a hypervisor that takes ugly turns,
+//! with a guest that writes between any two of its calls. No schedule loses what a snapshot holds or what the guest wrote, or
+//! leaves a set that cannot be settled.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use qcow2_chain::live::fake::{FakeHypervisor, Turn};
+use qcow2_chain::live::{Commit, Description, Event, Hypervisor, Job, Live, NewTop, OnTimeout, Result as Answer};
+use qcow2_chain::merge::Direction;
+use qcow2_chain::storage::MemoryNames;
+use qcow2_chain::vm::{
+    self, Error, MergeOptions, Offline, Progress, Purpose, Recovery, Refusal, SnapshotOptions, SnapshotSet, VolumeStep,
+};
+
+use super::rig::{Rig, write};
+use crate::support::lab::{Contents, LabShape};
+use crate::support::rng::{Rng, cases, count, trace};
+
+/// The guest, and what it has written.
+#[derive(Debug)]
+struct Guest {
+    rng: Rng,
+    now: Contents,
+    /// What the disks held when the last snapshot was asked for.
+    at_snapshot: Option<Contents>,
+}
+
+/// The hypervisor with a guest that is busy between any two calls.
+#[derive(Debug)]
+struct Busy {
+    fake: Arc<FakeHypervisor>,
+    guest: Mutex<Guest>,
+}
+
+impl Busy {
+    fn work(&self, times: u64, of: u64) {
+        let mut guest = self.guest.lock().unwrap();
+        if !self.fake.is_running() || self.fake.is_frozen() || !guest.rng.chance(times, of) {
+            return;
+        }
+        let Guest { rng, now, .. } = &mut *guest;
+        for (disk, content) in now.iter_mut() {
+            // It sees a new size at once.
+            content.resize(usize::try_from(self.fake.size(disk).expect("a size")).unwrap(), 0);
+            if rng.chance(2, 3) {
+                write(&self.fake, disk, content, rng);
+            }
+        }
+    }
+
+    fn between<T>(&self, call: impl FnOnce() -> T) -> T {
+        self.work(1, 6);
+        let answer = call();
+        self.work(1, 6);
+        answer
+    }
+}
+
+impl Hypervisor for Busy {
+    fn describe(&self) -> Answer<Description> {
+        self.between(|| self.fake.describe())
+    }
+
+    fn snapshot(&self, disks: &[NewTop], quiesce: bool) -> Answer<()> {
+        self.work(1, 2);
+        let mut guest = self.guest.lock().unwrap();
+        guest.at_snapshot = Some(guest.now.clone());
+        drop(guest);
+        let answer = self.fake.snapshot(disks, quiesce);
+        self.work(1, 2);
+        answer
+    }
+
+    fn set_agent_timeout(&self, at_most: Duration) -> Answer<()> {
+        self.between(|| self.fake.set_agent_timeout(at_most))
+    }
+
+    fn thaw(&self) -> Answer<()> {
+        self.between(|| self.fake.thaw())
+    }
+
+    fn commit(&self, commit: &Commit) -> Answer<()> {
+        self.between(|| self.fake.commit(commit))
+    }
+
+    fn job(&self, disk: &str) -> Answer<Option<Job>> {
+        self.between(|| self.fake.job(disk))
+    }
+
+    fn abort(&self, disk: &str) -> Answer<()> {
+        self.between(|| self.fake.abort(disk))
+    }
+
+    fn pivot(&self, disk: &str) -> Answer<()> {
+        self.work(1, 2);
+        let answer = self.fake.pivot(disk);
+        self.work(1, 2);
+        answer
+    }
+
+    fn resize(&self, disk: &str, size: u64) -> Answer<()> {
+        self.between(|| self.fake.resize(disk, size))
+    }
+
+    fn wait(&self, disk: &str, at_most: Duration) -> Option<Event> {
+        self.fake.wait(disk, at_most)
+    }
+
+    fn now(&self) -> Duration {
+        self.fake.now()
+    }
+}
+
+/// May want to stop.
+struct Moody(Mutex<Rng>);
+
+impl Progress for Moody {
+    fn step(&self, _step: &VolumeStep<'_>) {}
+
+    fn is_cancelled(&self) -> bool {
+        self.0.lock().unwrap().chance(1, 40)
+    }
+}
+
+/// What is asked for.
+#[derive(Clone, Debug)]
+enum Operation {
+    Create(String, bool),
+    Revert(String),
+    Delete(String),
+    Grow(String, u64),
+}
+
+/// A VM and its manager.
+struct World {
+    rig: Rig,
+    busy: Arc<Busy>,
+    number: u32,
+}
+
+impl World {
+    fn new(rng: &mut Rng) -> Self {
+        let shape = LabShape {
+            volumes: 2 + usize::from(rng.chance(1, 4)),
+            size: if rng.chance(1, 4) { 64 << 12 } else { 64 << 9 },
+            cluster_bits: if rng.chance(1, 4) { 12 } else { 9 },
+            extended_l2: false,
+            raw: rng.chance(1, 4),
+        };
+        let rig = Rig::off(Arc::new(MemoryNames::new()), Path::new("/vm"), shape, Rng::new(rng.next_u64()));
+        let guest = Guest { rng: Rng::new(rng.next_u64()), now: rig.lab.now.clone(), at_snapshot: None };
+        let busy = Arc::new(Busy { fake: Arc::clone(&rig.fake), guest: Mutex::new(guest) });
+        Self { rig, busy, number: 0 }
+    }
+
+    fn live(&mut self) -> SnapshotSet {
+        // A job that never ends would be waited for for ever.
+        let then = if self.rig.rng.chance(1, 2) { OnTimeout::Keep } else { OnTimeout::Abort };
+        self.rig.set_with(Arc::new(Live::new(self.busy.clone()).with_timeout(Duration::from_secs(20), then)))
+    }
+
+    /// A new process; it may know nothing of the hypervisor while the VM is off.
+    fn any_set(&mut self) -> SnapshotSet {
+        let offline = !self.rig.fake.is_running() && self.rig.rng.chance(1, 2);
+        if offline { self.rig.set_with(Arc::new(Offline)) } else { self.live() }
+    }
+
+    fn now(&self) -> Contents {
+        self.busy.guest.lock().unwrap().now.clone()
+    }
+
+    /// Whether each disk of a VM that is off would be started on what it wrote last.
+    fn may_start(&self) -> bool {
+        self.rig.fake.is_defined_as_written()
+    }
+
+    fn power(&mut self) {
+        let fake = Arc::clone(&self.rig.fake);
+        if !fake.is_running() {
+            if self.may_start() {
+                trace(&"  start");
+                fake.start().expect("a VM can be started at any time");
+            }
+        } else if self.rig.rng.chance(1, 2) {
+            trace(&"  stop");
+            fake.stop();
+        } else {
+            trace(&"  destroy");
+            fake.destroy();
+        }
+    }
+
+    fn operation(&mut self) -> Operation {
+        let known: Vec<String> = self.rig.lab.taken.keys().cloned().collect();
+        let rng = &mut self.rig.rng;
+        match rng.within(0..10) {
+            3..6 if !known.is_empty() => Operation::Delete(rng.pick(&known)),
+            6..8 if !known.is_empty() => Operation::Delete(rng.pick(&known)),
+            8 if !known.is_empty() => Operation::Revert(rng.pick(&known)),
+            9 => {
+                let volumes: Vec<String> = self.rig.lab.now.keys().cloned().collect();
+                let volume = rng.pick(&volumes);
+                let size = self.busy.guest.lock().unwrap().now[&volume].len() as u64;
+                Operation::Grow(volume, size + 512 * rng.within(0..20))
+            }
+            _ => {
+                self.number += 1;
+                Operation::Create(format!("s{}", self.number), rng.chance(1, 3))
+            }
+        }
+    }
+
+    fn run(&mut self, operation: &Operation) -> vm::Result<()> {
+        let set = self.any_set();
+        let rng = &mut self.rig.rng;
+        let direction = rng.pick(&[Direction::Auto, Direction::Commit, Direction::Pull]);
+        let options = MergeOptions::default().with_direction(direction).with_keep_top_names(rng.chance(1, 3));
+        let moody = Moody(Mutex::new(Rng::new(rng.next_u64())));
+        let progress: &dyn Progress = if rng.chance(1, 4) { &moody } else { &() };
+        self.busy.guest.lock().unwrap().at_snapshot = None;
+        let done = match operation {
+            Operation::Create(name, quiesce) => {
+                set.create(name, &SnapshotOptions::default().with_quiesce(*quiesce))
+            }
+            Operation::Revert(name) => set.revert(name, &options, progress),
+            Operation::Delete(name) => set.delete(name, &options, progress),
+            Operation::Grow(volume, size) => set.resize(volume, *size, false),
+        };
+        done.map(|_| ())
+    }
+
+    /// The VM is off, or was when an operation began: it is started on what the catalogue says from now on.
+    fn define_if_off(&self) {
+        if !self.rig.fake.is_running() {
+            self.rig.define();
+        }
+    }
+
+    /// One operation, to its end.
+    fn step(&mut self) -> Result<(), String> {
+        let operation = self.operation();
+        let before = self.now();
+        if self.rig.rng.chance(2, 3) {
+            for _ in 0..self.rig.rng.within(1..4) {
+                let turn = Turn::drawn(self.rig.rng.next_u64());
+                trace(&format!("  turn {turn:?}"));
+                self.rig.fake.play(turn);
+            }
+        }
+        let was_running = self.rig.fake.is_running();
+        trace(&format!("{operation:?}, running: {was_running}"));
+        let done = self.run(&operation);
+        trace(&format!("  {:?}", done.as_ref().map_err(ToString::to_string)));
+        if let Err(error) = &done
+            && matches!(operation, Operation::Revert(_))
+            && was_running
+        {
+            let refused = matches!(error.refusal(), Some(Refusal::Running { .. }));
+            if !refused && !matches!(error, Error::Hypervisor { .. }) && self.rig.fake.is_running() {
+                return Err(format!("revert while running: {error:?}"));
+            }
+        }
+        self.settle(was_running, done.is_ok())?;
+        self.judge(&operation, &before, done.is_ok())
+    }
+
+    fn settle(&mut self, was_running: bool, done: bool) -> Result<(), String> {
+        if !was_running && !self.rig.fake.is_running() {
+            self.rig.define();
+        }
+        for attempt in 0..12 {
+            if attempt >= 6 {
+                self.rig.fake.behave();
+            } else if self.rig.rng.chance(1, 2) {
+                self.rig.fake.reconnect();
+            }
+            self.busy.work(1, 1);
+            let must = attempt >= 9;
+            if must && self.rig.fake.is_running() {
+                // What was begun upwards is completed while it is off.
+                self.rig.fake.stop();
+            } else if !done && self.rig.rng.chance(1, 3) {
+                self.power();
+                self.busy.work(1, 1);
+            }
+            let set = if must { self.live() } else { self.any_set() };
+            let running = self.rig.fake.is_running();
+            match set.recover(&()) {
+                Ok(recovery) => {
+                    trace(&format!("  recovery, running: {running}: {recovery:?}"));
+                    self.rig.fake.behave();
+                    return self.wind_up(&recovery, done);
+                }
+                Err(error) => {
+                    trace(&format!("  recovery, running: {running}: {error:?}"));
+                    if must {
+                        return Err(format!("it cannot be settled: {error:?}"));
+                    }
+                    if !running && !was_running {
+                        self.rig.define();
+                    }
+                }
+            }
+        }
+        unreachable!("the last attempts return")
+    }
+
+    /// After an operation nothing may be left over.
+    fn wind_up(&mut self, recovery: &Recovery, done: bool) -> Result<(), String> {
+        if done && *recovery != Recovery::Clean {
+            return Err(format!("it was said to be done: {recovery:?}"));
+        }
+        for volume in self.rig.volumes() {
+            if self.rig.fake.has_job(&volume) {
+                return Err(format!("{volume}: a job is left"));
+            }
+        }
+        self.define_if_off();
+        if self.rig.fake.is_frozen() {
+            // It was told: the guest may be frozen.
+            self.rig.fake.stop();
+        }
+        Ok(())
+    }
+
+    /// Compares everything with what must be there.
+    fn judge(&mut self, operation: &Operation, before: &Contents, done: bool) -> Result<(), String> {
+        let model = self.rig.lab.model();
+        let listed = |name: &String| model.find(name).is_some();
+        let at_snapshot = self.busy.guest.lock().unwrap().at_snapshot.clone();
+        match operation {
+            Operation::Create(name, _) if listed(name) => {
+                self.rig.lab.taken.insert(name.clone(), at_snapshot.unwrap_or_else(|| before.clone()));
+            }
+            Operation::Delete(name) if !listed(name) => drop(self.rig.lab.taken.remove(name)),
+            Operation::Create(..) if done => return Err("the snapshot is not there".to_owned()),
+            Operation::Delete(_) if done => return Err("the snapshot is there".to_owned()),
+            _ => {}
+        }
+        self.follow_sizes(operation, done)?;
+        let now = self.now();
+        let as_it_is = self.rig.check_against(&now);
+        if let (Operation::Revert(name), Some(taken)) = (operation, self.rig.lab.taken.get(operation.name()))
+            && (done || as_it_is.is_err())
+        {
+            self.rig.check_against(taken).map_err(|wrong| format!("after revert to {name}: {wrong}; {as_it_is:?}"))?;
+            self.busy.guest.lock().unwrap().now = taken.clone();
+            return Ok(());
+        }
+        as_it_is
+    }
+
+    /// A disk that was to grow has grown, or not if it was not said.
+    fn follow_sizes(&mut self, operation: &Operation, done: bool) -> Result<(), String> {
+        let Operation::Grow(volume, size) = operation else { return Ok(()) };
+        let is = self.rig.lab.model().volume(volume).map(|volume| volume.active.virtual_size).unwrap();
+        let mut guest = self.busy.guest.lock().unwrap();
+        let content = guest.now.get_mut(volume).unwrap();
+        if is != *size && (done || is != content.len() as u64) {
+            return Err(format!("{volume} has {is} bytes, not {size}"));
+        }
+        content.resize(usize::try_from(is).unwrap(), 0);
+        Ok(())
+    }
+}
+
+impl Operation {
+    fn name(&self) -> &str {
+        match self {
+            Self::Create(name, _) | Self::Revert(name) | Self::Delete(name) | Self::Grow(name, _) => name,
+        }
+    }
+}
+
+#[test]
+fn no_schedule_loses_anything_or_leaves_what_cannot_be_settled() {
+    let schedules = count("QCOW2_CHAIN_LIVE_SCHEDULES", 400);
+    cases("schedules of a running VM", schedules, |rng| {
+        let mut world = World::new(rng);
+        for step in 0..rng.within(8..20) {
+            if rng.chance(1, 3) {
+                world.power();
+            }
+            world.busy.work(3, 4);
+            world.step().unwrap_or_else(|wrong| panic!("step {step}: {wrong}"));
+        }
+    });
+}
