@@ -77,7 +77,8 @@ impl SnapshotSet {
             // Started anew on the files beneath: either of them holds what the other lacks.
             if domain.running && domain.disk_writing(&self.place, &overlay.backing.path).is_some() {
                 let (backing, file) = (&overlay.backing, &overlay.file);
-                let what = format!("the VM writes {backing}, and {file} over it holds data of its own; {}", plan.purpose);
+                let what =
+                    format!("the VM writes {backing}, and {file} over it holds data of its own; {}", plan.purpose);
                 return Err(Error::Uncertain { what, source: None });
             }
             return Ok(true);

@@ -221,9 +221,7 @@ impl World {
         let progress: &dyn Progress = if rng.chance(1, 4) { &moody } else { &() };
         self.busy.guest.lock().unwrap().at_snapshot = None;
         let done = match operation {
-            Operation::Create(name, quiesce) => {
-                set.create(name, &SnapshotOptions::default().with_quiesce(*quiesce))
-            }
+            Operation::Create(name, quiesce) => set.create(name, &SnapshotOptions::default().with_quiesce(*quiesce)),
             Operation::Revert(name) => set.revert(name, &options, progress),
             Operation::Delete(name) => set.delete(name, &options, progress),
             Operation::Grow(volume, size) => set.resize(volume, *size, false),

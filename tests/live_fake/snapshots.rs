@@ -205,9 +205,10 @@ fn a_disk_is_resized_whatever_is_answered() {
         assert_eq!(result.is_ok(), done, "{turn:?}: {result:?}");
         if done {
             let changes = result.unwrap().resized;
-            assert_eq!(changes.iter().map(|change| (change.old, change.new)).collect::<Vec<_>>(), [
-                (old as u64, old as u64 + 8192)
-            ]);
+            assert_eq!(
+                changes.iter().map(|change| (change.old, change.new)).collect::<Vec<_>>(),
+                [(old as u64, old as u64 + 8192)]
+            );
             rig.lab.now.get_mut("vda").unwrap().resize(old + 8192, 0);
         } else {
             assert_eq!(kind(&result.unwrap_err()), Some(FailureKind::Unreachable));
