@@ -16,13 +16,17 @@
 //! - [`content`]: what an image holds, seen from outside: fsck, and every record of the writer
 //! - [`scene`]: a VM with snapshots that writes all the time; its steps and what must hold after each
 //! - `snapshots`: the acceptance table's rows
+//! - `jobs`: merges that take too long, or whose program or guest dies
+//! - `overhead`: our adapter beside virsh; `QCOW2_CHAIN_LIVE_ROUNDS` rounds (3)
 //! - `baseline`: the same operations by virsh alone, which is what our adapter is compared with
 
 mod baseline;
 mod content;
 mod guest;
 mod hypervisor;
+mod jobs;
 mod lab;
+mod overhead;
 mod record;
 mod scene;
 mod snapshots;

@@ -7,7 +7,7 @@
 //! - `start NUMBER`: writes records from this number on, over all mounted disks in turn
 //! - `stop`: answers with the number of the next record
 //! - `verify`: reads every record back; answers with `SERIAL=COUNT` for each disk
-//! - `fill SERIAL MIB`: a file of that many MiB that do not compress, fsynced
+//! - `fill SERIAL MIB`: a file of that many MiB that do not compress, fsynced, instead of the last one
 //! - `size SERIAL`: the disk's size in bytes, as the guest sees it
 //! - `agent STOP` or `agent CONT`: sends the guest agent that signal
 //! - `poweroff`
@@ -39,7 +39,6 @@ struct Guest {
     devices: BTreeMap<String, PathBuf>,
     records: Arc<Mutex<File>>,
     writer: Option<Writer>,
-    fills: u32,
 }
 
 fn main() {
@@ -51,7 +50,6 @@ fn main() {
         devices: BTreeMap::new(),
         records: Arc::new(Mutex::new(records)),
         writer: None,
-        fills: 0,
     };
     if let Err(error) = guest.mount() {
         println!("mount: {error}");
@@ -158,10 +156,9 @@ impl Guest {
         Ok(counts.join(" "))
     }
 
-    fn fill(&mut self, serial: &str, mib: u64) -> Answer {
+    fn fill(&self, serial: &str, mib: u64) -> Answer {
         let at = self.disks.get(serial).ok_or("no such disk")?;
-        self.fills += 1;
-        let mut file = File::create(at.join(format!("fill-{}", self.fills))).map_err(text)?;
+        let mut file = File::create(at.join("fill")).map_err(text)?;
         // Every record differs from the others, but making them byte by byte would take most of the time.
         let mut block: Vec<u8> = (0..256).flat_map(|number| record::record(serial, number)).collect();
         for number in 0..mib {
