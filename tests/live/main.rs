@@ -27,6 +27,8 @@ mod hypervisor;
 mod jobs;
 mod lab;
 mod overhead;
+#[cfg(feature = "cli")]
+mod program;
 mod record;
 mod scene;
 mod snapshots;
