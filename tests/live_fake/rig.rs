@@ -8,9 +8,9 @@ use std::time::Duration;
 use qcow2_chain::live::fake::{FakeHypervisor, Turn};
 use qcow2_chain::live::{FailureKind, Hypervisor, HypervisorError, Live, OnTimeout};
 use qcow2_chain::storage::{MemoryNames, Names};
-use qcow2_chain::vm::{Error, Executor, Report, Result, SnapshotSet, VerifyOptions};
+use qcow2_chain::vm::{ContentDigest, Error, Executor, Report, Result, SnapshotSet, VerifyOptions};
 
-use crate::support::lab::{Contents, Lab, LabShape};
+use crate::support::lab::{Contents, Lab, LabShape, read};
 use crate::support::rng::{Rng, seed};
 
 /// The VM.
@@ -89,8 +89,8 @@ impl Rig {
 
     /// What a manager does after a change to a VM that is off.
     pub fn define(&self) {
-        for volume in self.volumes() {
-            self.fake.define(&volume, self.lab.set.active_path(&volume).unwrap()).expect("defined");
+        for volume in self.lab.model().volumes {
+            self.fake.define(&volume.name, self.path(&volume.active.file.path)).expect("defined");
         }
     }
 
@@ -110,16 +110,22 @@ impl Rig {
         self.check_against(&self.lab.now, true)
     }
 
-    /// As [`Rig::check`], with other contents of the disks.
+    /// As [`Rig::check`], with other contents of the disks. `deep` reads all snapshots and checks all clusters.
     pub fn check_against(&self, now: &Contents, deep: bool) -> Result<(), String> {
         let said = |error: Error| error.to_string();
         let set = self.set();
-        let found = set.verify(&VerifyOptions::default().with_deep(deep).with_digests(true), &()).map_err(said)?;
+        let found = set.verify(&VerifyOptions::default().with_deep(deep).with_digests(deep), &()).map_err(said)?;
         if !found.is_sound() {
             return Err(format!("{:?}", found.problems));
         }
-        let read: BTreeMap<_, _> =
-            found.digests.iter().map(|one| ((one.snapshot.as_deref(), &*one.volume), one)).collect();
+        if deep {
+            self.check_digests(&found.digests, now)?;
+        }
+        self.check_files(&set, now)
+    }
+
+    fn check_digests(&self, digests: &[ContentDigest], now: &Contents) -> Result<(), String> {
+        let read: BTreeMap<_, _> = digests.iter().map(|one| ((one.snapshot.as_deref(), &*one.volume), one)).collect();
         let taken = self.lab.taken.iter().map(|(name, contents)| (Some(name.as_str()), contents));
         let mut expected = 0;
         for (snapshot, contents) in taken.chain([(None, now)]) {
@@ -136,7 +142,7 @@ impl Rig {
         if read.len() != expected {
             return Err(format!("{} contents, not {expected}", read.len()));
         }
-        self.check_files(&set, now)
+        Ok(())
     }
 
     /// Whether the directory holds what is recorded and nothing else, and the VM has what is recorded.
@@ -151,6 +157,9 @@ impl Rig {
         }
         for volume in &model.volumes {
             let name = &volume.name;
+            if !self.fake.is_running() && read(&self.lab.open_as_qemu(name, false)?)? != now[name] {
+                return Err(format!("{name} would read otherwise"));
+            }
             let files = self.fake.files(name);
             let mut active: Vec<_> = model.active_chain(volume).iter().map(|file| self.path(&file.path)).collect();
             if !self.fake.is_running() {
