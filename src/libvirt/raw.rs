@@ -40,7 +40,8 @@ pub(super) fn block_commit(
     if active {
         flags |= sys::VIR_DOMAIN_BLOCK_COMMIT_ACTIVE;
     }
-    let bandwidth = bandwidth.try_into().unwrap_or(0);
+    #[allow(clippy::useless_conversion, reason = "a long of C's has 32 bits on some platforms")]
+    let bandwidth = bandwidth.try_into().unwrap_or(std::ffi::c_ulong::MAX);
     // SAFETY: the domain is held by `domain`, the strings live until the call is over, and libvirt keeps none of them.
     checked(unsafe {
         sys::virDomainBlockCommit(domain.as_ptr(), disk.as_ptr(), base.as_ptr(), top.as_ptr(), bandwidth, flags)

@@ -157,10 +157,10 @@ impl SnapshotSet {
     /// [`Problem`].
     pub fn verify(&self, options: &VerifyOptions, progress: &dyn Progress) -> Result<Verification> {
         let domain = self.executor.domain(&self.store.load()?.vm)?;
-        self.verify_with(&domain, options, progress)
+        self.verify_with(&domain, *options, progress)
     }
 
-    fn verify_with(&self, domain: &Domain, options: &VerifyOptions, progress: &dyn Progress) -> Result<Verification> {
+    fn verify_with(&self, domain: &Domain, options: VerifyOptions, progress: &dyn Progress) -> Result<Verification> {
         let model = self.store.load()?;
         let mut found = Verification::default();
         if let Some(pending) = self.pending()? {
@@ -317,15 +317,9 @@ impl SnapshotSet {
     pub fn reconcile(&self, domain: Option<&Domain>, dry_run: bool, progress: &dyn Progress) -> Result<Reconciliation> {
         let pending = self.pending()?;
         let recovery = if dry_run { None } else { Some(self.recover_told(domain, progress)?) };
-        let asked;
-        let domain = match domain {
-            Some(told) => told,
-            None => {
-                asked = self.executor.domain(&self.store.load()?.vm)?;
-                &asked
-            }
-        };
-        let found = self.verify_with(domain, &VerifyOptions::default(), progress)?;
+        let asked = || self.executor.domain(&self.store.load()?.vm);
+        let domain = domain.map_or_else(asked, |told| Ok(told.clone()))?;
+        let found = self.verify_with(&domain, VerifyOptions::default(), progress)?;
         Ok(Reconciliation { pending, recovery, problems: found.problems })
     }
 

@@ -16,7 +16,7 @@ use crate::lab::{Lab, chain, text};
 use crate::states::state;
 
 /// Numbers of records by disk.
-pub type Records = BTreeMap<String, BTreeSet<u64>>;
+type Records = BTreeMap<String, BTreeSet<u64>>;
 
 /// A VM and what is to be found in it.
 pub struct Scene<'h> {
@@ -82,7 +82,7 @@ impl<'h> Scene<'h> {
     }
 
     /// A snapshot was taken, after this was fsynced.
-    pub fn taken(&mut self, name: &str, before: Records) {
+    fn taken(&mut self, name: &str, before: Records) {
         let mut last = Vec::new();
         for volume in self.volumes() {
             let image = self.set.snapshot_path(name, &volume).unwrap();

@@ -10,8 +10,12 @@ use crate::failure::Failure;
 /// Options of the verbs that change things.
 #[derive(clap::Args, Debug)]
 pub(super) struct HypervisorArgs {
-    /// The libvirt that the VM may be running under, such as qemu:///system. Without it the VM must be off
-    #[arg(long, value_name = "URI", requires = "domain")]
+    #[arg(
+        long,
+        value_name = "URI",
+        requires = "domain",
+        help = "The libvirt that the VM may be running under, such as qemu:///system. Without it the VM must be off"
+    )]
     connect: Option<String>,
     /// The VM's name or UUID there
     #[arg(long, value_name = "NAME", requires = "connect")]
