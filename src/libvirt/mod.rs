@@ -138,6 +138,7 @@ fn open(uri: &str, listening: Listening, mailbox: &Arc<Mailbox>) -> Result<Conne
         events::run_loop().map_err(|error| unreachable(&error))?;
     }
     let connection = Connect::open(Some(uri)).map_err(|error| unreachable(&error))?;
+    raw::print_no_errors(&connection);
     if listening != Listening::Poll {
         let (interval, count) = KEEP_ALIVE;
         // Some drivers have no such thing, those in this process among them.

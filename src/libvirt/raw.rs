@@ -92,6 +92,15 @@ pub(super) fn fs_thaw(domain: &Domain) -> Result<()> {
     Ok(())
 }
 
+/// Keeps a connection's errors from being printed: libvirt writes each to standard error unless it is told not to, and they are
+/// returned all the same.
+pub(super) fn print_no_errors(connection: &Connect) {
+    // SAFETY: the connection is held by `connection`; the function uses none of what it is given.
+    unsafe { sys::virConnSetErrorFunc(connection.as_ptr(), std::ptr::null_mut(), Some(ignore)) };
+}
+
+unsafe extern "C" fn ignore(_opaque: *mut c_void, _error: sys::virErrorPtr) {}
+
 /// Lets events about block jobs and about starts and stops go to a mailbox, as long as the connection lives. Needs an event
 /// loop that was there before the connection.
 pub(super) fn register_events(connection: &Connect, mailbox: &Arc<Mailbox>) -> Result<()> {

@@ -17,6 +17,7 @@
 //! - [`scene`]: a VM with snapshots that writes all the time; its steps and what must hold after each
 //! - `snapshots`: the acceptance table's rows
 //! - `jobs`: merges that take too long, or whose program or guest dies
+//! - `program`: the command line program
 //! - `overhead`: our adapter beside virsh; `QCOW2_CHAIN_LIVE_ROUNDS` rounds (3)
 //! - `baseline`: the same operations by virsh alone, which is what our adapter is compared with
 

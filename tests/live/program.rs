@@ -2,6 +2,7 @@
 
 use std::process::{Command, Output};
 
+use crate::guest::Agent;
 use crate::hypervisor::Hypervisor;
 use crate::lab::DISK_MIB;
 use crate::scene::Scene;
@@ -53,5 +54,19 @@ fn the_verbs_reach_a_running_guest_and_refuse_it_where_they_are_not_told_how() {
     let unknown = vm(&scene, &["snapshot", "s3", "--connect", "qemu:///nowhere", "--domain", "live-program"]);
     assert_eq!(unknown.status.code(), Some(1), "{unknown:?}");
     assert!(String::from_utf8_lossy(&unknown.stderr).contains("qemu:///nowhere"), "{unknown:?}");
+    scene.end();
+}
+
+#[test]
+fn a_guest_that_cannot_be_frozen_gives_one_error() {
+    let Some(hypervisor) = Hypervisor::get() else { return };
+    let scene = Scene::start_with(&hypervisor, "live-no-agent", (&["vda"], &[]), Agent::Absent, listening);
+    let live = ["s1", "--quiesce", "--connect", hypervisor.uri.as_str(), "--domain", "live-no-agent"];
+    let refused = vm(&scene, &[&["snapshot"][..], &live].concat());
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    assert!(said.contains("agent is not connected"), "{said}");
+    assert!(!said.contains("libvirt: "), "libvirt printed it too: {said}");
+    scene.check("f0");
     scene.end();
 }

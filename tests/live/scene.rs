@@ -56,13 +56,13 @@ impl<'h> Scene<'h> {
         let later: Vec<(&str, PathBuf)> = added.iter().map(|target| (*target, image(target))).collect();
         let specs: Vec<VolumeSpec> =
             first.iter().chain(&later).map(|(target, image)| VolumeSpec::new(*target, image)).collect();
-        let set = SnapshotSet::adopt(lab.path().join("vm.json"), &specs, &AdoptOptions::default()).unwrap();
         let disks: Vec<(&str, &Path)> = first.iter().map(|(target, image)| (*target, image.as_path())).collect();
         let mut guest = Guest::define(hypervisor, name, agent, &disks);
         guest.boot();
         for (target, image) in &later {
             guest.hot_add(target, image);
         }
+        let set = SnapshotSet::adopt(lab.path().join("vm.json"), &specs, &AdoptOptions::default()).unwrap();
         let set = set.with_executor(executor(hypervisor, name));
         guest.start_writer();
         guest.wait_for_records(specs.len() * 3);
@@ -77,6 +77,12 @@ impl<'h> Scene<'h> {
         let options = SnapshotOptions::default().with_quiesce(quiesce);
         let before = self.fsynced();
         let report = self.set.create(name, &options).unwrap_or_else(|error| panic!("create {name}: {error}"));
+        self.taken(name, before);
+        report
+    }
+
+    /// A snapshot was taken, after this was fsynced.
+    fn taken(&mut self, name: &str, before: Records) {
         let mut last = Vec::new();
         for volume in self.volumes() {
             let image = self.set.snapshot_path(name, &volume).unwrap();
@@ -90,7 +96,6 @@ impl<'h> Scene<'h> {
         assert!(high - low <= 2 * last.len() as u64, "{name}: not at one instant: {last:?}");
         self.taken.insert(name.to_owned(), before);
         self.number_files();
-        report
     }
 
     /// Takes several.
