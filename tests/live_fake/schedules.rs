@@ -11,7 +11,7 @@ use qcow2_chain::live::{Commit, Description, Event, Hypervisor, Job, Live, NewTo
 use qcow2_chain::merge::Direction;
 use qcow2_chain::storage::MemoryNames;
 use qcow2_chain::vm::{
-    self, Error, MergeOptions, Offline, Progress, Recovery, Refusal, SnapshotOptions, SnapshotSet, VolumeStep,
+    self, Error, Executor, MergeOptions, Offline, Progress, Recovery, Refusal, SnapshotOptions, SnapshotSet, VolumeStep,
 };
 
 use super::rig::{Rig, write};
@@ -156,16 +156,23 @@ impl World {
         Self { rig, busy, number: 0 }
     }
 
-    fn live(&mut self) -> SnapshotSet {
+    fn live(&mut self) -> Arc<dyn Executor> {
         // A job that never ends would be waited for for ever.
         let then = if self.rig.rng.chance(1, 2) { OnTimeout::Keep } else { OnTimeout::Abort };
-        self.rig.set_with(Arc::new(Live::new(self.busy.clone()).with_timeout(Duration::from_secs(20), then)))
+        Arc::new(Live::new(self.busy.clone()).with_timeout(Duration::from_secs(20), then))
     }
 
-    /// A new process; it may know nothing of the hypervisor while the VM is off.
+    /// A new process; it may know nothing of the hypervisor while the VM is off, and its catalogue may fail.
     fn any_set(&mut self) -> SnapshotSet {
         let offline = !self.rig.fake.is_running() && self.rig.rng.chance(1, 2);
-        if offline { self.rig.set_with(Arc::new(Offline)) } else { self.live() }
+        let executor = if offline { Arc::new(Offline) } else { self.live() };
+        let rng = &mut self.rig.rng;
+        if !rng.chance(1, 6) {
+            return self.rig.set_with(executor);
+        }
+        let (fails_at, saved) = (u32::try_from(rng.within(0..5)).unwrap(), rng.chance(1, 2));
+        trace(&format!("  catalogue fails at {fails_at}, saved: {saved}"));
+        self.rig.flaky_set(executor, fails_at, saved)
     }
 
     fn now(&self) -> Contents {
@@ -286,16 +293,17 @@ impl World {
             } else if self.rig.rng.chance(1, 2) {
                 self.rig.fake.reconnect();
             }
-            self.busy.work(1, 1);
+            self.busy.work(1, 2);
             let must = attempt >= 9;
             if must && self.rig.fake.is_running() {
                 // What was begun upwards is completed while it is off.
                 self.rig.fake.stop();
             } else if !done && self.rig.rng.chance(1, 3) {
                 self.power();
-                self.busy.work(1, 1);
+                self.busy.work(1, 2);
             }
-            let set = if must { self.live() } else { self.any_set() };
+            let executor = self.live();
+            let set = if must { self.rig.set_with(executor) } else { self.any_set() };
             let running = self.rig.fake.is_running();
             match set.recover(&()) {
                 Ok(recovery) => {
