@@ -38,6 +38,7 @@ pub(super) struct Stopped;
 
 /// The references of an image, and what was seen on the way.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, no state")]
 pub(super) struct References<'s, 'a> {
     pub(super) subject: &'s Subject<'a>,
     pub(super) fix: Fix,
