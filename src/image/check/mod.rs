@@ -47,7 +47,7 @@ pub struct CheckOptions {
     ///
     /// Beyond what a check finds, a repair clears refcounts behind the end of the file, which an interrupted shrink leaves:
     /// no check counts them, as QEMU's does not, but they become leaks as the file grows. The report has them among
-    /// [`CheckReport::leaks_fixed`]. A second repair finds nothing more to do, and writes nothing.
+    /// [`CheckReport::leaks_fixed`]. A repair of an image that a repair left clean finds nothing and writes nothing.
     pub fix: Fix,
     /// What the image may claim.
     pub limits: Limits,
@@ -219,8 +219,8 @@ fn examine(subject: &mut Subject<'_>, fix: Fix) -> Result<Examined> {
         subject.storage.sync()?; // barrier: entries that refer to less before anything is freed
     }
     if fix == Fix::All && (rebuild || snapshots.defects > 0) {
-        let snapshots = (snapshots.defects > 0).then_some(&snapshots);
-        let done = rebuild::rebuild(subject, &mut counts, &refcount_structures, snapshots, past_end)?;
+        let broken = (snapshots.defects > 0).then_some(&snapshots);
+        let done = rebuild::rebuild(subject, &mut counts, &refcount_structures, broken, past_end)?;
         if let Rebuilt::NeedsLength(len) = done {
             return Ok(Examined { report, wrote, rebuilt: None, needs_length: Some(len) });
         }
