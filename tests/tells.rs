@@ -11,8 +11,8 @@ use qcow2_chain::image::{self, CreateOptions, Image};
 use qcow2_chain::merge::{self, AfterCommit, CommitOptions, Direction, Onto, PullOptions, RebaseOptions};
 use qcow2_chain::storage::{Access, HostNames, MemoryNames, Names};
 use qcow2_chain::vm::{
-    AdoptOptions, Base, Error, Fingerprint, MergeOptions, Model, PlanOptions, ProblemKind, Refusal, Request,
-    SnapshotId, SnapshotOptions, SnapshotSet, State, VerifyOptions, VolumeSpec, plan,
+    AdoptOptions, Base, Error, Fingerprint, MergeOptions, Model, PlanOptions, ProblemKind, Progress, Refusal, Request,
+    SnapshotId, SnapshotOptions, SnapshotSet, State, VerifyOptions, VolumeSpec, VolumeStep, plan,
 };
 
 use crate::support::lab::{Lab, LabShape, read};
@@ -180,6 +180,48 @@ fn the_planner_refuses_what_the_records_do_not_allow() {
 }
 
 #[test]
+fn the_planner_spares_protected_files() {
+    let mut rng = Rng::new(seed());
+    let mut lab = lab(&mut rng);
+    lab.create("s1");
+    let sound = lab.model();
+    let id = sound.find("s1").unwrap().id;
+    let delete = Request::Delete { name: "s1".into() };
+    let (off, running) = (PlanOptions::default(), PlanOptions::default().with_running(true));
+
+    let mut model = sound.clone();
+    model.volumes[0].active.protected = true;
+    let path = model.volumes[0].active.file.path.clone();
+    assert_eq!(plan(&model, &delete, &off).unwrap_err(), Refusal::Protected { path });
+
+    let mut model = sound.clone();
+    model.snapshots.get_mut(&id).unwrap().files.get_mut("vda").unwrap().protected = true;
+    let operation = "merge into the file above a protected one";
+    assert_eq!(plan(&model, &delete, &running).unwrap_err(), Refusal::Running { operation });
+    assert!(plan(&model, &delete, &off).unwrap().merges().any(|(_, step)| step.direction == Direction::Pull));
+
+    let pull = running.with_direction("vda", Direction::Pull);
+    let planned = plan(&sound, &delete, &pull).unwrap();
+    assert!(planned.merges().all(|(_, step)| step.direction == Direction::Commit), "a hypervisor merges downwards");
+
+    let mut model = sound;
+    model.snapshots.get_mut(&id).unwrap().files.remove("vdb");
+    let lacks = Refusal::Incomplete { snapshot: "s1".into(), volume: "vdb".into() };
+    assert_eq!(plan(&model, &delete, &off).unwrap_err(), lacks);
+}
+
+#[test]
+fn a_catalogue_with_a_snapshot_twice_is_refused() {
+    let lab = branches(&mut Rng::new(seed()));
+    let mut json = serde_json::to_value(lab.model()).unwrap();
+    assert_eq!(serde_json::from_value::<Model>(json.clone()).unwrap(), lab.model());
+    let snapshots = json["snapshots"].as_array_mut().unwrap();
+    snapshots.push(snapshots[0].clone());
+    let told = serde_json::from_value::<Model>(json).unwrap_err().to_string();
+    assert_eq!(told, "snapshot #1 twice");
+}
+
+#[test]
 fn volumes_come_and_go_while_there_are_no_snapshots() {
     let mut rng = Rng::new(seed());
     let mut lab = lab(&mut rng);
@@ -290,6 +332,44 @@ fn verification_tells_sizes_and_files_that_are_no_images() {
     assert!(kinds.iter().all(|kind| *kind == ProblemKind::Unreadable), "{kinds:?}");
     assert!(kinds.len() >= 2, "the look and the check both say so: {kinds:?}");
     assert_eq!(storage.len().unwrap(), len);
+}
+
+#[test]
+fn verification_tells_leaks_and_corruption_and_can_be_stopped() {
+    struct Stop;
+    impl Progress for Stop {
+        fn step(&self, _step: &VolumeStep<'_>) {}
+        fn is_cancelled(&self) -> bool {
+            true
+        }
+    }
+    let mut lab = lab(&mut Rng::new(seed()));
+    lab.create("s1");
+    let frozen = lab.set.snapshot_path("s1", "vda").unwrap();
+    let storage = lab.names.open(&frozen, &Access::write()).unwrap();
+    let word = |at| {
+        let mut bytes = [0; 8];
+        storage.read_at(&mut bytes, at).unwrap();
+        u64::from_be_bytes(bytes)
+    };
+    let deep = VerifyOptions::default().with_deep(true);
+    let told = || {
+        let found = lab.set.verify(&deep, &()).unwrap();
+        found.problems.iter().map(|problem| (problem.kind, problem.to_string())).collect::<Vec<_>>()
+    };
+    assert_eq!(told(), []);
+    // One more cluster, which is counted and not used. Counts have 16 bits, clusters 512 bytes.
+    let (table, len) = (word(48), storage.len().unwrap());
+    assert!(len / 512 < 256, "one refcount block counts all");
+    storage.set_len(len + 512).unwrap();
+    storage.write_at(&1_u16.to_be_bytes(), word(table) + len / 512 * 2).unwrap();
+    assert_eq!(told(), [(ProblemKind::Leaks, format!("{}: 1 clusters are not used", frozen.display()))]);
+    // Nothing is counted.
+    storage.write_at(&[0; 8], table).unwrap();
+    let wrong = told();
+    assert_eq!((wrong.len(), wrong[0].0), (1, ProblemKind::Corrupt), "{wrong:?}");
+    assert!(wrong[0].1.contains(" corruptions, "), "{wrong:?}");
+    assert!(lab.set.verify(&deep, &Stop).unwrap_err().is_cancelled());
 }
 
 #[test]
