@@ -1,13 +1,18 @@
 //! Merges by the hypervisor, one ugly turn each.
 
+use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use qcow2_chain::live::fake::{Call, Turn};
 use qcow2_chain::live::{Commit, FailureKind, Hypervisor, OnTimeout};
 use qcow2_chain::merge::Direction;
+use qcow2_chain::storage::{HostNames, MemoryNames};
 use qcow2_chain::vm::{Error, MergeOptions, Offline, Progress, Recovery, Refusal, State, VolumeStep};
 
 use super::rig::{Rig, incomplete, kind};
+use crate::support::lab::LabShape;
+use crate::support::rng::{Rng, seed};
 
 const DONE: [Turn; 12] = [
     Turn::LosesEvent,
@@ -35,6 +40,53 @@ fn a_merge_with_what_the_vm_writes_is_done_whatever_is_told_of_it() {
         rig.write_all();
         rig.settled_without("s1");
     }
+}
+
+#[test]
+fn a_file_that_a_vm_was_started_on_before_the_recovery_is_not_removed() {
+    let directory = tempfile::tempdir().unwrap();
+    let names = Arc::new(HostNames);
+    let mut rig = Rig::off(names, directory.path(), LabShape::default(), Rng::new(seed()));
+    rig.set().create("s1", &Default::default()).unwrap();
+    rig.lab.taken.insert("s1".to_owned(), rig.lab.now.clone());
+    // The catalogue forgets the first volume's overlay, and nothing more happens.
+    let set = rig.flaky_set(Arc::new(Offline), 1, true);
+    assert!(set.delete("s1", &MergeOptions::default().with_direction(Direction::Commit), &()).is_err());
+    let overlay = rig.path("vm-vda.1.qcow2");
+    assert!(overlay.exists());
+    // The VM's definition is as it was.
+    rig.fake.define("vda", &overlay).unwrap();
+    rig.fake.define("vdb", rig.path("vm-vdb.2.qcow2")).unwrap();
+    rig.fake.start().unwrap();
+    for set in [rig.set_with(Arc::new(Offline)), rig.set()] {
+        let error = set.recover(&()).unwrap_err();
+        assert!(error.to_string().contains("in use") || matches!(error, Error::Incomplete { .. }), "{error:?}");
+        assert!(overlay.exists(), "{error:?}");
+    }
+    rig.fake.stop();
+    assert!(matches!(rig.set().recover(&()), Ok(Recovery::Completed(_))));
+    assert!(!overlay.exists());
+    rig.define();
+    rig.settled_without("s1");
+}
+
+#[test]
+fn a_merge_into_a_larger_file_is_refused_while_the_vm_runs() {
+    let mut rig = Rig::off(Arc::new(MemoryNames::new()), Path::new("/vm"), LabShape::default(), Rng::new(seed()));
+    rig.set().create("s1", &Default::default()).unwrap();
+    rig.lab.taken.insert("s1".to_owned(), rig.lab.now.clone());
+    let size = rig.lab.now["vdb"].len() / 2;
+    rig.set().resize("vdb", size as u64, true).unwrap();
+    rig.lab.now.get_mut("vdb").unwrap().truncate(size);
+    rig.start();
+    rig.write_all();
+    let error = rig.try_delete("s1").unwrap_err();
+    assert!(matches!(error.refusal(), Some(Refusal::Running { .. })), "{error:?}");
+    rig.settled();
+    rig.fake.stop();
+    rig.try_delete("s1").unwrap();
+    rig.define();
+    rig.settled_without("s1");
 }
 
 #[test]
