@@ -285,8 +285,10 @@ fn all_fields(version: Version, extended: bool, part: usize, parts: usize) {
                 let outcomes = treat_by_turns(&what, &damaged, MEMORY, cases);
                 let clean = checked(&file(&damaged), Fix::Nothing).is_ok_and(|report| report.is_clean());
                 let storage = file(&damaged);
-                let mended = repair(&storage, if cases % 4 == 0 { Fix::Leaks } else { Fix::All }, &model).is_ok();
-                assert!(!clean || holds(&storage, &damaged) || is_cleared(field), "a clean image is changed");
+                let fix = if cases % 4 == 0 { Fix::Leaks } else { Fix::All };
+                let mended = repair(&storage, fix, &model).is_ok();
+                let same = holds(&storage, &damaged) || is_cleared(field) || is_told_behind(&damaged, fix);
+                assert!(!clean || same, "a clean image is changed");
                 (said(&outcomes, "look").is_err(), mended)
             });
             let Ok((error, mended)) = caught else { panic!("{what}") };
@@ -305,6 +307,13 @@ fn is_chosen(field: &Field, (number, value): (usize, u64)) -> bool {
     let max = u64::MAX >> (64 - 8 * field.width);
     let bound = [0, 1, max, max / 2].contains(&value);
     bound || (number + field.at / 4).is_multiple_of(6) || std::env::var_os("QCOW2_CHAIN_HOSTILE_ALL").is_some()
+}
+
+/// Whether a repair tells that it clears refcounts behind the end of the file, which no check finds, and of nothing else.
+fn is_told_behind(image: &[u8], fix: Fix) -> bool {
+    checked(&file(image), fix).is_ok_and(|report| {
+        report.leaks_fixed > 0 && report.findings.iter().all(|finding| finding.offset >= image.len() as u64)
+    })
 }
 
 /// Unknown autoclear bits are cleared by whoever writes, and so are the dirty and the corrupt bit of what is sound.
