@@ -1,8 +1,10 @@
 //! Checking and repairing, judged by `qemu-img check`: the same verdict, the same counts, and clean after a repair.
 
 use std::path::Path;
+use std::sync::Arc;
 
-use qcow2_chain::image::{self, CheckOptions, CheckReport, Fix};
+use qcow2_chain::format::{ClusterBits, GuestOffset};
+use qcow2_chain::image::{self, CheckOptions, CheckReport, CreateOptions, Fix, Image, OpenOptions};
 use qcow2_chain::storage::MemoryStorage;
 
 use crate::support::qemu::{Check, Qemu};
@@ -312,4 +314,72 @@ fn what_was_found_is_told_as_qemu_tells_it() {
     std::fs::write(&path, repaired).unwrap();
     qemu.assert_clean(&path);
     assert!(qemu.content(&path, None) == content, "a repair does not touch what the guest reads");
+}
+
+/// A new image of two clusters of data, which ends with the second, as bytes.
+fn full_image() -> Victim {
+    let storage = Arc::new(MemoryStorage::new("image"));
+    let options = CreateOptions::new(64 << 10).with_cluster_bits(ClusterBits::new(12).unwrap());
+    Image::create(storage.clone(), &options).unwrap();
+    let image = Image::open(storage.clone(), &OpenOptions::default().with_write(true)).unwrap();
+    image.write_at(&[1; 8192], GuestOffset::new(0)).unwrap();
+    image.close().unwrap();
+    Victim { bytes: storage.to_vec() }
+}
+
+/// What the guest reads of its first two clusters.
+fn two_clusters(bytes: &[u8]) -> Vec<u8> {
+    let storage = Arc::new(MemoryStorage::with_bytes("image", bytes));
+    let image = Image::open(storage, &OpenOptions::default()).unwrap();
+    let mut read = vec![0; 8192];
+    image.read_at(&mut read, GuestOffset::new(0)).unwrap();
+    read
+}
+
+#[test]
+fn a_rebuild_keeps_clear_of_what_entries_behind_the_end_call_data() {
+    for behind in 0..6 {
+        let mut victim = full_image();
+        let (size, end) = (victim.cluster_size(), victim.len());
+        let entries = victim.l2_entries();
+        let kept = (victim.u64(entries[1]) & 0x00ff_ffff_ffff_fe00) / size;
+        // The first guest cluster lies behind the end, and the refcount of the second is gone: all is built anew. One cluster
+        // is free within the file, and refcount table and block need two.
+        victim.set_u64(entries[0], 1 << 63 | (end + behind * size));
+        victim.set_refcount(kept, false);
+        let content = two_clusters(&victim.bytes);
+        assert!(content == [[0; 4096], [1; 4096]].concat(), "behind the end there are zeroes");
+
+        let (report, repaired) = ours(&victim.bytes, Fix::All);
+        let report = report.unwrap();
+        assert!(report.corruptions_fixed > 0, "{report:#?}");
+        assert!(two_clusters(&repaired) == content, "{behind} clusters behind the end: the guest reads metadata");
+        let found = ours(&repaired, Fix::Nothing).0.unwrap();
+        assert_eq!(verdict(&found), Check { corruptions_fixed: 0, leaks_fixed: 0, ..verdict(&report) });
+        assert!(found.corruptions <= 1, "at most the entry that still points behind the end: {found:#?}");
+        assert!(ours(&repaired, Fix::All).1 == repaired, "{behind} clusters behind the end: a second repair writes");
+    }
+}
+
+#[test]
+fn refcounts_behind_the_end_are_cleared_and_told() {
+    for fix in [Fix::Leaks, Fix::All] {
+        let mut victim = full_image();
+        let (size, clusters) = (victim.cluster_size(), victim.len() / victim.cluster_size());
+        victim.set_refcount(clusters, true);
+        victim.set_refcount(clusters + 40, true);
+        let found = ours(&victim.bytes, Fix::Nothing).0.unwrap();
+        assert!(found.is_clean() && found.findings.is_empty(), "as QEMU sees it: {found:#?}");
+
+        let (report, repaired) = ours(&victim.bytes, fix);
+        let report = report.unwrap();
+        assert!(report.is_clean() && report.leaks_fixed == 2, "{report:#?}");
+        let told: Vec<(u64, bool)> = report.findings.iter().map(|found| (found.offset, found.repaired)).collect();
+        assert_eq!(told, [(clusters * size, true), ((clusters + 40) * size, true)]);
+        let (again, bytes) = ours(&repaired, fix);
+        assert!(again.unwrap().leaks_fixed == 0 && bytes == repaired, "a second repair does nothing");
+        let mut grown = repaired;
+        grown.resize(at(victim.len() + 64 * size), 0);
+        assert!(ours(&grown, Fix::Nothing).0.unwrap().is_clean(), "no leaks as the file grows");
+    }
 }

@@ -152,7 +152,12 @@ impl Storage for Traced {
 fn site(trace: &std::backtrace::Backtrace) -> String {
     let text = trace.to_string();
     let names = text.lines().filter_map(|line| line.split_once(": ")).map(|(_, name)| name.trim());
-    let ours = names.filter(|name| name.starts_with("qcow2_chain::") && !name.contains("{{closure}}"));
+    // Either way of mangling: `qcow2_chain::image::<impl ..>::f` or `<qcow2_chain::image::Image>::f::<T>`, which coverage
+    // builds have.
+    let plain =
+        names.map(|name| name.strip_suffix('>').and_then(|name| name.split_once("::<")).map_or(name, |(f, _)| f));
+    let ours = plain.filter(|name| name.trim_start_matches('<').starts_with("qcow2_chain::"));
+    let ours = ours.filter(|name| !name.contains("{{closure}}") && !name.contains("{closure#"));
     let names = ours.map(|name| name.rsplit("::").next().unwrap_or(name));
     let path: Vec<&str> =
         names.filter(|name| !["exclusive", "shared", "guard", "changing", "peek"].contains(name)).collect();

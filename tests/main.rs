@@ -46,6 +46,8 @@ mod sparse;
 mod stress;
 mod support;
 mod tables;
+#[cfg(feature = "vm")]
+mod tells;
 mod threads;
 #[cfg(feature = "vm")]
 mod vm;

@@ -118,7 +118,7 @@ fn world(request: Option<&Request>, options: &MergeOptions) -> World {
         for (stage, work) in
             plan.stages.iter().enumerate().flat_map(|(at, stage)| stage.work.iter().map(move |w| (at, w)))
         {
-            let done = Record::Done { stage, volume: work.volume.clone(), step: 0 };
+            let done = Record::Done { stage, volume: work.volume.clone(), step: 0, switched: false };
             journal.push(serde_json::to_value(done).expect("a record is JSON"));
         }
     }

@@ -19,7 +19,7 @@ use super::store::Store;
 use super::trace::event;
 use super::{Error, Result};
 use crate::merge::{self, Direction};
-use crate::storage;
+use crate::storage::{self, Access, LockMode};
 
 /// What a plan is carried out with.
 #[derive(Clone, Copy)]
@@ -127,7 +127,7 @@ impl<'a> Run<'a> {
         }
         let done = if switched { done.max(1) } else { done };
         if let Some(stage) = done.checked_sub(1).and_then(|last| self.plan.stages.get(last)) {
-            self.unlink(&stage.unlink)?;
+            self.unlink(&stage.unlink, false)?;
         }
         self.stages(done)?;
         self.clear().map(Some)
@@ -151,7 +151,7 @@ impl<'a> Run<'a> {
         }
         self.work(number, stage)?;
         self.end_stage(number, stage)?;
-        self.unlink(&stage.unlink)
+        self.unlink(&stage.unlink, false)
     }
 
     /// Records the end of a stage.
@@ -228,7 +228,7 @@ impl<'a> Run<'a> {
             }
             self.record(&edits)?;
         }
-        self.unlink(&work.unlink)?;
+        self.unlink(&work.unlink, held.is_some())?;
         drop(held);
         Ok(())
     }
@@ -327,9 +327,17 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Takes away names that nothing leads to any more.
-    fn unlink(&self, paths: &[String]) -> Result<()> {
+    /// Takes away names that nothing leads to any more. Between an interrupted operation and its recovery a VM may have been
+    /// started on what goes: that is refused, where the files are not `held` by us.
+    fn unlink(&self, paths: &[String], held: bool) -> Result<()> {
         let place = self.tools.place();
+        if self.tools.manner.recovering && !held {
+            for path in paths {
+                if place.exists(path)? {
+                    drop(place.storage(path, &Access::read().with_lock(LockMode::Write))?);
+                }
+            }
+        }
         let mut directories = BTreeSet::<PathBuf>::new();
         for path in paths {
             let path = place.path(path);
@@ -348,7 +356,7 @@ impl<'a> Run<'a> {
     /// Takes back what is not in the catalogue: the new overlays, and the journal.
     fn undo(&self) -> Result<()> {
         let overlays: Vec<String> = self.plan.created().map(|overlay| overlay.file.path.clone()).collect();
-        self.unlink(&overlays)?;
+        self.unlink(&overlays, false)?;
         self.end_journal()?;
         event!("undone", purpose = %self.plan.purpose);
         Ok(())

@@ -8,7 +8,7 @@ use super::options::MergeOptions;
 use super::place::{Links, Place};
 use super::plan::{Cost, MergeStep, Plan, Step};
 use super::planner::{PlanOptions, Request, plan};
-use super::{Error, Result};
+use super::{Error, Refusal, Result};
 use crate::chain::Format;
 use crate::merge::{self, Direction};
 
@@ -76,6 +76,10 @@ pub(super) fn check(place: &Place, domain: &Domain, plan: &Plan) -> Result<()> {
         let written = if step.direction == Direction::Pull { &step.top } else { &step.base };
         if is_live(place, domain, step) {
             place.check_writable(written)?;
+            // A hypervisor leaves the lower file as large as it is, and the VM would see what lies behind its disk's end.
+            if place.look(&step.base)?.virtual_size > place.look(&step.top)?.virtual_size {
+                return Err(Refusal::Running { operation: "merge into a larger file" }.into());
+            }
             continue;
         }
         let held = place.hold([&step.top, written].into_iter().take(1 + usize::from(written != &step.top)))?;

@@ -3,12 +3,15 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use qcow2_chain::live::fake::{FakeHypervisor, Turn};
 use qcow2_chain::live::{FailureKind, Hypervisor, HypervisorError, Live, OnTimeout};
 use qcow2_chain::storage::{MemoryNames, Names};
-use qcow2_chain::vm::{ContentDigest, Error, Executor, Report, Result, SnapshotSet, VerifyOptions};
+use qcow2_chain::vm::{
+    Catalogue, ContentDigest, Error, Executor, Model, Report, Result, SnapshotSet, Store, VerifyOptions,
+};
 
 use crate::support::lab::{Contents, Lab, LabShape, read};
 use crate::support::rng::{Rng, seed};
@@ -44,6 +47,14 @@ impl Rig {
     pub fn set_with(&self, executor: Arc<dyn Executor>) -> SnapshotSet {
         let set = SnapshotSet::load_in(Arc::clone(&self.lab.names), &self.lab.catalogue).expect("the catalogue reads");
         set.with_executor(executor).with_jobs(1)
+    }
+
+    /// One whose catalogue fails at the save of this number, having saved or not.
+    pub fn flaky_set(&self, executor: Arc<dyn Executor>, fails_at: u32, saved: bool) -> SnapshotSet {
+        let (names, path) = (Arc::clone(&self.lab.names), &self.lab.catalogue);
+        let catalogue = Catalogue::new(Arc::clone(&names), path);
+        let store = Flaky { catalogue, saves: AtomicU32::new(0), fails_at, saved };
+        SnapshotSet::with_store(names, path, Arc::new(store)).with_executor(executor).with_jobs(1)
     }
 
     pub fn set_over(&self, hypervisor: Arc<dyn Hypervisor>) -> SnapshotSet {
@@ -184,6 +195,34 @@ impl Rig {
     /// Every turn was taken.
     pub fn all_played(&self) {
         assert_eq!(self.fake.unplayed(), Vec::<Turn>::new());
+    }
+}
+
+/// A catalogue that fails at one time: before it has saved anything, or afterwards.
+#[derive(Debug)]
+pub struct Flaky {
+    catalogue: Catalogue,
+    saves: AtomicU32,
+    fails_at: u32,
+    saved: bool,
+}
+
+impl Store for Flaky {
+    fn load(&self) -> Result<Model> {
+        self.catalogue.load()
+    }
+
+    fn save(&self, model: &Model) -> Result<()> {
+        let fails = self.saves.fetch_add(1, Ordering::SeqCst) == self.fails_at;
+        if !fails || self.saved {
+            self.catalogue.save(model)?;
+        }
+        let file = self.catalogue.path().display().to_string();
+        if fails { Err(Error::Catalogue { file, why: "it could not be saved".to_owned() }) } else { Ok(()) }
+    }
+
+    fn settle(&self) -> Result<()> {
+        self.catalogue.settle()
     }
 }
 

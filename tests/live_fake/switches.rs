@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use qcow2_chain::live::Live;
 use qcow2_chain::live::fake::{Call, Turn};
 use qcow2_chain::vm::{Error, Executor, Offline, Recovery};
 
@@ -84,10 +85,39 @@ fn without_its_hypervisor_nobody_knows_and_whoever_does_can_say_it() {
             let (error, ..) = incomplete(offline.recover(&()).unwrap_err());
             assert!(matches!(error, Error::Uncertain { source: None, .. }), "{error:?}");
         }
-        let domain = qcow2_chain::live::Live::new(rig.fake.clone()).domain("vm").unwrap();
+        let domain = Live::new(rig.fake.clone()).domain("vm").unwrap();
         let reconciled = offline.reconcile(Some(&domain), false, &()).unwrap();
         assert!(matches!(reconciled.recovery, Some(Recovery::Completed(_))), "{reconciled:?}");
         rig.define();
         rig.settled_without("s1");
+    }
+}
+
+#[test]
+fn a_switch_that_is_known_is_not_forgotten_with_the_catalogue() {
+    for (saved, destroyed) in [(false, false), (false, true), (true, false), (true, true)] {
+        for fails_at in 0.. {
+            let mut rig = Rig::new();
+            rig.create("s1");
+            rig.write_all();
+            let live = Arc::new(Live::new(rig.fake.clone()));
+            if rig.flaky_set(live, fails_at, saved).delete("s1", &Default::default(), &()).is_ok() {
+                assert!(fails_at > 2, "begun, each volume, done");
+                break;
+            }
+            (0..8).for_each(|_| rig.write_all());
+            if destroyed {
+                rig.fake.destroy();
+                rig.set_with(Arc::new(Offline)).recover(&()).unwrap();
+                rig.define();
+            } else {
+                rig.set().recover(&()).unwrap();
+            }
+            if rig.lab.model().find("s1").is_some() {
+                rig.settled();
+            } else {
+                rig.settled_without("s1");
+            }
+        }
     }
 }

@@ -71,8 +71,9 @@ pub(super) fn compare(
 }
 
 /// Clears refcounts behind all clusters that the file has or something refers to, and tells whether there were any: a shrink
-/// that a crash interrupted leaves them. No report has them, as QEMU's has not, but they would become leaks as the file grows.
-pub(super) fn clear_behind(subject: &Subject<'_>, counts: &ReferenceCounts) -> Result<bool> {
+/// that a crash interrupted leaves them. A check that only looks does not count them, as QEMU's does not; they would become
+/// leaks as the file grows, and the report has them as repaired ones.
+pub(super) fn clear_behind(subject: &Subject<'_>, counts: &ReferenceCounts, report: &mut CheckReport) -> Result<bool> {
     let per_block = subject.geometry.refcount_block_entries();
     let mut wrote = false;
     for (number, entry) in (0_u64..).zip(&subject.reftable) {
@@ -81,7 +82,15 @@ pub(super) fn clear_behind(subject: &Subject<'_>, counts: &ReferenceCounts) -> R
         // A block that something else refers to as well is left alone.
         let own = counts.get(offset.get() / subject.cluster_size()) == 1 && !subject.unreadable(offset);
         let Some(mut block) = (if own { subject.read_refblock(offset)? } else { None }) else { continue };
-        if block.next_used(kept).is_some() {
+        let mut from = kept;
+        while let Some(used) = block.next_used(from) {
+            let cluster = number.saturating_mul(per_block).saturating_add(used as u64);
+            report.leak(true, cluster.saturating_mul(subject.cluster_size()), || {
+                format!("cluster {cluster} behind the end of the file refcount={} reference=0", block.get(used))
+            });
+            from = used + 1;
+        }
+        if from > kept {
             block.fill(kept..block.len(), 0);
             subject.storage.write_at(block.as_bytes(), offset.get())?;
             wrote = true;

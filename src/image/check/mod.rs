@@ -21,6 +21,7 @@ use crate::storage::{self, Storage};
 use super::Result;
 use copied::{Contested, Ones, Repair};
 use findings::MAX_FINDINGS;
+use rebuild::Rebuilt;
 use references::{Metadata, References};
 use subject::Subject;
 
@@ -43,6 +44,10 @@ pub enum Fix {
 #[non_exhaustive]
 pub struct CheckOptions {
     /// What to repair.
+    ///
+    /// Beyond what a check finds, a repair clears refcounts behind the end of the file, which an interrupted shrink leaves:
+    /// no check counts them, as QEMU's does not, but they become leaks as the file grows. The report has them among
+    /// [`CheckReport::leaks_fixed`]. A repair of an image that a repair left clean finds nothing and writes nothing.
     pub fix: Fix,
     /// What the image may claim.
     pub limits: Limits,
@@ -76,7 +81,7 @@ pub struct CheckReport {
     pub check_errors: u64,
     /// Errors repaired.
     pub corruptions_fixed: u64,
-    /// Leaks repaired.
+    /// Leaks repaired, with refcounts behind the end of the file that were cleared.
     pub leaks_fixed: u64,
     /// Guest clusters that are allocated.
     pub allocated_clusters: u64,
@@ -124,6 +129,11 @@ pub fn check(storage: &dyn Storage, options: &CheckOptions) -> Result<CheckRepor
     let mut subject = Subject::read(storage, &options.limits)?;
     subject.clear_unknown_autoclear()?;
     let mut examined = examine(&mut subject, options.fix)?;
+    while let Some(len) = examined.needs_length {
+        storage.set_len(len)?;
+        subject = Subject::read(storage, &options.limits)?;
+        examined = examined.again(examine(&mut subject, options.fix)?);
+    }
     if examined.wrote {
         storage.sync()?; // barrier: the repairs before they are looked at, and before the caller hears of them
         subject = Subject::read(storage, &options.limits)?;
@@ -143,15 +153,22 @@ struct Examined {
     wrote: bool,
     /// The corruptions and leaks before the refcount structure was built anew.
     rebuilt: Option<(u64, u64)>,
+    /// How long the file must be before that can be done.
+    needs_length: Option<u64>,
 }
 
 impl Examined {
-    /// The state that `after` found after this repair, with what the repair did.
+    /// A pass that found nothing to write, or went no further.
+    fn ended(report: CheckReport, wrote: bool) -> Self {
+        Self { report, wrote, rebuilt: None, needs_length: None }
+    }
+
+    /// The state that `after` found after this repair, with what the repairs did.
     fn again(self, after: Self) -> Self {
         let Self { report: mut before, rebuilt, .. } = self;
         let mut report = after.report;
-        report.corruptions_fixed = before.corruptions_fixed;
-        report.leaks_fixed = before.leaks_fixed;
+        report.corruptions_fixed += before.corruptions_fixed;
+        report.leaks_fixed += before.leaks_fixed;
         if let Some((corruptions, leaks)) = rebuilt {
             report.corruptions_fixed += corruptions.saturating_sub(report.corruptions);
             report.leaks_fixed += leaks.saturating_sub(report.leaks);
@@ -165,7 +182,7 @@ impl Examined {
         report.findings_omitted += before.findings_omitted + findings.len().saturating_sub(MAX_FINDINGS) as u64;
         findings.truncate(MAX_FINDINGS);
         report.findings = findings;
-        Self { report, wrote: true, rebuilt: None }
+        Self { report, wrote: true, rebuilt: after.rebuilt, needs_length: after.needs_length }
     }
 }
 
@@ -175,18 +192,19 @@ fn examine(subject: &mut Subject<'_>, fix: Fix) -> Result<Examined> {
     let clusters = subject.geometry.clusters_for(subject.file_len);
     report.total_clusters = subject.geometry.clusters_for(subject.head.header.size / 512 * 512);
     let Some(snapshots) = snapshots::read(subject, fix, &mut report)? else {
-        return Ok(Examined { report, wrote: false, rebuilt: None });
+        return Ok(Examined::ended(report, false));
     };
     if clusters > MAX_CLUSTERS {
         report.unchecked(1, "file", 0, || {
             format!("{clusters} clusters are more than the {MAX_CLUSTERS} that are checked")
         });
-        return Ok(Examined { report, wrote: false, rebuilt: None });
+        return Ok(Examined::ended(report, false));
     }
     let (references, stopped) = References::count(subject, &snapshots, fix, &mut report)?;
-    let References { mut counts, tables, refcount_structures, mut rebuild, all_copied, mut wrote, .. } = references;
+    let References { mut counts, tables, refcount_structures, mut rebuild, all_copied, past_end, mut wrote, .. } =
+        references;
     if stopped.is_some() {
-        return Ok(Examined { report, wrote, rebuilt: None });
+        return Ok(Examined::ended(report, wrote));
     }
 
     let mut rebuilt = None;
@@ -195,13 +213,17 @@ fn examine(subject: &mut Subject<'_>, fix: Fix) -> Result<Examined> {
     rebuild |= comparison.rebuild;
     if rebuild && fix == Fix::Leaks {
         report.unchecked(1, "refcount", 0, || "need to rebuild refcount structures".to_owned());
-        return Ok(Examined { report, wrote, rebuilt: None });
+        return Ok(Examined::ended(report, wrote));
     }
     if wrote {
         subject.storage.sync()?; // barrier: entries that refer to less before anything is freed
     }
     if fix == Fix::All && (rebuild || snapshots.defects > 0) {
-        rebuild::rebuild(subject, &mut counts, &refcount_structures, (snapshots.defects > 0).then_some(&snapshots))?;
+        let broken = (snapshots.defects > 0).then_some(&snapshots);
+        let done = rebuild::rebuild(subject, &mut counts, &refcount_structures, broken, past_end)?;
+        if let Rebuilt::NeedsLength(len) = done {
+            return Ok(Examined { report, wrote, rebuilt: None, needs_length: Some(len) });
+        }
         // What of this is gone, the check that follows will tell.
         rebuilt = Some((report.corruptions, report.leaks));
         comparison.equal = false;
@@ -213,13 +235,13 @@ fn examine(subject: &mut Subject<'_>, fix: Fix) -> Result<Examined> {
         wrote |= comparison.wrote;
     }
     if fix != Fix::Nothing && rebuilt.is_none() && comparison.equal && report.is_clean() {
-        wrote |= compare::clear_behind(subject, &counts)?;
+        wrote |= compare::clear_behind(subject, &counts, &mut report)?;
     }
     report.image_end_offset = comparison.end;
 
     // Where every flag is set and every count is one there is no need to look at each entry again.
     if all_copied && comparison.equal && comparison.single && report.is_clean() {
-        return Ok(Examined { report, wrote, rebuilt });
+        return Ok(Examined { report, wrote, rebuilt, needs_length: None });
     }
     let repairs = fix == Fix::All || fix == Fix::Leaks && report.is_clean();
     let repair = repairs.then(|| Repair {
@@ -229,5 +251,5 @@ fn examine(subject: &mut Subject<'_>, fix: Fix) -> Result<Examined> {
     });
     drop(counts);
     wrote |= copied::check(&Ones::read(subject)?, &tables, repair.as_ref(), &mut report)?;
-    Ok(Examined { report, wrote, rebuilt })
+    Ok(Examined { report, wrote, rebuilt, needs_length: None })
 }

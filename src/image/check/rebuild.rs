@@ -2,6 +2,9 @@
 //!
 //! The new table and blocks go to clusters that nothing refers to, the old ones included, and are durable before the
 //! header names them: at any moment the file has one whole structure.
+//!
+//! Entries that name places behind the file's end are not counted. Where the new structure would lie there too, the file is
+//! made longer first, and everything is counted anew: the structure must not become what such an entry calls its data.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -11,6 +14,7 @@ use byteorder::{BigEndian, ByteOrder};
 use crate::format::{HostOffset, RefcountBlock, RefcountTableEntry};
 use crate::image::{Error, Result};
 
+use super::MAX_CLUSTERS;
 use super::counts::{ReferenceCounts, index};
 use super::snapshots::{self, SnapshotTable};
 use super::subject::Subject;
@@ -26,16 +30,27 @@ struct Layout {
     table_clusters: u64,
 }
 
+/// What became of a rebuild.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Rebuilt {
+    /// It is done.
+    Done,
+    /// Nothing was written: the file must have this many bytes first, and be counted anew.
+    NeedsLength(u64),
+}
+
 /// Writes a new refcount structure, and with `snapshots` a new snapshot table, and makes the header name them.
 ///
-/// `old` are the refcount table and blocks as they were counted: their clusters are free afterwards.
+/// `old` are the refcount table and blocks as they were counted: their clusters are free afterwards. `past_end` says that
+/// something refers to places behind the file's end.
 pub(super) fn rebuild(
     subject: &mut Subject<'_>,
     counts: &mut ReferenceCounts,
     old: &[(u64, u64)],
     snapshots: Option<&SnapshotTable>,
-) -> Result<()> {
-    let size = subject.cluster_size();
+    past_end: bool,
+) -> Result<Rebuilt> {
+    let (size, before) = (subject.cluster_size(), counts.clusters());
     let mut released: Vec<(u64, u64)> = old.to_vec();
     // Blocks that were not counted, because what names them is wrong, still say which clusters are in use.
     for offset in subject.reftable.iter().filter_map(|entry| entry.block()).map(HostOffset::get) {
@@ -45,13 +60,22 @@ pub(super) fn rebuild(
         }
     }
     let mut snapshots_at = subject.head.header.snapshots_offset.get();
-    if let Some(table) = snapshots {
-        let bytes = snapshots::rewritten(subject, table)?;
-        released.push((snapshots_at, table.len));
-        snapshots_at = reserve(counts, 0, (bytes.len() as u64).div_ceil(size)) * size;
-        subject.storage.write_at(&bytes, snapshots_at)?;
+    let mut table = Vec::new();
+    if let Some(old) = snapshots {
+        table = snapshots::rewritten(subject, old)?;
+        released.push((snapshots_at, old.len));
+        snapshots_at = reserve(counts, 0, (table.len() as u64).div_ceil(size)) * size;
     }
     let layout = Layout::reserve(subject, counts)?;
+    if past_end && counts.clusters() > before {
+        // In steps of a part of the file, so that a file whose end was cut off is not counted once for each cluster.
+        let rounded = counts.clusters().next_multiple_of((before / 8).max(1));
+        let wanted = rounded.min(MAX_CLUSTERS).max(counts.clusters());
+        return Ok(Rebuilt::NeedsLength(wanted.saturating_mul(size)));
+    }
+    if snapshots.is_some() {
+        subject.storage.write_at(&table, snapshots_at)?;
+    }
     for (offset, len) in released.into_iter().filter(|(offset, len)| *len > 0 && !subject.past_end(*offset, *len)) {
         for cluster in offset / size..(offset + len).div_ceil(size) {
             counts.release(cluster);
@@ -72,7 +96,7 @@ pub(super) fn rebuild(
     // All within one sector, so that both change or neither does.
     subject.storage.write_at(&fields, 48)?;
     // Nothing is allocated before the check is done, and that ends with a barrier.
-    Ok(())
+    Ok(Rebuilt::Done)
 }
 
 /// Reserves neighbouring clusters that nobody refers to.

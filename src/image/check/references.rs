@@ -38,6 +38,7 @@ pub(super) struct Stopped;
 
 /// The references of an image, and what was seen on the way.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a finding of its own")]
 pub(super) struct References<'s, 'a> {
     pub(super) subject: &'s Subject<'a>,
     pub(super) fix: Fix,
@@ -51,6 +52,8 @@ pub(super) struct References<'s, 'a> {
     pub(super) rebuild: bool,
     /// Whether every entry of the active tables that names a cluster has its COPIED flag.
     pub(super) all_copied: bool,
+    /// Whether anything refers to places behind the file's end.
+    pub(super) past_end: bool,
     /// Whether L2 entries were written.
     pub(super) wrote: bool,
     /// Entries that are to become plain zeroes, with how often their table is referenced.
@@ -75,6 +78,7 @@ impl<'s, 'a> References<'s, 'a> {
             refcount_structures: Vec::new(),
             rebuild: false,
             all_copied: true,
+            past_end: false,
             wrote: false,
             plain_zeroes: Vec::new(),
         };
@@ -116,6 +120,7 @@ impl<'s, 'a> References<'s, 'a> {
             return true;
         }
         if self.subject.past_end(offset, len) {
+            self.past_end = true;
             self.report.corrupt(weight, structure, offset, || {
                 format!("counting reference for region exceeding the end of the file by one cluster or more: offset {offset:#x} size {len:#x}")
             });
