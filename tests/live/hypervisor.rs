@@ -78,6 +78,12 @@ impl Hypervisor {
         self.try_virsh(&["domstate", domain]).ok()
     }
 
+    /// Kills libvirtd, and waits until another one answers. Guests run on.
+    pub fn restart(&self) {
+        let output = environment("restart");
+        assert!(output.status.success(), "{output:?}");
+    }
+
     fn clear(&self) {
         for domain in self.virsh(&["list", "--all", "--name"]).lines().filter(|line| !line.is_empty()) {
             let _ = self.try_virsh(&["destroy", domain]);

@@ -149,6 +149,38 @@ fn x6_a_guest_that_is_destroyed_during_a_merge() {
     }
 }
 
+#[test]
+fn a_libvirtd_that_is_killed_during_a_merge_is_followed_by_another() {
+    let Some(hypervisor) = Hypervisor::get() else { return };
+    for (name, executor) in
+        [("live-libvirtd", listening as fn(&Hypervisor, &str) -> _), ("live-libvirtd-polls", polling)]
+    {
+        let mut scene = written(&hypervisor, name, executor);
+        let (set, options) = (&scene.set, slowly());
+        let deleted = std::thread::scope(|scope| {
+            let deleting = scope.spawn(move || set.delete("s1", &options, &()));
+            wait_for("the job", Duration::from_secs(10), || {
+                job(&hypervisor, name).contains("Active Block Commit").then_some(())
+            });
+            hypervisor.restart();
+            deleting.join().unwrap()
+        });
+        println!("{name}: {:?}", deleted.as_ref().map(|_| ()));
+        // The job is QEMU's and goes on. Who asked again in time did not even notice.
+        if deleted.is_err() {
+            scene.check("s1(M*)=f0; f1<-f0");
+            scene.delete("s1");
+        }
+        scene.check("f0");
+        // The same set asks the new one, and hears of its events.
+        scene.create("s2", true);
+        scene.check("s2(R*)=f0; f2<-f0");
+        scene.delete("s2");
+        scene.check("f0");
+        scene.end();
+    }
+}
+
 /// Where the program that deletes stops for good, so that it can be killed there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stop {
