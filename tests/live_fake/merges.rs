@@ -49,14 +49,14 @@ fn a_file_that_a_vm_was_started_on_before_the_recovery_is_not_removed() {
     let mut rig = Rig::off(names, directory.path(), LabShape::default(), Rng::new(seed()));
     rig.set().create("s1", &Default::default()).unwrap();
     rig.lab.taken.insert("s1".to_owned(), rig.lab.now.clone());
-    // The catalogue forgets the first volume's overlay, and nothing more happens.
-    let set = rig.flaky_set(Arc::new(Offline), 1, true);
+    // The catalogue forgets the second volume's overlay, and nothing more happens.
+    let set = rig.flaky_set(Arc::new(Offline), 2, true);
     assert!(set.delete("s1", &MergeOptions::default().with_direction(Direction::Commit), &()).is_err());
-    let overlay = rig.path("vm-vda.1.qcow2");
+    let overlay = rig.path("vm-vdb.2.qcow2");
     assert!(overlay.exists());
-    // The VM's definition is as it was.
-    rig.fake.define("vda", &overlay).unwrap();
-    rig.fake.define("vdb", rig.path("vm-vdb.2.qcow2")).unwrap();
+    // The first volume's definition was brought up to date, the second one's was not.
+    rig.define();
+    rig.fake.define("vdb", &overlay).unwrap();
     rig.fake.start().unwrap();
     for set in [rig.set_with(Arc::new(Offline)), rig.set()] {
         let error = set.recover(&()).unwrap_err();
