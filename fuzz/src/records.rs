@@ -22,18 +22,8 @@ pub const CATALOGUE: &str = "/vm/catalogue.json";
 /// Where its journal is.
 pub const JOURNAL: &str = "/vm/catalogue.json.journal";
 /// Names that records get: some that mean something, and some that should mean nothing.
-const STRINGS: [&str; 10] = [
-    "vda",
-    "vdb",
-    "vda.qcow2",
-    "vm-vda.1.qcow2",
-    "/vm/vdb.qcow2",
-    "../../../up",
-    "",
-    "s1",
-    "qcow2",
-    "raw",
-];
+const STRINGS: [&str; 10] =
+    ["vda", "vdb", "vda.qcow2", "vm-vda.1.qcow2", "/vm/vdb.qcow2", "../../../up", "", "s1", "qcow2", "raw"];
 /// No document has more values than are found in this many steps.
 const MAX_NODES: usize = 10_000;
 
