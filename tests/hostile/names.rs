@@ -400,8 +400,6 @@ fn claim(cluster_bits: u32, l1_size: u32) -> Vec<u8> {
 #[test]
 fn a_small_file_with_a_large_claim() {
     let place = Place::new();
-    let limit = if cfg!(feature = "libvirt") { 320 << 10 } else { 64 << 10 };
-    let limited = format!("ulimit -v {limit}; exec \"$0\" \"$@\"");
     for (cluster_bits, l1_size) in CLAIMS {
         let path = place.allowed("claim");
         std::fs::write(&path, claim(cluster_bits, l1_size)).expect("an image");
@@ -422,6 +420,8 @@ fn a_small_file_with_a_large_claim() {
 #[test]
 fn large_claims_fit_into_64_mib() {
     let place = Place::new();
+    let limit = if cfg!(feature = "libvirt") { 320 << 10 } else { 64 << 10 };
+    let limited = format!("ulimit -v {limit}; exec \"$0\" \"$@\"");
     for (cluster_bits, l1_size) in CLAIMS {
         let path = place.allowed("claim");
         std::fs::write(&path, claim(cluster_bits, l1_size)).expect("an image");
