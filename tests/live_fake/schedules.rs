@@ -405,7 +405,7 @@ impl Operation {
 
 #[test]
 fn no_schedule_loses_anything_or_leaves_what_cannot_be_settled() {
-    let schedules = count("QCOW2_CHAIN_LIVE_SCHEDULES", 1000);
+    let schedules = count("QCOW2_CHAIN_LIVE_SCHEDULES", 2000);
     cases("schedules of a running VM", schedules, |rng| {
         let mut world = World::new(rng);
         let steps = rng.within(4..12);
