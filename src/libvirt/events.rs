@@ -23,7 +23,9 @@ pub(super) struct Mailbox {
 #[derive(Debug, Default)]
 struct Inside {
     jobs: BTreeMap<String, VecDeque<JobEvent>>,
-    stopped: bool,
+    /// How often the domain stopped, and how many of these each disk's waiter has heard of.
+    stops: u64,
+    heard: BTreeMap<String, u64>,
 }
 
 impl Mailbox {
@@ -57,23 +59,17 @@ impl Mailbox {
         self.arrived.notify_all();
     }
 
-    /// The domain started or stopped (`virDomainEventType`).
+    /// The domain started, stopped, or something else (`virDomainEventType`).
     pub(super) fn lifecycle(&self, event: i32) {
-        match u32::try_from(event) {
-            Ok(sys::VIR_DOMAIN_EVENT_STARTED) => self.lock().stopped = false,
-            Ok(sys::VIR_DOMAIN_EVENT_STOPPED | sys::VIR_DOMAIN_EVENT_CRASHED | sys::VIR_DOMAIN_EVENT_UNDEFINED) => {
-                self.lock().stopped = true;
-                self.arrived.notify_all();
-            }
-            _ => {}
+        if matches!(u32::try_from(event), Ok(sys::VIR_DOMAIN_EVENT_STOPPED | sys::VIR_DOMAIN_EVENT_CRASHED)) {
+            self.lock().stops += 1;
+            self.arrived.notify_all();
         }
     }
 
     /// Forgets what an earlier job on a disk came to.
     pub(super) fn forget(&self, disk: &str) {
-        let mut inside = self.lock();
-        inside.jobs.remove(disk);
-        inside.stopped = false;
+        self.lock().jobs.remove(disk);
     }
 
     /// Waits for something about a disk, or for the domain to stop.
@@ -84,7 +80,9 @@ impl Mailbox {
             if let Some(event) = inside.jobs.get_mut(disk).and_then(VecDeque::pop_front) {
                 return Some(Event::Job { disk: disk.to_owned(), event });
             }
-            if inside.stopped {
+            // Each hears of a stop once: it is for a look, and the domain may be running again.
+            let stops = inside.stops;
+            if inside.heard.insert(disk.to_owned(), stops).unwrap_or(0) < stops {
                 return Some(Event::Stopped);
             }
             let left = end.saturating_duration_since(Instant::now());
@@ -137,8 +135,9 @@ mod tests {
         assert_eq!(of("vda"), None);
         mailbox.lifecycle(status(sys::VIR_DOMAIN_EVENT_STOPPED));
         assert_eq!((of("vda"), of("vdb")), (Some(Event::Stopped), Some(Event::Stopped)));
-        mailbox.lifecycle(status(sys::VIR_DOMAIN_EVENT_STARTED));
-        assert_eq!(of("vda"), None);
+        assert_eq!((of("vda"), of("vdb")), (None, None), "once");
+        mailbox.lifecycle(status(sys::VIR_DOMAIN_EVENT_UNDEFINED));
+        assert_eq!(of("vda"), None, "a domain that is undefined may be running");
     }
 
     #[test]

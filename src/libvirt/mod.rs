@@ -173,6 +173,18 @@ fn text(path: &std::path::Path) -> Result<&str> {
     path.to_str().ok_or_else(|| HypervisorError::new(FailureKind::Failed, refused()))
 }
 
+/// The flags of `virDomainSnapshotCreateXML` for a snapshot of disks alone, into files that exist.
+fn snapshot_flags(quiesce: bool) -> u32 {
+    let mut flags = sys::VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
+        | sys::VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
+        | sys::VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+        | sys::VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT;
+    if quiesce {
+        flags |= sys::VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE;
+    }
+    flags
+}
+
 impl Hypervisor for Libvirt {
     fn describe(&self) -> Result<Description> {
         let Some((running, xml)) = self.xml()? else { return Ok(Description::default()) };
@@ -186,7 +198,7 @@ impl Hypervisor for Libvirt {
         let (_, xml) = self.xml()?.ok_or_else(gone)?;
         let all = xml::disks(&xml).map_err(failed)?.names;
         let xml = xml::snapshot(tops, &all).map_err(failed)?;
-        self.ask(|domain| DomainSnapshot::create_xml(domain, &xml, raw::snapshot_flags(quiesce)).map_err(Some))?;
+        self.ask(|domain| DomainSnapshot::create_xml(domain, &xml, snapshot_flags(quiesce)).map_err(Some))?;
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
@@ -195,16 +195,4 @@ unsafe fn is_of(mailbox: &Mailbox, domain: sys::virDomainPtr) -> bool {
         (name, if found { CStr::from_ptr(uuid.as_ptr()).to_str().ok() } else { None })
     };
     [name, uuid].contains(&Some(mailbox.domain()))
-}
-
-/// The flags of `virDomainSnapshotCreateXML` for a snapshot of disks alone, into files that exist.
-pub(super) fn snapshot_flags(quiesce: bool) -> c_uint {
-    let mut flags = sys::VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
-        | sys::VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
-        | sys::VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
-        | sys::VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT;
-    if quiesce {
-        flags |= sys::VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE;
-    }
-    flags
 }

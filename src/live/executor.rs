@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::hypervisor::{Commit, Description, Disk, FailureKind, Hypervisor, HypervisorError, NewTop};
 use super::job::Watcher;
-use super::quiesce::{quiesced, refuse};
+use super::quiesce::quiesced;
 use crate::merge::Direction;
 use crate::storage::{Access, LockMode};
 use crate::vm::{
@@ -84,10 +84,9 @@ impl Live {
         let done =
             if quiesce { quiesced(hypervisor, tops, self.agent_timeout) } else { hypervisor.snapshot(tops, false) };
         let Err(error) = done else { return Ok(()) };
-        let what = || "taking a snapshot of the running VM".to_owned();
-        let Ok(description) = hypervisor.describe() else {
-            return Err(Error::Uncertain { what: what(), source: Some(Box::new(error)) });
-        };
+        let what = "taking a snapshot of the running VM";
+        let uncertain = |error| Error::Uncertain { what: what.to_owned(), source: Some(Box::new(error)) };
+        let Ok(description) = hypervisor.describe() else { return Err(uncertain(error)) };
         let is_written = |top: &NewTop| {
             let disk = description.disks.iter().find(|disk| disk.name == top.disk);
             disk.and_then(|disk| disk.files.first()).is_some_and(|file| place.leads_to(&file.path, &top.file))
@@ -95,13 +94,13 @@ impl Live {
         if tops.iter().any(is_written) {
             return Ok(());
         }
-        // Of a VM that is gone, its configuration tells what it was told, not what it wrote: it may have been switched over, and
-        // have written, before it went.
-        let refused = matches!(error.kind, FailureKind::NoAgent | FailureKind::AgentTimeout);
-        if !description.running && !refused {
-            return Err(Error::Uncertain { what: what(), source: Some(Box::new(error)) });
-        }
-        Err(refuse(error, quiesce).unwrap_or_else(|error| failed(&what(), error)))
+        Err(match error.kind {
+            FailureKind::NoAgent | FailureKind::AgentTimeout => Refusal::Quiesce { why: error.message }.into(),
+            // Of a VM that is gone, its configuration tells what it was told, not what it wrote: it may have been switched over,
+            // and have written, before it went.
+            _ if !description.running => uncertain(error),
+            _ => failed(what, error),
+        })
     }
 
     fn merge_live(
@@ -113,17 +112,25 @@ impl Live {
         watch: &dyn Watch,
     ) -> Result<Merged> {
         let place = manner.place;
-        let active = match found {
+        match found {
             // The base is there and the top is not: done before. (What the VM writes is the journal's to judge.)
-            (None, base) if !step.active => return merged(place, disk, base, step, false),
-            (Some(top), base) if base == top + 1 => top == 0,
-            _ => return Err(disagreement(place, &step.top, &format!("not above {} on disk {}", step.base, disk.name))),
-        };
+            (None, base) if !step.active => return merged(place, disk, base, step),
+            // The VM writes the top if the plan says so, and not otherwise.
+            (Some(top), base) if base == top + 1 && step.active == (top == 0) => {}
+            _ => {
+                let whose = if step.active { "what is written and" } else { "only read and" };
+                return Err(disagreement(
+                    place,
+                    &step.top,
+                    &format!("not {whose} above {} on disk {}", step.base, disk.name),
+                ));
+            }
+        }
         let commit = Commit {
             disk: disk.name.clone(),
             top: place.path(&step.top.path),
             base: place.path(&step.base.path),
-            active,
+            active: step.active,
             rate_limit: manner.rate_limit,
         };
         let watcher = Watcher {
@@ -135,10 +142,9 @@ impl Live {
             on_timeout: self.on_timeout,
             watch,
         };
-        let (disk, moved) = watcher.run()?;
-        let base = position(&disk, &commit.base, place).unwrap_or(0);
-        let mut merged = merged(place, &disk, base, step, active)?;
-        merged.report.copied = moved;
+        let done = watcher.run()?;
+        let mut merged = merged(place, &done.disk, done.base, step)?;
+        merged.report.copied = done.moved;
         Ok(merged)
     }
 }
@@ -226,16 +232,17 @@ fn find(description: &Description, path: &Path, place: &Place) -> Option<(Disk, 
 }
 
 pub(super) fn position(disk: &Disk, path: &Path, place: &Place) -> Option<usize> {
-    disk.files.iter().position(|file| file.path == path || place.leads_to(&file.path, path))
+    disk.files.iter().position(|file| place.leads_to(&file.path, path))
 }
 
 /// What a commit in the hypervisor came to: durable, whatever the VM's way of caching, before the top's name may go.
-fn merged(place: &Place, disk: &Disk, base: usize, step: &MergeStep, switched: bool) -> Result<Merged> {
-    for file in disk.files.iter().take(base + 1) {
-        sync(place, &file.path)?; // barrier: the base's data and the links above it before the catalogue
+fn merged(place: &Place, disk: &Disk, base: usize, step: &MergeStep) -> Result<Merged> {
+    let above = base.saturating_sub(1);
+    for file in disk.files.iter().take(base + 1).skip(above) {
+        sync(place, &file.path)?; // barrier: the base's data and the link above it before the catalogue
     }
     let virtual_size = place.look(&step.base)?.virtual_size;
-    Ok(Merged { virtual_size, switched, ..Merged::default() })
+    Ok(Merged { virtual_size, switched: step.active, ..Merged::default() })
 }
 
 fn sync(place: &Place, path: &Path) -> Result<()> {

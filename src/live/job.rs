@@ -22,8 +22,10 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
 const FIRST_LOOK: Duration = Duration::from_millis(10);
 /// How often a refused switch is tried again, as the job may not be quite ready.
 const PIVOTS: u32 = 10;
-/// How often a job that vanished without effect may be waited for: its end shows in the description a little later.
+/// How often a job that vanished without effect may be waited for, and how long each time: its end shows in the description a
+/// little later.
 const LOOKS_AFTER_END: u32 = 40;
+const LOOK_AFTER_END: Duration = Duration::from_millis(50);
 
 /// A commit that is watched.
 pub(super) struct Watcher<'a> {
@@ -37,48 +39,59 @@ pub(super) struct Watcher<'a> {
     pub(super) watch: &'a dyn Watch,
 }
 
+/// A commit that was seen through.
+pub(super) struct Done {
+    /// The disk as it is now.
+    pub(super) disk: Disk,
+    /// The base's place among its files.
+    pub(super) base: usize,
+    /// How many bytes the job has moved, as far as it was seen.
+    pub(super) moved: u64,
+}
+
 /// What a look at the disk tells.
 enum Seen {
-    /// The top is not among its files.
-    Done(Box<Disk>),
+    /// The base is among its files, at this place, and the top is not.
+    Done(Box<Disk>, usize),
     /// The top is there; whether the VM can be switched over.
     Pending { ready: bool },
-    /// The VM, or its disk, is not there.
+    /// The VM or its disk is not there, or the disk has other files.
     Gone,
 }
 
 impl Watcher<'_> {
-    /// Starts the commit, unless it is running or done, and sees it through. Returns the disk as it is then, and how
-    /// many bytes the job has moved as far as it was seen.
-    pub(super) fn run(&self) -> Result<(Box<Disk>, u64)> {
+    /// Starts the commit, unless it is running or done, and sees it through.
+    pub(super) fn run(&self) -> Result<Done> {
         let start = self.hypervisor.now();
         self.begin()?;
         let mut pause = FIRST_LOOK;
         let mut pivots = 0;
         let mut last_word = None;
         let mut moved = 0;
-        loop {
-            let job = match self.hypervisor.job(&self.commit.disk) {
-                Ok(Some(job)) => job,
-                Ok(None) => return Ok((self.ended(last_word)?, moved)),
-                Err(error) if error.kind == FailureKind::Gone => return Err(self.lost()),
-                Err(error) => return Err(failed(&self.what(), error)),
-            };
+        while let Some(job) = self.job()? {
             self.tell(job);
             moved = job.done;
             if self.commit.active && self.is_ready()? {
                 if self.pivot(&mut pivots)? {
-                    return Ok((self.ended(None)?, moved));
+                    break;
                 }
                 pause = FIRST_LOOK;
             }
             self.stop_if_wanted(start)?;
-            match self.hypervisor.wait(&self.commit.disk, pause) {
-                Some(Event::Stopped) => return Ok((self.gone()?, moved)),
-                Some(Event::Job { disk, event }) if disk == self.commit.disk => last_word = Some(event),
-                _ => {}
-            }
+            self.wait(pause, &mut last_word);
             pause = (pause * 2).min(LOOK_EVERY);
+        }
+        let (disk, base) = self.ended(last_word)?;
+        Ok(Done { disk, base, moved })
+    }
+
+    /// Waits for something to happen to the job, and keeps what was heard of it last. Of whatever else is heard, and of a stop,
+    /// the next look tells.
+    fn wait(&self, at_most: Duration, last_word: &mut Option<JobEvent>) {
+        if let Some(Event::Job { disk, event }) = self.hypervisor.wait(&self.commit.disk, at_most)
+            && disk == self.commit.disk
+        {
+            *last_word = Some(event);
         }
     }
 
@@ -87,41 +100,41 @@ impl Watcher<'_> {
         format!("committing {} into {} on disk {disk}", top.display(), base.display())
     }
 
+    /// What the hypervisor could not do, or say.
+    fn failed(&self, error: HypervisorError) -> Error {
+        if error.kind == FailureKind::Gone { self.lost() } else { failed(&self.what(), error) }
+    }
+
+    fn job(&self) -> Result<Option<Job>> {
+        self.hypervisor.job(&self.commit.disk).map_err(|error| self.failed(error))
+    }
+
     /// Starts the job, or takes over the one that is running. After an answer that said nothing, the job tells.
     fn begin(&self) -> Result<()> {
-        if let Some(job) = self.running_job()? {
+        if let Some(job) = self.job()? {
             return self.adopt(job);
         }
         self.watch.before_start()?;
         let Err(error) = self.hypervisor.commit(self.commit) else { return Ok(()) };
-        match self.running_job()? {
+        match self.job()? {
             Some(job) => self.adopt(job),
             // A small one may be done already.
-            None if matches!(self.look(), Ok(Seen::Done(_))) => Ok(()),
-            None if error.kind == FailureKind::Gone => Err(self.lost()),
-            None => Err(failed(&self.what(), error)),
-        }
-    }
-
-    fn running_job(&self) -> Result<Option<Job>> {
-        match self.hypervisor.job(&self.commit.disk) {
-            Err(error) if error.kind == FailureKind::Gone => Err(self.lost()),
-            asked => asked.map_err(|error| failed(&self.what(), error)),
+            None if matches!(self.look(), Ok(Seen::Done(..))) => Ok(()),
+            None => Err(self.failed(error)),
         }
     }
 
     /// Takes over a job that somebody else started, if it is this one.
     fn adopt(&self, job: Job) -> Result<()> {
         let kind = if self.commit.active { JobKind::ActiveCommit } else { JobKind::Commit };
-        let same_base = match self.description_of_disk().map_err(|error| failed(&self.what(), error))? {
-            Some(disk) => disk.mirror.is_none_or(|mirror| self.place.leads_to(&mirror.path, &self.commit.base)),
-            None => true,
-        };
+        let disk = self.description_of_disk().map_err(|error| self.failed(error))?;
+        let mirror = disk.and_then(|disk| disk.mirror);
+        let same_base = mirror.is_none_or(|mirror| self.place.leads_to(&mirror.path, &self.commit.base));
         if job.kind == kind && same_base {
             return Ok(());
         }
         let why = format!("another job is running on the disk ({:?})", job.kind);
-        Err(failed(&self.what(), HypervisorError::new(FailureKind::Failed, why)))
+        Err(self.failed(HypervisorError::new(FailureKind::Failed, why)))
     }
 
     fn description_of_disk(&self) -> Answer<Option<Disk>> {
@@ -132,12 +145,15 @@ impl Watcher<'_> {
 
     fn look(&self) -> Answer<Seen> {
         let Some(disk) = self.description_of_disk()? else { return Ok(Seen::Gone) };
-        if position(&disk, &self.commit.top, self.place).is_none() {
-            return Ok(Seen::Done(Box::new(disk)));
-        }
-        let base = &self.commit.base;
-        let ready = disk.mirror.is_some_and(|mirror| mirror.ready && self.place.leads_to(&mirror.path, base));
-        Ok(Seen::Pending { ready })
+        let Commit { top, base, .. } = self.commit;
+        Ok(match (position(&disk, top, self.place), position(&disk, base, self.place)) {
+            (Some(_), _) => {
+                let ready = disk.mirror.is_some_and(|mirror| mirror.ready && self.place.leads_to(&mirror.path, base));
+                Seen::Pending { ready }
+            }
+            (None, Some(base)) => Seen::Done(Box::new(disk), base),
+            (None, None) => Seen::Gone,
+        })
     }
 
     fn tell(&self, job: Job) {
@@ -148,9 +164,9 @@ impl Watcher<'_> {
     /// Whether the VM can be switched over: only the description says so. Of a guest that writes all the time the job is never
     /// quite done, and is ready all the same.
     fn is_ready(&self) -> Result<bool> {
-        match self.look().map_err(|error| failed(&self.what(), error))? {
+        match self.look().map_err(|error| self.failed(error))? {
             Seen::Pending { ready } => Ok(ready),
-            Seen::Done(_) => Ok(false),
+            Seen::Done(..) => Ok(false),
             Seen::Gone => Err(self.lost()),
         }
     }
@@ -159,31 +175,25 @@ impl Watcher<'_> {
     fn pivot(&self, tried: &mut u32) -> Result<bool> {
         self.watch.before_switch()?;
         let Err(error) = self.hypervisor.pivot(&self.commit.disk) else { return Ok(true) };
-        let uncertain = |error| Error::Uncertain { what: self.what(), source: Some(Box::new(error)) };
         match self.look() {
-            Ok(Seen::Done(_)) => Ok(true),
+            Ok(Seen::Done(..)) => Ok(true),
             Ok(Seen::Gone) => Err(self.lost()),
             Ok(Seen::Pending { .. }) => {
                 *tried += 1;
-                if *tried < PIVOTS { Ok(false) } else { Err(failed(&self.what(), error)) }
+                if *tried < PIVOTS { Ok(false) } else { Err(self.failed(error)) }
             }
-            Err(_) => Err(uncertain(error)),
+            Err(_) => Err(Error::Uncertain { what: self.what(), source: Some(Box::new(error)) }),
         }
     }
 
     /// The job is not there any more: whether it was done, the description tells, perhaps a little later.
-    fn ended(&self, last_word: Option<JobEvent>) -> Result<Box<Disk>> {
+    fn ended(&self, mut last_word: Option<JobEvent>) -> Result<(Disk, usize)> {
         for _ in 0..LOOKS_AFTER_END {
-            match self.look().map_err(|error| failed(&self.what(), error))? {
-                Seen::Done(disk) => return Ok(disk),
-                Seen::Gone => return self.gone(),
-                Seen::Pending { .. } => {}
-            }
-            if matches!(last_word, Some(JobEvent::Failed | JobEvent::Cancelled)) {
-                break;
-            }
-            if self.hypervisor.wait(&self.commit.disk, FIRST_LOOK * 5) == Some(Event::Stopped) {
-                return self.gone();
+            match self.look().map_err(|error| self.failed(error))? {
+                Seen::Done(disk, base) => return Ok((*disk, base)),
+                Seen::Gone => return Err(self.lost()),
+                Seen::Pending { .. } if matches!(last_word, Some(JobEvent::Failed | JobEvent::Cancelled)) => break,
+                Seen::Pending { .. } => self.wait(LOOK_AFTER_END, &mut last_word),
             }
         }
         let why = match last_word {
@@ -191,19 +201,11 @@ impl Watcher<'_> {
             Some(JobEvent::Failed) => "the job failed",
             _ => "the job vanished, and the disk has the files that it had",
         };
-        Err(failed(&self.what(), HypervisorError::new(FailureKind::Failed, why)))
-    }
-
-    /// The VM is said to be gone; it may have been started again.
-    fn gone(&self) -> Result<Box<Disk>> {
-        match self.look() {
-            Ok(Seen::Done(disk)) => Ok(disk),
-            _ => Err(self.lost()),
-        }
+        Err(self.failed(HypervisorError::new(FailureKind::Failed, why)))
     }
 
     fn lost(&self) -> Error {
-        let why = "the VM was stopped; the merge can be resumed";
+        let why = "the VM was stopped, or its disk has other files; the merge can be resumed";
         failed(&self.what(), HypervisorError::new(FailureKind::Gone, why))
     }
 
@@ -225,14 +227,8 @@ impl Watcher<'_> {
     }
 
     fn abort(&self) -> Result<()> {
-        match self.hypervisor.abort(&self.commit.disk) {
-            Ok(()) => Ok(()),
-            // It may be over by itself.
-            Err(error) => match self.hypervisor.job(&self.commit.disk) {
-                Ok(None) => Ok(()),
-                Err(gone) if gone.kind == FailureKind::Gone => Err(self.lost()),
-                _ => Err(failed(&self.what(), error)),
-            },
-        }
+        let Err(error) = self.hypervisor.abort(&self.commit.disk) else { return Ok(()) };
+        // It may be over by itself.
+        if self.job()?.is_none() { Ok(()) } else { Err(self.failed(error)) }
     }
 }

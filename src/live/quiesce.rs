@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use super::hypervisor::{FailureKind, Hypervisor, HypervisorError, NewTop, Result};
-use crate::vm::{Error, Refusal};
 
 /// How long a guest that may be frozen is told to let go, and how often.
 const THAW_FOR: Duration = Duration::from_secs(30);
@@ -29,15 +28,5 @@ pub(super) fn quiesced(hypervisor: &dyn Hypervisor, tops: &[NewTop], agent_timeo
             return Err(HypervisorError::new(FailureKind::AgentTimeout, message));
         }
         hypervisor.wait(&tops[0].disk, THAW_EVERY);
-    }
-}
-
-/// A guest that cannot be frozen is a refusal: nothing was changed.
-pub(super) fn refuse(error: HypervisorError, quiesce: bool) -> Result<Error> {
-    match error.kind {
-        FailureKind::NoAgent | FailureKind::AgentTimeout if quiesce => {
-            Ok(Refusal::Quiesce { why: error.message }.into())
-        }
-        _ => Err(error),
     }
 }

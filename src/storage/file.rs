@@ -133,13 +133,18 @@ impl FileStorage {
         whole::write_units(buf, offset, DIRECT_UNIT, |part, at| sys::write_some_at(direct, part, at))
     }
 
-    /// What a range operation of the system came to.
-    fn done(&self, what: &str, range: &Range<u64>, result: io::Result<()>) -> Result<()> {
+    /// Why a range operation of the system failed.
+    fn range_failed(&self, what: &str, range: &Range<u64>, error: io::Error) -> Error {
         let len = range.end.saturating_sub(range.start);
-        result.map_err(|error| match error.kind() {
+        match error.kind() {
             io::ErrorKind::Unsupported => Error::unsupported(&self.name, what),
             _ => Error::io(&self.name, format!("do {what} of {len} bytes at offset {}", range.start), len, error),
-        })
+        }
+    }
+
+    /// What a range operation of the system came to.
+    fn done(&self, what: &str, range: &Range<u64>, result: io::Result<()>) -> Result<()> {
+        result.map_err(|error| self.range_failed(what, range, error))
     }
 }
 
@@ -271,10 +276,7 @@ impl Storage for FileStorage {
         let copied = whole::copy(len, |done, left| {
             sys::copy_some(file, from.saturating_add(done), &self.file, to.saturating_add(done), left)
         });
-        copied.or_else(|error| {
-            let range = to..to.saturating_add(len);
-            self.done("copying in the kernel", &range, Err(error)).map(|()| 0)
-        })
+        copied.map_err(|error| self.range_failed("copying in the kernel", &(to..to.saturating_add(len)), error))
     }
 
     fn prefers_copy_from(&self, source: &dyn Storage) -> bool {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::Result;
 use super::model::FileRef;
@@ -28,7 +28,7 @@ impl Domain {
     pub fn disk_writing(&self, place: &Place, recorded: &str) -> Option<&str> {
         let path = place.path(recorded);
         let mut disks = self.disks.iter();
-        let found = disks.find(|(_, files)| files.first().is_some_and(|file| same(place, file, &path)));
+        let found = disks.find(|(_, files)| files.first().is_some_and(|file| place.leads_to(file, &path)));
         found.map(|(name, _)| name.as_str())
     }
 
@@ -39,13 +39,9 @@ impl Domain {
             return None;
         }
         let path = place.path(recorded);
-        let place_of = |files: &[PathBuf]| files.iter().position(|file| same(place, file, &path));
+        let place_of = |files: &[PathBuf]| files.iter().position(|file| place.leads_to(file, &path));
         self.disks.iter().find_map(|(name, files)| Some((name.as_str(), place_of(files)?)))
     }
-}
-
-fn same(place: &Place, a: &Path, b: &Path) -> bool {
-    a == b || place.leads_to(a, b)
 }
 
 /// Hears how far a merge is, and that a hypervisor is about to do it.

@@ -143,6 +143,21 @@ fn records(bytes: &[u8], path: &Path) -> Result<(Vec<Record>, usize)> {
     Ok((records, end))
 }
 
+impl Record {
+    /// The step that it is of (stage, volume, number), and what it tells of it.
+    fn tells(&self) -> Option<((usize, &str, usize), Progressed)> {
+        let (stage, volume, step, progressed) = match self {
+            Self::Plan { .. } => return None,
+            Self::Started { stage, volume, step } => (stage, volume, step, Progressed::Started),
+            Self::Switching { stage, volume, step } => (stage, volume, step, Progressed::Switching),
+            Self::Done { stage, volume, step, switched } => {
+                (stage, volume, step, Progressed::Done { switched: *switched })
+            }
+        };
+        Some(((*stage, volume.as_str(), *step), progressed))
+    }
+}
+
 impl Journal {
     /// Begins a journal with its plan, durable on return.
     ///
@@ -182,9 +197,7 @@ impl Journal {
             Some(Record::Plan { version, .. }) => {
                 Err(wrong(path, format!("version {version} of journals is not known")))
             }
-            Some(Record::Done { .. } | Record::Started { .. } | Record::Switching { .. }) => {
-                Err(wrong(path, "its first record is no plan"))
-            }
+            Some(_) => Err(wrong(path, "its first record is no plan")),
         }
     }
 
@@ -216,20 +229,9 @@ impl Journal {
     /// How far a step is noted to be.
     #[must_use]
     pub fn progressed(&self, stage: usize, volume: &str, step: usize) -> Progressed {
-        let wanted = (stage, volume, step);
-        let noted = self.done.iter().rev().find_map(|record| match record {
-            Record::Done { stage, volume, step, switched } if (*stage, volume.as_str(), *step) == wanted => {
-                Some(Progressed::Done { switched: *switched })
-            }
-            Record::Switching { stage, volume, step } if (*stage, volume.as_str(), *step) == wanted => {
-                Some(Progressed::Switching)
-            }
-            Record::Started { stage, volume, step } if (*stage, volume.as_str(), *step) == wanted => {
-                Some(Progressed::Started)
-            }
-            _ => None,
-        });
-        noted.unwrap_or(Progressed::No)
+        let noted = self.done.iter().rev().filter_map(Record::tells);
+        let mut of_step = noted.filter(|(of, _)| *of == (stage, volume, step)).map(|(_, progressed)| progressed);
+        of_step.next().unwrap_or(Progressed::No)
     }
 
     /// Ends the journal: the operation is done, or undone.

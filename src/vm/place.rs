@@ -97,10 +97,13 @@ impl Place {
     /// Whether two paths lead to one file.
     #[must_use]
     pub fn leads_to(&self, a: &Path, b: &Path) -> bool {
+        if a == b {
+            return true;
+        }
         match (self.names.resolve(a), self.names.resolve(b)) {
             (Ok(a), Ok(b)) if a.file.is_some() && b.file.is_some() => a.file == b.file,
             (Ok(a), Ok(b)) => a.path == b.path,
-            _ => a == b,
+            _ => false,
         }
     }
 
@@ -218,7 +221,12 @@ impl Place {
 
     /// Keeps everybody else from using files until what is returned is dropped.
     pub(super) fn hold<'a>(&self, files: impl Iterator<Item = &'a FileRef>) -> Result<Vec<Arc<dyn Storage>>> {
-        files.map(|file| self.storage(&file.path, &Access::read().with_lock(LockMode::Write))).collect()
+        files.map(|file| self.hold_one(&file.path)).collect()
+    }
+
+    /// As [`Place::hold`], for one recorded file.
+    pub(super) fn hold_one(&self, recorded: &str) -> Result<Arc<dyn Storage>> {
+        self.storage(recorded, &Access::read().with_lock(LockMode::Write))
     }
 
     /// Whether somebody has an overlay open, or it holds data of its own: then a VM has been writing it. One that cannot be
@@ -227,7 +235,7 @@ impl Place {
         if !self.exists(&file.path)? {
             return Ok(false);
         }
-        match self.hold(std::iter::once(file)) {
+        match self.hold_one(&file.path) {
             Err(super::Error::Refused(Refusal::InUse { .. })) => return Ok(true),
             Err(error) => return Err(error),
             Ok(_) => {}

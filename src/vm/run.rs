@@ -19,7 +19,7 @@ use super::store::Store;
 use super::trace::event;
 use super::{Error, Result};
 use crate::merge::{self, Direction};
-use crate::storage::{self, Access, LockMode};
+use crate::storage;
 
 /// What a plan is carried out with.
 #[derive(Clone, Copy)]
@@ -334,7 +334,7 @@ impl<'a> Run<'a> {
         if self.tools.manner.recovering && !held {
             for path in paths {
                 if place.exists(path)? {
-                    drop(place.storage(path, &Access::read().with_lock(LockMode::Write))?);
+                    drop(place.hold_one(path)?);
                 }
             }
         }
@@ -418,6 +418,13 @@ struct Watching<'a> {
     progress: OfVolume<'a>,
 }
 
+impl Watching<'_> {
+    /// Where the step stands in the plan.
+    fn place(&self) -> (usize, String, usize) {
+        (self.stage, self.progress.volume().to_owned(), self.step)
+    }
+}
+
 impl merge::Progress for Watching<'_> {
     fn step(&self, step: &merge::Step<'_>) {
         self.progress.step(step);
@@ -430,12 +437,12 @@ impl merge::Progress for Watching<'_> {
 
 impl Watch for Watching<'_> {
     fn before_start(&self) -> Result<()> {
-        let (stage, volume, step) = (self.stage, self.progress.volume().to_owned(), self.step);
+        let (stage, volume, step) = self.place();
         self.run.note(Record::Started { stage, volume, step })
     }
 
     fn before_switch(&self) -> Result<()> {
-        let (stage, volume, step) = (self.stage, self.progress.volume().to_owned(), self.step);
+        let (stage, volume, step) = self.place();
         self.run.note(Record::Switching { stage, volume, step })
     }
 }

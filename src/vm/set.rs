@@ -242,12 +242,7 @@ impl SnapshotSet {
     /// # Errors
     /// As the operation.
     pub fn plan(&self, request: &Request, options: &MergeOptions) -> Result<Plan> {
-        self.refuse_unfinished()?;
-        let model = self.look_at_volumes()?;
-        let domain = self.executor.domain(&model.vm)?;
-        let plan = self.planned(&model, &domain, request, options)?;
-        survey::check(&self.place, &domain, &plan)?;
-        Ok(plan)
+        Ok(self.surveyed(request, options)?.2)
     }
 
     /// Takes a snapshot of all volumes, or of none.
@@ -369,15 +364,12 @@ impl SnapshotSet {
     }
 
     fn operate_locked(&self, request: &Request, options: &MergeOptions, progress: &dyn Progress) -> Result<Report> {
-        self.refuse_unfinished()?;
-        let model = self.look_at_volumes()?;
-        let domain = self.executor.domain(&model.vm)?;
-        let plan = self.planned(&model, &domain, request, options)?;
-        survey::check(&self.place, &domain, &plan)?;
+        let (model, domain, plan) = self.surveyed(request, options)?;
         let idle = |file: &&FileRef| domain.disk_with(&self.place, &file.path).is_none();
         if let Request::Resize { volume, .. } = request {
             // Whoever has it open is met before the journal is begun.
-            drop(self.place.hold(model.volume(volume).map(|volume| &volume.active.file).into_iter().filter(idle))?);
+            let active = model.volume(volume).map(|volume| &volume.active.file);
+            drop(self.place.hold(active.into_iter().filter(idle))?);
         }
         // Nobody may write to files while they are frozen.
         let replaced = plan.created().next().is_some();
@@ -397,6 +389,16 @@ impl SnapshotSet {
     ) -> Tools<'a> {
         let manner = Manner { place: &self.place, jobs: self.jobs, rate_limit: options.rate_limit, recovering };
         Tools { store: &*self.store, executor: &*self.executor, domain, journal: &self.journal, manner, progress }
+    }
+
+    /// What is known, what the VM is doing, and the plan, which nothing that can be seen beforehand stands in the way of.
+    fn surveyed(&self, request: &Request, options: &MergeOptions) -> Result<(Model, Domain, Plan)> {
+        self.refuse_unfinished()?;
+        let model = self.look_at_volumes()?;
+        let domain = self.executor.domain(&model.vm)?;
+        let plan = self.planned(&model, &domain, request, options)?;
+        survey::check(&self.place, &domain, &plan)?;
+        Ok((model, domain, plan))
     }
 
     /// Plans after a look at everything that could refute the records.

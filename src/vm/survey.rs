@@ -111,7 +111,7 @@ fn check_relinks(place: &Place, domain: &Domain, steps: &[Step], new: &[&FileRef
             && !new.contains(&file)
         {
             if domain.disk_with(place, &file.path).is_none() {
-                drop(place.hold(std::iter::once(file))?);
+                drop(place.hold_one(&file.path)?);
             }
             let layer = place.look_layer(file)?;
             place.check_link(&layer, file, &[from.clone(), to.clone()], Links::MaySkip)?;

@@ -149,8 +149,8 @@ pub struct Reconciliation {
 }
 
 impl SnapshotSet {
-    /// Compares records, headers, directories and what the hypervisor says, and looks deeper where asked to. Images in use are looked at without locks;
-    /// what a running VM writes meanwhile may show as leaks.
+    /// Compares records, headers, directories and what the hypervisor says, and looks deeper where asked to. Images in use are
+    /// looked at without locks; what a running VM writes meanwhile may show as leaks.
     ///
     /// # Errors
     /// What reading the catalogue gives; [`Error::Cancelled`]. What is wrong with images is no error but a

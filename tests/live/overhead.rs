@@ -1,5 +1,5 @@
 //! What our adapter takes beside virsh, for the same delta of the same guest:
-//! `cargo test --release --all-features --test live -- --ignored --nocapture overhead`, `QCOW2_CHAIN_LIVE_ROUNDS` times each.
+//! `cargo test --all-features --test live -- --ignored --nocapture overhead`, `QCOW2_CHAIN_LIVE_ROUNDS` times each.
 
 use std::fs;
 use std::time::{Duration, Instant};

@@ -1,10 +1,11 @@
 //! Merges by the hypervisor, one ugly turn each.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use qcow2_chain::live::fake::{Call, Turn};
+use qcow2_chain::image::{CreateOptions, Image};
+use qcow2_chain::live::fake::{Call, FakeHypervisor, Turn};
 use qcow2_chain::live::{Commit, FailureKind, Hypervisor, OnTimeout};
 use qcow2_chain::merge::Direction;
 use qcow2_chain::storage::crash::{Recorder, RecorderOptions, Tree};
@@ -291,6 +292,51 @@ impl Progress for StopsAfter {
     fn is_cancelled(&self) -> bool {
         self.0.load(Ordering::SeqCst) == 0
     }
+}
+
+/// Somebody gives the VM's first disk another file as soon as its merge is under way.
+struct SwapsFile<'a>(&'a FakeHypervisor, PathBuf);
+
+impl Progress for SwapsFile<'_> {
+    fn step(&self, step: &VolumeStep<'_>) {
+        if step.volume == "vda" {
+            self.0.replace("vda", &self.1).expect("replaced");
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_has_other_files_is_no_merge_that_was_done() {
+    for active in [true, false] {
+        let mut rig = Rig::new();
+        rig.create("s1");
+        if !active {
+            rig.create("s2");
+        }
+        let (top, other) = (rig.path("vm-vda.1.qcow2"), rig.path("other.qcow2"));
+        Image::create(rig.lab.names.create_new(&other).unwrap(), &CreateOptions::new(1 << 20)).unwrap();
+        let error = rig.set().delete("s1", &Default::default(), &SwapsFile(&rig.fake, other)).unwrap_err();
+        let (error, _, left) = incomplete(error);
+        assert_eq!((kind(&error), left), (Some(FailureKind::Gone), vec!["vda".to_owned()]), "{error:?}");
+        assert!(rig.lab.names.exists(&top).unwrap(), "its top may be all that there is");
+    }
+}
+
+/// The VM writes something else than the catalogue says: another program put a file of its own on top, or it was started on a
+/// snapshot's file. Neither is for a merge to make permanent.
+#[test]
+fn what_the_catalogue_takes_for_written_must_be_written_and_nothing_else() {
+    let mut rig = Rig::new();
+    ["s1", "s2"].iter().for_each(|name| rig.create(name));
+    rig.fake.stop();
+    rig.define();
+    // The file that s2 froze.
+    rig.fake.define("vda", rig.path("vm-vda.1.qcow2")).unwrap();
+    rig.fake.start().unwrap();
+    let (error, ..) = incomplete(rig.try_delete("s1").unwrap_err());
+    assert!(error.to_string().contains("by the hypervisor not only read"), "{error}");
+    assert!(!rig.fake.has_job("vda"));
+    assert!(rig.lab.names.exists(&rig.path("vm-vda.1.qcow2")).unwrap());
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! leaves a set that cannot be settled.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -139,10 +140,11 @@ struct World {
     rig: Rig,
     busy: Arc<Busy>,
     number: u32,
+    reach: Arc<Reach>,
 }
 
 impl World {
-    fn new(rng: &mut Rng) -> Self {
+    fn new(rng: &mut Rng, reach: Arc<Reach>) -> Self {
         let (size, cluster_bits) = rng.pick(&[(64 << 9, 9), (64 << 9, 9), (24 << 9, 9), (16 << 12, 12)]);
         let shape = LabShape {
             volumes: 2 + usize::from(rng.chance(1, 4)),
@@ -154,7 +156,7 @@ impl World {
         let rig = Rig::off(Arc::new(MemoryNames::new()), Path::new("/vm"), shape, Rng::new(rng.next_u64()));
         let guest = Guest { rng: Rng::new(rng.next_u64()), now: rig.lab.now.clone(), at_snapshot: None };
         let busy = Arc::new(Busy { fake: Arc::clone(&rig.fake), guest: Mutex::new(guest) });
-        Self { rig, busy, number: 0 }
+        Self { rig, busy, number: 0, reach }
     }
 
     fn live(&mut self) -> Arc<dyn Executor> {
@@ -316,6 +318,7 @@ impl World {
             match set.recover(&()) {
                 Ok(recovery) => {
                     trace(&format!("  recovery, running: {running}: {recovery:?}"));
+                    self.reach.note(done, &recovery);
                     self.rig.fake.behave();
                     return self.wind_up(&recovery, done);
                 }
@@ -403,11 +406,33 @@ impl Operation {
     }
 }
 
+/// How often something came about in all schedules.
+#[derive(Debug, Default)]
+struct Reach {
+    done: AtomicU32,
+    failed: AtomicU32,
+    completed: AtomicU32,
+    undone: AtomicU32,
+}
+
+impl Reach {
+    fn note(&self, done: bool, recovery: &Recovery) {
+        let counter = match recovery {
+            Recovery::Completed(_) => &self.completed,
+            Recovery::Undone(_) => &self.undone,
+            _ if done => &self.done,
+            _ => &self.failed,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn no_schedule_loses_anything_or_leaves_what_cannot_be_settled() {
     let schedules = count("QCOW2_CHAIN_LIVE_SCHEDULES", 2000);
+    let reach = Arc::new(Reach::default());
     cases("schedules of a running VM", schedules, |rng| {
-        let mut world = World::new(rng);
+        let mut world = World::new(rng, Arc::clone(&reach));
         let steps = rng.within(4..12);
         for step in 0..steps {
             if rng.chance(1, 3) {
@@ -417,4 +442,11 @@ fn no_schedule_loses_anything_or_leaves_what_cannot_be_settled() {
             world.step(step + 1 == steps).unwrap_or_else(|wrong| panic!("step {step}: {wrong}"));
         }
     });
+    // Neither does all go well, nor nothing.
+    let each =
+        |counter: &AtomicU32, least: u64| assert!(u64::from(counter.load(Ordering::Relaxed)) > least, "{reach:?}");
+    each(&reach.done, 4 * schedules);
+    each(&reach.failed, schedules / 5);
+    each(&reach.completed, schedules / 2);
+    each(&reach.undone, schedules / 25);
 }

@@ -165,6 +165,18 @@ impl FakeHypervisor {
         Ok(())
     }
 
+    /// Somebody gives a disk of the running VM another file, as a drive gets another medium. Its job ends without a word.
+    ///
+    /// # Errors
+    /// [`FailureKind::Failed`] where there is no such disk, or the file cannot be opened and locked.
+    pub fn replace(&self, disk: &str, path: impl Into<PathBuf>) -> Result<()> {
+        let mut state = self.state();
+        let disk = state.disk(disk)?;
+        (disk.job, disk.switching, disk.defined) = (None, None, path.into());
+        disk.files.clear();
+        disk.open(&self.place)
+    }
+
     /// Whether the VM is running.
     #[must_use]
     pub fn is_running(&self) -> bool {
