@@ -230,6 +230,10 @@ impl Hypervisor for Libvirt {
         }))
     }
 
+    fn set_rate_limit(&self, disk: &str, rate_limit: Option<u64>) -> Result<()> {
+        self.ask(|domain| raw::block_job_set_speed(domain, disk, rate_limit.unwrap_or(0)))
+    }
+
     fn abort(&self, disk: &str) -> Result<()> {
         self.ask(|domain| raw::block_job_abort(domain, disk, false))
     }

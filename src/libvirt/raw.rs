@@ -3,7 +3,7 @@
 
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_ulong, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
@@ -40,13 +40,27 @@ pub(super) fn block_commit(
     if active {
         flags |= sys::VIR_DOMAIN_BLOCK_COMMIT_ACTIVE;
     }
-    #[allow(clippy::useless_conversion, reason = "a long of C's has 32 bits on some platforms")]
-    let bandwidth = bandwidth.try_into().unwrap_or(std::ffi::c_ulong::MAX);
+    let bandwidth = long(bandwidth);
     // SAFETY: the domain is held by `domain`, the strings live until the call is over, and libvirt keeps none of them.
     checked(unsafe {
         sys::virDomainBlockCommit(domain.as_ptr(), disk.as_ptr(), base.as_ptr(), top.as_ptr(), bandwidth, flags)
     })?;
     Ok(())
+}
+
+/// `virDomainBlockJobSetSpeed`; `bandwidth` in bytes a second, 0 for no limit.
+pub(super) fn block_job_set_speed(domain: &Domain, disk: &str, bandwidth: u64) -> Result<()> {
+    let disk = text(disk)?;
+    let flags = sys::VIR_DOMAIN_BLOCK_JOB_SPEED_BANDWIDTH_BYTES;
+    // SAFETY: the domain is held by `domain`, and the string lives until the call is over.
+    checked(unsafe { sys::virDomainBlockJobSetSpeed(domain.as_ptr(), disk.as_ptr(), long(bandwidth), flags) })?;
+    Ok(())
+}
+
+/// A number as C's long, the largest where that is too short.
+#[allow(clippy::useless_conversion, reason = "a long of C's has 32 bits on some platforms")]
+fn long(number: u64) -> c_ulong {
+    number.try_into().unwrap_or(c_ulong::MAX)
 }
 
 /// A job as libvirt counts it.

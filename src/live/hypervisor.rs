@@ -201,6 +201,12 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
     /// [`FailureKind::Gone`], [`FailureKind::Unreachable`].
     fn job(&self, disk: &str) -> Result<Option<Job>>;
 
+    /// Lets the job on a disk copy at most so many bytes in a second from now on; none does not limit.
+    ///
+    /// # Errors
+    /// Any.
+    fn set_rate_limit(&self, disk: &str, rate_limit: Option<u64>) -> Result<()>;
+
     /// Ends the job on a disk: the VM goes on as without it.
     ///
     /// # Errors

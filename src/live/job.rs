@@ -124,14 +124,15 @@ impl Watcher<'_> {
         }
     }
 
-    /// Takes over a job that somebody else started, if it is this one.
+    /// Takes over a job that somebody else started, if it is this one, at the rate that is wanted now: one whose limit is
+    /// below what the guest writes would never be ready.
     fn adopt(&self, job: Job) -> Result<()> {
         let kind = if self.commit.active { JobKind::ActiveCommit } else { JobKind::Commit };
         let disk = self.description_of_disk().map_err(|error| self.failed(error))?;
         let mirror = disk.and_then(|disk| disk.mirror);
         let same_base = mirror.is_none_or(|mirror| self.place.leads_to(&mirror.path, &self.commit.base));
         if job.kind == kind && same_base {
-            return Ok(());
+            return self.unless_over(self.hypervisor.set_rate_limit(&self.commit.disk, self.commit.rate_limit));
         }
         let why = format!("another job is running on the disk ({:?})", job.kind);
         Err(self.failed(HypervisorError::new(FailureKind::Failed, why)))
@@ -227,8 +228,12 @@ impl Watcher<'_> {
     }
 
     fn abort(&self) -> Result<()> {
-        let Err(error) = self.hypervisor.abort(&self.commit.disk) else { return Ok(()) };
-        // It may be over by itself.
+        self.unless_over(self.hypervisor.abort(&self.commit.disk))
+    }
+
+    /// What was answered about the job, which may be over by itself.
+    fn unless_over(&self, answer: Answer<()>) -> Result<()> {
+        let Err(error) = answer else { return Ok(()) };
         if self.job()?.is_none() { Ok(()) } else { Err(self.failed(error)) }
     }
 }

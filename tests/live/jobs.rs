@@ -110,13 +110,20 @@ fn t4_a_job_that_somebody_aborts_fails_the_deletion_which_is_resumed() {
 #[test]
 fn t5_t6_without_a_limit_it_takes_its_time() {
     let Some(hypervisor) = Hypervisor::get() else { return };
-    let scene = written(&hypervisor, "live-t5", |hypervisor, domain| {
+    let mut scene = written(&hypervisor, "live-t5", |hypervisor, domain| {
         let live = Live::new(Arc::new(libvirt(hypervisor, domain, Listening::OwnLoop)));
         Arc::new(live.with_timeout(Duration::ZERO, OnTimeout::Abort))
     });
+    // A guest that writes more than the rate allows would never let it be done.
+    scene.guest.stop_writer();
     let start = Instant::now();
     scene.set.delete("s1", &slowly(), &()).unwrap();
     assert!(start.elapsed() > Duration::from_secs(3), "the rate was not held: {:?}", start.elapsed());
+    scene.guest.start_writer();
+    scene.check("f0");
+    scene.create("s2", false);
+    scene.guest.tell(&format!("fill vda {DELTA_MIB}"));
+    scene.delete("s2");
     scene.check("f0");
     scene.end();
 }
@@ -216,6 +223,9 @@ impl Seam for Stopping {
     }
     fn job(&self, disk: &str) -> Result<Option<Job>, HypervisorError> {
         self.inner.job(disk)
+    }
+    fn set_rate_limit(&self, disk: &str, rate_limit: Option<u64>) -> Result<(), HypervisorError> {
+        self.inner.set_rate_limit(disk, rate_limit)
     }
     fn abort(&self, disk: &str) -> Result<(), HypervisorError> {
         self.inner.abort(disk)

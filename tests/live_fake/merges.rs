@@ -294,6 +294,23 @@ impl Progress for StopsAfter {
     }
 }
 
+#[test]
+fn a_job_that_is_taken_over_keeps_to_the_rate_that_is_wanted_now() {
+    let mut rig = Rig::new();
+    rig.create("s1");
+    rig.fake.play(Turn::JobNeverEnds);
+    for rate_limit in [Some(1000), Some(2000), None] {
+        let options = MergeOptions::default().with_rate_limit(rate_limit);
+        let error = rig.hasty_set(OnTimeout::Keep).delete("s1", &options, &()).unwrap_err();
+        assert!(error.is_timed_out(), "{error:?}");
+        assert!(rig.fake.has_job("vda"));
+        assert_eq!(rig.fake.rate_limit("vda"), rate_limit);
+    }
+    rig.fake.behave();
+    rig.try_delete("s1").unwrap();
+    rig.settled_without("s1");
+}
+
 /// Somebody gives the VM's first disk another file as soon as its merge is under way.
 struct SwapsFile<'a>(&'a FakeHypervisor, PathBuf);
 

@@ -91,6 +91,10 @@ impl Hypervisor for Busy {
         self.between(|| self.fake.job(disk))
     }
 
+    fn set_rate_limit(&self, disk: &str, rate_limit: Option<u64>) -> Answer<()> {
+        self.between(|| self.fake.set_rate_limit(disk, rate_limit))
+    }
+
     fn abort(&self, disk: &str) -> Answer<()> {
         self.between(|| self.fake.abort(disk))
     }

@@ -224,6 +224,14 @@ impl Hypervisor for FakeHypervisor {
         })
     }
 
+    fn set_rate_limit(&self, disk: &str, rate_limit: Option<u64>) -> Result<()> {
+        self.answer(Call::SetRateLimit, |state| {
+            let found = state.running_disk(disk)?.job.as_mut();
+            found.ok_or_else(|| failed(format!("disk {disk} has no block job")))?.rate_limit = rate_limit;
+            Ok(())
+        })
+    }
+
     fn abort(&self, disk: &str) -> Result<()> {
         self.answer(Call::Abort, |state| {
             let found = state.running_disk(disk)?;

@@ -44,6 +44,8 @@ pub(super) struct FakeJob {
     pub(super) ready: bool,
     /// The bytes to copy, as it says.
     pub(super) total: u64,
+    /// What it was told to keep to.
+    pub(super) rate_limit: Option<u64>,
     pub(super) stalls: u32,
     pub(super) vanishes: bool,
     pub(super) never_ends: bool,
@@ -155,8 +157,19 @@ impl FakeDisk {
             set_size(&beneath, total)?;
         }
         let kind = if commit.active { JobKind::ActiveCommit } else { JobKind::Commit };
-        let (parts, ready, stalls) = (0, false, 0);
-        self.job = Some(FakeJob { kind, top, base, parts, ready, total, stalls, vanishes: false, never_ends: false });
+        let (parts, ready, stalls, rate_limit) = (0, false, 0, commit.rate_limit);
+        self.job = Some(FakeJob {
+            kind,
+            top,
+            base,
+            parts,
+            ready,
+            total,
+            rate_limit,
+            stalls,
+            vanishes: false,
+            never_ends: false,
+        });
         Ok(())
     }
 

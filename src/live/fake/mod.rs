@@ -204,6 +204,12 @@ impl FakeHypervisor {
         self.state().disk(disk).is_ok_and(|disk| disk.job.is_some())
     }
 
+    /// The most bytes in a second that the job on a disk was told to copy, if one is running and was told.
+    #[must_use]
+    pub fn rate_limit(&self, disk: &str) -> Option<u64> {
+        self.state().disk(disk).ok()?.job.as_ref()?.rate_limit
+    }
+
     /// The guest writes to a disk.
     ///
     /// # Errors

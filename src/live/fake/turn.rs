@@ -18,6 +18,8 @@ pub enum Call {
     Commit,
     /// [`crate::live::Hypervisor::job`].
     Job,
+    /// [`crate::live::Hypervisor::set_rate_limit`].
+    SetRateLimit,
     /// [`crate::live::Hypervisor::abort`].
     Abort,
     /// [`crate::live::Hypervisor::pivot`].
