@@ -1,7 +1,8 @@
 //! Runs in the guest: mounts the data disks, writes records to them in turn, and does what the host says.
 //!
 //! `live-guest CONTROL RECORDS`: two virtio serial ports. On CONTROL each line from the host gets one line back, `ok ...` or
-//! `error ...`. RECORDS goes to a file on the host: `ready` once, then `SERIAL NUMBER` for each record that was fsynced.
+//! `error ...`. RECORDS goes to a file on the host: `!` and `ready`, a line each, then `SERIAL NUMBER` for each record that was
+//! fsynced.
 //!
 //! - `mount`: mounts the disks that are not mounted yet, each under `/data/SERIAL`; answers with all serials
 //! - `start NUMBER`: writes records from this number on, over all mounted disks in turn
@@ -54,7 +55,8 @@ fn main() {
     if let Err(error) = guest.mount() {
         println!("mount: {error}");
     }
-    writeln!(guest.records.lock().unwrap(), "ready").expect("the record port");
+    // When the power was cut a line may have been cut off: it must not become another record, nor swallow this one.
+    write!(guest.records.lock().unwrap(), "!\nready\n").expect("the record port");
     loop {
         let line = read_line(&mut control);
         let answer = match guest.obey(&line) {
