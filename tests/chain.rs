@@ -537,12 +537,12 @@ fn extents_of_an_enormous_chain_come_at_once() {
     assert!(start.elapsed() < std::time::Duration::from_secs(5), "{:?}", start.elapsed());
 }
 
-/// Chains need no files: any [`storage::Names`] will do, and the rules stay.
+/// Chains need no files: any [`storage::FileSystem`] will do, and the rules stay.
 #[test]
 fn a_chain_in_memory() {
     use qcow2_chain::image::{CreateOptions, Image};
     use std::sync::Arc;
-    let names = Arc::new(storage::MemoryNames::new());
+    let names = Arc::new(storage::MemoryFileSystem::new());
     let create = |path: &str, backing: Option<&str>| {
         let bytes = Arc::new(storage::MemoryStorage::new(path));
         let mut options = CreateOptions::default();
@@ -557,7 +557,7 @@ fn a_chain_in_memory() {
     create("/vm/out", Some("../base"));
     create("/vm/one", Some("two"));
     create("/vm/two", Some("./one"));
-    let shared: Arc<dyn storage::Names> = Arc::clone(&names) as _;
+    let shared: Arc<dyn storage::FileSystem> = Arc::clone(&names) as _;
     let beneath = options(Path::new("/vm"));
 
     let base = Chain::open_in(&shared, Path::new("/vm/base"), &beneath.clone().with_writable(1)).expect("opened");

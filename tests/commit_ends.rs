@@ -7,13 +7,13 @@ use qcow2_chain::chain::{Chain, ChainOptions, Layer, Node};
 use qcow2_chain::format::GuestOffset;
 use qcow2_chain::image::{CreateOptions, Image, OpenOptions};
 use qcow2_chain::merge::{AfterCommit, CommitOptions, Error, Phase, Progress, Step, commit};
-use qcow2_chain::storage::{MemoryNames, MemoryStorage, Names};
+use qcow2_chain::storage::{FileSystem, MemoryFileSystem, MemoryStorage};
 
 const MIB: u64 = 1 << 20;
 
 /// `top` over `middle` over `base`, of these sizes in MiB; each holds its number at every third cluster from its number on.
-fn chain(sizes: [u64; 3]) -> Arc<MemoryNames> {
-    let names = Arc::new(MemoryNames::new());
+fn chain(sizes: [u64; 3]) -> Arc<MemoryFileSystem> {
+    let names = Arc::new(MemoryFileSystem::new());
     let mut beneath = None;
     for (number, (name, size)) in ["base", "middle", "top"].into_iter().zip(sizes).enumerate() {
         let storage = Arc::new(MemoryStorage::new(name));
@@ -32,13 +32,13 @@ fn chain(sizes: [u64; 3]) -> Arc<MemoryNames> {
     names
 }
 
-fn open(names: &Arc<MemoryNames>, name: &str, writable: usize) -> Chain {
-    let seam: Arc<dyn Names> = Arc::clone(names) as _;
+fn open(names: &Arc<MemoryFileSystem>, name: &str, writable: usize) -> Chain {
+    let seam: Arc<dyn FileSystem> = Arc::clone(names) as _;
     let options = ChainOptions::default().beneath("/images").with_writable(writable);
     Chain::open_in(&seam, &Path::new("/images").join(name), &options).unwrap()
 }
 
-fn content(names: &Arc<MemoryNames>, name: &str) -> Vec<u8> {
+fn content(names: &Arc<MemoryFileSystem>, name: &str) -> Vec<u8> {
     let chain = open(names, name, 0);
     let mut bytes = vec![0xee; usize::try_from(chain.virtual_size()).unwrap()];
     chain.read_at(&mut bytes, GuestOffset::ZERO).unwrap();

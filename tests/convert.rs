@@ -8,7 +8,7 @@ use qcow2_chain::chain::{Chain, ChainOptions, Format, Layer, Node, Policy};
 use qcow2_chain::format::{ClusterBits, CompressionType, GuestOffset};
 use qcow2_chain::image::{CreateOptions, Image, OpenOptions, Preallocation, RawImage};
 use qcow2_chain::merge::{ConvertOptions, ConvertTarget, Error, Measurement, Progress, Step, convert, measure};
-use qcow2_chain::storage::{Access, HostNames, MemoryStorage, Names, Storage};
+use qcow2_chain::storage::{Access, FileSystem, HostFileSystem, MemoryStorage, Storage};
 
 use crate::support::layers::{format_of, layer, layers};
 use crate::support::ours::create_options;
@@ -40,7 +40,7 @@ fn open(path: &Path, format: Format) -> Chain {
 }
 
 fn new_file(path: &Path) -> Arc<dyn Storage> {
-    HostNames.create_new(path).expect("a new file")
+    HostFileSystem.create_new(path).expect("a new file")
 }
 
 /// Options of any kind that go together.
@@ -390,7 +390,7 @@ fn data_left_to_the_kernel_is_not_looked_at() {
         let options = ConvertOptions::default().with_offload(offload);
         let report = convert(&chain, ConvertTarget::Raw(new_file(&copy)), &options, &()).unwrap();
         assert_eq!(report.copied + report.copied_in_kernel, copied);
-        let raw = RawImage::open(HostNames.open(&copy, &Access::read()).unwrap()).unwrap();
+        let raw = RawImage::open(HostFileSystem.open(&copy, &Access::read()).unwrap()).unwrap();
         assert_eq!(raw.virtual_size(), 3 << 20);
     }
 }

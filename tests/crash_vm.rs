@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 
 use qcow2_chain::merge::Direction;
 use qcow2_chain::storage::crash::{Log, Recorder, RecorderOptions, State, Tree};
-use qcow2_chain::storage::fault::{Fault, Faults, FaultyNames, Plan};
-use qcow2_chain::storage::{MemoryNames, MemoryStorage, Names};
+use qcow2_chain::storage::fault::{Fault, Faults, FaultyFileSystem, Plan};
+use qcow2_chain::storage::{FileSystem, MemoryFileSystem, MemoryStorage};
 use qcow2_chain::vm::{self, MergeOptions, Recovery};
 
 use crate::support::lab::{Contents, Lab, LabShape};
@@ -116,7 +116,7 @@ impl Shape {
     }
 }
 
-fn tree(names: &dyn Names) -> Tree {
+fn tree(names: &dyn FileSystem) -> Tree {
     let paths = names.list(Path::new("/vm")).expect("listed");
     let bytes = |path: &Path| {
         let storage = names.open(path, &qcow2_chain::storage::Access::read()).expect("opened");
@@ -127,8 +127,8 @@ fn tree(names: &dyn Names) -> Tree {
     paths.into_iter().map(|path| (path.clone(), bytes(&path))).collect()
 }
 
-fn names_of(tree: &Tree) -> Arc<MemoryNames> {
-    let names = MemoryNames::new();
+fn names_of(tree: &Tree) -> Arc<MemoryFileSystem> {
+    let names = MemoryFileSystem::new();
     for (path, bytes) in tree {
         names.insert(path, Arc::new(MemoryStorage::with_bytes(path.display().to_string(), bytes)));
     }
@@ -147,7 +147,7 @@ impl Case {
     fn random(rng: &mut Rng, shape: Shape) -> Self {
         let raw = rng.chance(1, 3) && shape.direction() == Direction::Commit;
         let lab_shape = LabShape { volumes: 2, size: SIZE, cluster_bits: 9, extended_l2: false, raw };
-        let names = Arc::new(MemoryNames::new());
+        let names = Arc::new(MemoryFileSystem::new());
         let mut lab = Lab::new(names.clone(), Path::new("/vm"), lab_shape, rng);
         for step in shape.before() {
             if rng.chance(1, 6) {
@@ -323,7 +323,7 @@ fn every_failing_call_leaves_a_vm_that_recovers() {
             let faults = Faults::new(plan);
             let recorder = Recorder::new();
             let names = Arc::new(recorder.names(&case.start));
-            let faulty: Arc<dyn Names> = Arc::new(FaultyNames::new(names.clone(), &faults));
+            let faulty: Arc<dyn FileSystem> = Arc::new(FaultyFileSystem::new(names.clone(), &faults));
             let lab = match case.before.on(faulty) {
                 Ok(lab) => lab,
                 Err(_) => continue, // the catalogue could not be read
@@ -356,7 +356,7 @@ impl Case {
         let faults = Faults::new(plan);
         let recorder = Recorder::with(RecorderOptions::default().with_sites(true));
         let names = Arc::new(recorder.names(&self.start));
-        let Ok(lab) = self.before.on(Arc::new(FaultyNames::new(names.clone(), &faults))) else { return true };
+        let Ok(lab) = self.before.on(Arc::new(FaultyFileSystem::new(names.clone(), &faults))) else { return true };
         if self.shape.run(&lab).is_ok() {
             return false;
         }

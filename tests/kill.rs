@@ -9,7 +9,7 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::time::Instant;
 
 use qcow2_chain::image::{CheckOptions, check};
-use qcow2_chain::storage::{Access, HostNames, Names as _};
+use qcow2_chain::storage::{Access, FileSystem as _, HostFileSystem};
 
 use crate::support::layers;
 use crate::support::qemu::Qemu;
@@ -212,7 +212,7 @@ impl Scene {
         assert!(again.status.success() || nothing_left, "{what}, again: {text}");
         assert!(self.shown(dir) == *end, "{what}, again: other content than undisturbed");
         for file in self.files {
-            let storage = HostNames.open(&dir.join(file), &Access::read()).unwrap();
+            let storage = HostFileSystem.open(&dir.join(file), &Access::read()).unwrap();
             let report = check(&*storage, &CheckOptions::default()).unwrap();
             assert_eq!((report.corruptions, report.check_errors), (0, 0), "{what}, again: {file}: {report:?}");
         }

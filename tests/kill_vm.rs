@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use qcow2_chain::storage::HostNames;
+use qcow2_chain::storage::HostFileSystem;
 use qcow2_chain::vm::SnapshotSet;
 
 use crate::support::judge::Judge;
@@ -21,7 +21,7 @@ const SIGKILL: i32 = 9;
 /// The advanced deletion up to the step that removes a leaf and merges the hidden snapshot beneath it.
 fn tree(dir: &Path, rng: &mut Rng) -> Lab {
     let shape = LabShape { volumes: 2, size: 1 << 20, cluster_bits: 9, extended_l2: false, raw: true };
-    let mut lab = Lab::new(Arc::new(HostNames), dir, shape, rng);
+    let mut lab = Lab::new(Arc::new(HostFileSystem), dir, shape, rng);
     let write = |lab: &mut Lab, rng: &mut Rng| (0..8).for_each(|_| lab.write_all(rng));
     for name in ["s1", "s2", "s3"] {
         write(&mut lab, rng);
@@ -58,7 +58,7 @@ fn copy(lab: &Lab, from: &Path, to: &Path) -> Lab {
         let entry = entry.unwrap();
         std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
     }
-    let mut copy = lab.on(Arc::new(HostNames)).unwrap();
+    let mut copy = lab.on(Arc::new(HostFileSystem)).unwrap();
     copy.catalogue = to.join("vm.json");
     copy.set = SnapshotSet::load(&copy.catalogue).unwrap();
     copy

@@ -16,8 +16,8 @@ use qcow2_chain::merge::{
     rebase,
 };
 use qcow2_chain::storage::crash::{Recorder, Tree};
-use qcow2_chain::storage::fault::{Fault, Faults, FaultyNames};
-use qcow2_chain::storage::{Access, MemoryStorage, Names};
+use qcow2_chain::storage::fault::{Fault, Faults, FaultyFileSystem};
+use qcow2_chain::storage::{Access, FileSystem, MemoryStorage};
 
 use crate::support::protocol::{Verdict, assert_sound, repair, wrong};
 use crate::support::rng::{count, seed};
@@ -104,7 +104,7 @@ impl World {
 }
 
 /// The chain that begins with a layer, its upper ones open for writing.
-fn open(names: &dyn Names, layers: &[Member], writable: usize) -> Result<Chain, String> {
+fn open(names: &dyn FileSystem, layers: &[Member], writable: usize) -> Result<Chain, String> {
     let layer = |(depth, layer): (usize, &Member)| {
         let write = depth < writable;
         let access = if write { Access::write() } else { Access::read() };
@@ -207,7 +207,7 @@ impl World {
     }
 
     /// Does it, on files that may have been left by an earlier attempt.
-    fn run(&self, names: &dyn Names, op: Op) -> Verdict {
+    fn run(&self, names: &dyn FileSystem, op: Op) -> Verdict {
         let depth = self.layers.len();
         let open = |writable| open(names, &self.layers, writable);
         let size = self.top().content.len();
@@ -325,7 +325,7 @@ impl World {
         let mut files = match fate {
             Some(Op::FailNext(call)) => {
                 let faults = Faults::new(Fault::Io.at(call.into()));
-                let failed = self.run(&FaultyNames::new(names.clone(), &faults), op);
+                let failed = self.run(&FaultyFileSystem::new(names.clone(), &faults), op);
                 if let Err(error) = &failed
                     && !error.contains("injected")
                     && !error.contains("Poisoned")

@@ -3,8 +3,8 @@
 
 use std::sync::Arc;
 
-use qcow2_chain::storage::fault::{Fault, Faults, FaultyNames};
-use qcow2_chain::storage::{HostNames, Names};
+use qcow2_chain::storage::fault::{Fault, Faults, FaultyFileSystem};
+use qcow2_chain::storage::{FileSystem, HostFileSystem};
 use qcow2_chain::vm::{Error, Recovery, SnapshotSet, State};
 
 use crate::support::lab::LabShape;
@@ -224,7 +224,7 @@ fn mv1_ten_volumes() {
 }
 
 /// Copies a VM's files into a new directory and opens the set there on these names.
-fn copy_of(scene: &Scene, names: Arc<dyn Names>) -> (tempfile::TempDir, SnapshotSet) {
+fn copy_of(scene: &Scene, names: Arc<dyn FileSystem>) -> (tempfile::TempDir, SnapshotSet) {
     let dir = ram::dir();
     for entry in std::fs::read_dir(scene.dir()).unwrap() {
         let entry = entry.unwrap();
@@ -235,8 +235,8 @@ fn copy_of(scene: &Scene, names: Arc<dyn Names>) -> (tempfile::TempDir, Snapshot
 }
 
 /// The names of the system, failing as `faults` say.
-fn failing(faults: &Arc<Faults>) -> Arc<dyn Names> {
-    Arc::new(FaultyNames::new(Arc::new(HostNames), faults))
+fn failing(faults: &Arc<Faults>) -> Arc<dyn FileSystem> {
+    Arc::new(FaultyFileSystem::new(Arc::new(HostFileSystem), faults))
 }
 
 #[test]
@@ -258,7 +258,7 @@ fn x4_killed_at_each_point() {
         let (dir, set) = copy_of(&scene, failing(&faults));
         let died = operate(set);
         let catalogue = dir.path().join("vm.json");
-        let mut lab = scene.lab.on(Arc::new(HostNames)).unwrap();
+        let mut lab = scene.lab.on(Arc::new(HostFileSystem)).unwrap();
         (lab.set, lab.catalogue) = (SnapshotSet::load(&catalogue).unwrap(), catalogue);
         if died.is_ok() {
             lab.taken.remove("s3");
@@ -313,7 +313,7 @@ fn x5_the_second_of_three_volumes_fails() {
         alone += u64::from(left == &["vdb"]);
         assert!(done.contains(&"vda".to_owned()) && left.contains(&"vdb".to_owned()), "{error}");
         let left = left.clone();
-        let mut lab = scene.lab.on(Arc::new(HostNames)).unwrap();
+        let mut lab = scene.lab.on(Arc::new(HostFileSystem)).unwrap();
         lab.catalogue = dir.path().join("vm.json");
         lab.set = SnapshotSet::load(&lab.catalogue).unwrap();
         let model = lab.model();

@@ -242,14 +242,14 @@ fn the_size_of_a_disk_costs_nothing_but_its_l1_tables() {
 #[cfg(all(feature = "cli", target_os = "linux"))]
 #[test]
 fn an_enormous_disk_fits_into_64_mib_of_memory() {
-    use qcow2_chain::storage::{Access, HostNames, Names as _};
+    use qcow2_chain::storage::{Access, FileSystem as _, HostFileSystem};
     let disk = Disk::new(LARGE, 16);
     let dir = tempfile::tempdir().unwrap();
     let write = || {
         for (name, image) in NAMES.iter().zip(&disk.images) {
-            let file = HostNames
+            let file = HostFileSystem
                 .open(&dir.path().join(name), &Access::write())
-                .or_else(|_| HostNames.create_new(&dir.path().join(name)));
+                .or_else(|_| HostFileSystem.create_new(&dir.path().join(name)));
             let file = file.unwrap();
             file.set_len(0).unwrap();
             file.write_at(&image.to_vec(), 0).unwrap();

@@ -9,7 +9,7 @@ use qcow2_chain::chain::{self, Chain, ChainOptions, Format, Policy};
 use qcow2_chain::format::{ClusterBits, GuestOffset};
 use qcow2_chain::image::{self, CreateOptions, Image};
 use qcow2_chain::merge::{self, AfterCommit, CommitOptions, Direction, Onto, PullOptions, RebaseOptions};
-use qcow2_chain::storage::{Access, HostNames, MemoryNames, Names};
+use qcow2_chain::storage::{Access, FileSystem, HostFileSystem, MemoryFileSystem};
 use qcow2_chain::vm::{
     AdoptOptions, Base, Error, Fingerprint, MergeOptions, Model, PlanOptions, ProblemKind, Progress, Refusal, Request,
     SnapshotId, SnapshotOptions, SnapshotSet, State, VerifyOptions, VolumeSpec, VolumeStep, plan,
@@ -19,7 +19,7 @@ use crate::support::lab::{Lab, LabShape, read};
 use crate::support::rng::{Rng, seed};
 
 fn lab(rng: &mut Rng) -> Lab {
-    Lab::new(Arc::new(MemoryNames::new()), Path::new("/vm"), LabShape::default(), rng)
+    Lab::new(Arc::new(MemoryFileSystem::new()), Path::new("/vm"), LabShape::default(), rng)
 }
 
 /// `s1`, then beside one another `s2` and, after a revert, `s3`; `s1` is hidden.
@@ -279,7 +279,7 @@ fn a_protected_file_stays_and_names_are_kept_where_asked() {
     let directory = tempfile::tempdir().unwrap();
     let [protected, other] = ["protected.img", "other.img"].map(|name| directory.path().join(name));
     for path in [&protected, &other] {
-        let image = Image::create(HostNames.create_new(path).unwrap(), &CreateOptions::new(8192)).unwrap();
+        let image = Image::create(HostFileSystem.create_new(path).unwrap(), &CreateOptions::new(8192)).unwrap();
         image.write_at(&[3; 8192], GuestOffset::ZERO).unwrap();
         image.close().unwrap();
     }
@@ -422,8 +422,8 @@ fn errors_become_the_kinds_of_the_standard_library() {
 }
 
 /// `/base` is full, `/middle` and `/top` hold one cluster each, the top's being zeroes.
-fn three_layers() -> (Arc<dyn Names>, Chain) {
-    let names: Arc<dyn Names> = Arc::new(MemoryNames::new());
+fn three_layers() -> (Arc<dyn FileSystem>, Chain) {
+    let names: Arc<dyn FileSystem> = Arc::new(MemoryFileSystem::new());
     let options = CreateOptions::new(4 << 16);
     for (name, below) in [("base", None), ("middle", Some("base")), ("top", Some("middle"))] {
         let path = Path::new("/").join(name);

@@ -5,14 +5,14 @@ use std::sync::Arc;
 
 use qcow2_chain::chain::Format;
 use qcow2_chain::merge::Direction;
-use qcow2_chain::storage::{HostNames, MemoryNames, Names};
+use qcow2_chain::storage::{FileSystem, HostFileSystem, MemoryFileSystem};
 use qcow2_chain::vm::{MergeOptions, State};
 
 use crate::support::lab::{Lab, LabShape, deps};
 use crate::support::rng::{Rng, cases, count, seed};
 
 fn in_memory(shape: LabShape, rng: &mut Rng) -> Lab {
-    Lab::new(Arc::new(MemoryNames::new()), Path::new("/vm"), shape, rng)
+    Lab::new(Arc::new(MemoryFileSystem::new()), Path::new("/vm"), shape, rng)
 }
 
 fn random_shape(rng: &mut Rng) -> LabShape {
@@ -39,7 +39,7 @@ fn random_operations_keep_every_snapshot() {
 fn the_advanced_deletion_on_files_of_the_system() {
     let directory = tempfile::tempdir().unwrap();
     let mut rng = Rng::new(seed());
-    let names: Arc<dyn Names> = Arc::new(HostNames);
+    let names: Arc<dyn FileSystem> = Arc::new(HostFileSystem);
     let mut lab = Lab::new(names, directory.path(), LabShape { raw: true, ..LabShape::default() }, &mut rng);
     let mut step = |lab: &mut Lab, what: &str, name: &str| {
         lab.write_all(&mut rng);

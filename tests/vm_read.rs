@@ -8,8 +8,8 @@ use qcow2_chain::chain::{Chain, ChainOptions, Format, Policy};
 use qcow2_chain::format::{ClusterBits, GuestOffset};
 use qcow2_chain::image::{CreateOptions, Image, OpenOptions};
 use qcow2_chain::merge::Direction;
-use qcow2_chain::storage::fault::{Fault, Faults, FaultyNames};
-use qcow2_chain::storage::{Access, HostNames, LockMode, MemoryNames, Names};
+use qcow2_chain::storage::fault::{Fault, Faults, FaultyFileSystem};
+use qcow2_chain::storage::{Access, FileSystem, HostFileSystem, LockMode, MemoryFileSystem};
 use qcow2_chain::vm::{
     AdoptOptions, Domain, Error, ExportOptions, MergeOptions, Point, ProblemKind, Progress, Recovery, Refusal, Request,
     SnapshotOptions, SnapshotSet, State, VerifyOptions, VolumeSpec, VolumeStep,
@@ -19,11 +19,11 @@ use crate::support::lab::{Lab, LabShape, read};
 use crate::support::rng::{Rng, cases, count, seed};
 
 fn lab(rng: &mut Rng) -> Lab {
-    Lab::new(Arc::new(MemoryNames::new()), Path::new("/vm"), LabShape::default(), rng)
+    Lab::new(Arc::new(MemoryFileSystem::new()), Path::new("/vm"), LabShape::default(), rng)
 }
 
 fn on_disk(directory: &Path, rng: &mut Rng) -> Lab {
-    Lab::new(Arc::new(HostNames), directory, LabShape::default(), rng)
+    Lab::new(Arc::new(HostFileSystem), directory, LabShape::default(), rng)
 }
 
 /// A lab with a tree of snapshots.
@@ -185,7 +185,7 @@ fn verification_finds_what_is_wrong() {
 
 #[test]
 fn a_replaced_base_is_noticed() {
-    let names: Arc<dyn Names> = Arc::new(MemoryNames::new());
+    let names: Arc<dyn FileSystem> = Arc::new(MemoryFileSystem::new());
     let options = CreateOptions::new(8192);
     let base = Image::create(names.create_new(Path::new("/vm/template")).unwrap(), &options).unwrap();
     base.write_at(&[1; 8192], GuestOffset::ZERO).unwrap();
@@ -352,14 +352,14 @@ fn a_cancelled_deletion_is_resumed() {
 #[test]
 fn a_failing_volume_leaves_the_others_done_and_is_resumed() {
     let mut rng = Rng::new(seed());
-    let names = Arc::new(MemoryNames::new());
+    let names = Arc::new(MemoryFileSystem::new());
     let shape = LabShape { volumes: 3, ..LabShape::default() };
     let mut lab = Lab::new(names.clone(), Path::new("/vm"), shape, &mut rng);
     lab.write_all(&mut rng);
     lab.create("s1");
     lab.write_all(&mut rng);
     // Only the second volume's base is on the failing disk.
-    let broken: Arc<dyn Names> = Arc::new(OneBroken(lab.names.clone(), "vdb.img"));
+    let broken: Arc<dyn FileSystem> = Arc::new(OneBroken(lab.names.clone(), "vdb.img"));
     let failing = lab.on(broken).unwrap();
     let options = MergeOptions::default().with_direction(Direction::Commit);
     match failing.set.delete("s1", &options, &()).unwrap_err() {
@@ -389,16 +389,16 @@ fn a_failing_volume_leaves_the_others_done_and_is_resumed() {
 
 /// Names of which one file finds no room.
 #[derive(Debug)]
-struct OneBroken(Arc<dyn Names>, &'static str);
+struct OneBroken(Arc<dyn FileSystem>, &'static str);
 
-impl Names for OneBroken {
+impl FileSystem for OneBroken {
     fn open(
         &self,
         path: &Path,
         access: &Access,
     ) -> qcow2_chain::storage::Result<Arc<dyn qcow2_chain::storage::Storage>> {
         if access.write && path.ends_with(self.1) {
-            let faulty = FaultyNames::new(self.0.clone(), &Faults::new(Fault::NoSpace.at(0).ever_after()));
+            let faulty = FaultyFileSystem::new(self.0.clone(), &Faults::new(Fault::NoSpace.at(0).ever_after()));
             return faulty.open(path, access);
         }
         self.0.open(path, access)
@@ -559,7 +559,7 @@ fn a_snapshot_costs_the_same_however_many_there_are() {
         let mut counts = Vec::new();
         for what in ["create", "revert"] {
             let faults = Faults::new(Fault::Io.at(u64::MAX));
-            let counted = lab.on(Arc::new(FaultyNames::new(lab.names.clone(), &faults))).unwrap();
+            let counted = lab.on(Arc::new(FaultyFileSystem::new(lab.names.clone(), &faults))).unwrap();
             if what == "create" {
                 counted.set.create(&format!("counted {round}"), &SnapshotOptions::default()).unwrap();
             } else {

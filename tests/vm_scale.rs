@@ -3,10 +3,10 @@
 use std::path::Path;
 use std::sync::{Arc, Barrier};
 
-use qcow2_chain::storage::{MemoryNames, Names};
+use qcow2_chain::storage::{FileSystem, MemoryFileSystem};
 use qcow2_chain::vm::{Refusal, SnapshotSet};
 
-use crate::support::counted::{CountedNames, Passed};
+use crate::support::counted::{CountedFileSystem, Passed};
 use crate::support::lab::{Lab, LabShape};
 use crate::support::qemu::Qemu;
 use crate::support::rng::{Rng, seed};
@@ -55,7 +55,7 @@ fn cc1_four_vms_in_four_processes() {
 #[test]
 fn one_vm_lets_one_operation_in() {
     let mut rng = Rng::new(seed());
-    let names: Arc<dyn Names> = Arc::new(qcow2_chain::storage::HostNames);
+    let names: Arc<dyn FileSystem> = Arc::new(qcow2_chain::storage::HostFileSystem);
     let dir = crate::support::ram::dir();
     let mut lab = Lab::new(Arc::clone(&names), dir.path(), LabShape::default(), &mut rng);
     lab.create("s1");
@@ -86,9 +86,9 @@ fn one_vm_lets_one_operation_in() {
 /// What a snapshot and a revert cost at 3, 20 and 100 snapshots of a random tree, on volumes that hold so much.
 fn costs(size: u64, data: usize) -> Vec<[Passed; 2]> {
     let mut rng = Rng::new(seed());
-    let names = Arc::new(CountedNames::default());
+    let names = Arc::new(CountedFileSystem::default());
     let shape = LabShape { volumes: 2, size, cluster_bits: 12, ..LabShape::default() };
-    let mut lab = Lab::new(Arc::clone(&names) as Arc<dyn Names>, Path::new("/vm"), shape, &mut rng);
+    let mut lab = Lab::new(Arc::clone(&names) as Arc<dyn FileSystem>, Path::new("/vm"), shape, &mut rng);
     let mut costs = Vec::new();
     for number in 1..=100 {
         for _ in 0..data {
@@ -142,9 +142,9 @@ fn a_hundred_snapshots_cost_no_more_than_three() {
 fn a_larger_disk_costs_no_more() {
     let names = |size: u64| {
         let mut rng = Rng::new(seed());
-        let names = Arc::new(CountedNames::default());
+        let names = Arc::new(CountedFileSystem::default());
         let shape = LabShape { volumes: 2, size, cluster_bits: 16, ..LabShape::default() };
-        let mut lab = Lab::new(Arc::clone(&names) as Arc<dyn Names>, Path::new("/vm"), shape, &mut rng);
+        let mut lab = Lab::new(Arc::clone(&names) as Arc<dyn FileSystem>, Path::new("/vm"), shape, &mut rng);
         names.take();
         lab.create("s1");
         let create = names.take();
@@ -160,7 +160,7 @@ fn a_larger_disk_costs_no_more() {
 #[test]
 fn a_hundred_snapshots_in_a_line_are_deleted_from_the_middle() {
     let mut rng = Rng::new(seed());
-    let names: Arc<dyn Names> = Arc::new(MemoryNames::new());
+    let names: Arc<dyn FileSystem> = Arc::new(MemoryFileSystem::new());
     let mut lab = Lab::new(names, Path::new("/vm"), LabShape { volumes: 1, ..LabShape::default() }, &mut rng);
     for number in 0..100 {
         lab.write_all(&mut rng);

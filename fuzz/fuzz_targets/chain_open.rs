@@ -11,9 +11,9 @@ use std::sync::Arc;
 use libfuzzer_sys::fuzz_target;
 use qcow2_chain::chain::{Chain, ChainOptions, Policy};
 use qcow2_chain::format::GuestOffset;
-use qcow2_chain::storage::{MemoryStorage, Names};
+use qcow2_chain::storage::{MemoryStorage, FileSystem};
 use qcow2_chain_fuzz::inputs::{Files as Input, Link, Name};
-use qcow2_chain_fuzz::{WatchedNames, limits};
+use qcow2_chain_fuzz::{WatchedFileSystem, limits};
 
 /// Where files lie; the first is the top.
 const PLACES: [&str; 5] = ["/d/top", "/d/base", "/d/sub/deep", "/secret", "/dx/near"];
@@ -60,7 +60,7 @@ fn by_letters(path: &Path) -> PathBuf {
 }
 
 fuzz_target!(|input: Input<'_>| {
-    let names = Arc::new(WatchedNames::default());
+    let names = Arc::new(WatchedFileSystem::default());
     let places = [0, 1 + input.places[0] % 4, 1 + input.places[1] % 4];
     for ((hostile, link), place) in input.files.into_iter().zip(places) {
         // A name that does not fit a cluster of 512 bytes cannot be made.
@@ -83,7 +83,7 @@ fuzz_target!(|input: Input<'_>| {
         .with_max_depth(MAX_DEPTH)
         .with_probe(input.probe)
         .with_writable(usize::from(input.writable));
-    let shared: Arc<dyn Names> = names.clone();
+    let shared: Arc<dyn FileSystem> = names.clone();
     if let Ok(chain) = Chain::open_in(&shared, Path::new(PLACES[0]), &options) {
         assert!(chain.layers().len() <= MAX_DEPTH);
         let mut paths: Vec<_> = chain.layers().iter().map(|layer| by_letters(&layer.path)).collect();

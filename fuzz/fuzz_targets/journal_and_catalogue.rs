@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
-use qcow2_chain::storage::{MemoryNames, MemoryStorage, Names};
+use qcow2_chain::storage::{MemoryFileSystem, MemoryStorage, FileSystem};
 use qcow2_chain::vm::{Catalogue, Recovery, SnapshotSet, VerifyOptions};
 use qcow2_chain_fuzz::inputs::{Bytes, Records as Input};
 use qcow2_chain_fuzz::records::{CATALOGUE, Change, JOURNAL, worlds};
@@ -39,7 +39,7 @@ fuzz_target!(|input: Input<'_>| {
     if !journal.is_empty() {
         names.insert(JOURNAL, Arc::new(MemoryStorage::with_bytes("journal", &journal)));
     }
-    let shared: Arc<dyn Names> = names.clone();
+    let shared: Arc<dyn FileSystem> = names.clone();
     let Ok(set) = SnapshotSet::load_in(shared, CATALOGUE) else { return };
     let set = set.with_jobs(1);
 
@@ -75,7 +75,7 @@ fn recover(set: &SnapshotSet) {
 }
 
 /// All files of the directory but the locks: the bytes of each.
-fn files(names: &MemoryNames) -> Vec<(PathBuf, Vec<u8>)> {
+fn files(names: &MemoryFileSystem) -> Vec<(PathBuf, Vec<u8>)> {
     let paths = names.list(Path::new("/vm")).expect("listed");
     let read = |path: PathBuf| names.get(&path).map(|storage| (path, storage.to_vec()));
     paths.into_iter().filter_map(read).collect()

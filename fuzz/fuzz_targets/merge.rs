@@ -16,7 +16,7 @@ use qcow2_chain::merge::{
     AfterCommit, CommitOptions, ConvertOptions, ConvertTarget, Onto, PullOptions, RebaseOptions, commit, convert, plan,
     pull, rebase,
 };
-use qcow2_chain::storage::{MemoryNames, MemoryStorage, Names};
+use qcow2_chain::storage::{MemoryFileSystem, MemoryStorage, FileSystem};
 use qcow2_chain_fuzz::inputs::{Merge, Merges as Input};
 use qcow2_chain_fuzz::{Step, limits};
 
@@ -25,7 +25,7 @@ const NAMES: [&str; 3] = ["top", "mid", "base"];
 const MAX_SIZE: u64 = 4 << 20;
 
 fuzz_target!(|input: Input| {
-    let names = Arc::new(MemoryNames::new());
+    let names = Arc::new(MemoryFileSystem::new());
     let depth = if input.three { 3 } else { 2 };
     for (number, hostile) in input.layers.into_iter().take(depth).enumerate() {
         let backing = NAMES[..depth].get(number + 1).map(|name| (name.as_bytes().to_vec(), b"qcow2".to_vec()));
@@ -62,19 +62,19 @@ fuzz_target!(|input: Input| {
     }
 });
 
-fn open(names: &Arc<MemoryNames>, writable: usize) -> Result<Chain, qcow2_chain::chain::Error> {
-    let names: Arc<dyn Names> = names.clone();
+fn open(names: &Arc<MemoryFileSystem>, writable: usize) -> Result<Chain, qcow2_chain::chain::Error> {
+    let names: Arc<dyn FileSystem> = names.clone();
     let options = ChainOptions::default().with_policy(Policy::Any).with_limits(limits()).with_writable(writable);
     Chain::open_in(&names, Path::new(NAMES[0]), &options)
 }
 
-fn disk(names: &Arc<MemoryNames>) -> Option<Vec<u8>> {
+fn disk(names: &Arc<MemoryFileSystem>) -> Option<Vec<u8>> {
     let chain = open(names, 0).ok().filter(|chain| chain.virtual_size() <= MAX_SIZE)?;
     let mut bytes = vec![0; usize::try_from(chain.virtual_size()).ok()?];
     chain.read_at(&mut bytes, GuestOffset::ZERO).ok().map(|()| bytes)
 }
 
-fn is_sound(names: &MemoryNames, name: &str) -> bool {
+fn is_sound(names: &MemoryFileSystem, name: &str) -> bool {
     let Some(storage) = names.get(name) else { return true };
     let report = check(&*storage, &CheckOptions::default().with_limits(limits()));
     report.is_ok_and(|report| report.corruptions == 0 && report.check_errors == 0)

@@ -12,7 +12,7 @@ pub mod inputs;
 pub mod records;
 mod watched;
 
-pub use watched::WatchedNames;
+pub use watched::WatchedFileSystem;
 
 /// The memory that an image may ask for is far below what the fuzzer allows, so that an unchecked allocation is seen.
 pub fn limits() -> Limits {
@@ -55,13 +55,13 @@ pub enum Step {
 /// One field changed.
 #[derive(Clone, Copy, Debug, Arbitrary)]
 struct Mutation {
-    place: Place,
+    place: VolumeFiles,
     value: Value,
 }
 
 /// Where the field stands.
 #[derive(Clone, Copy, Debug, Arbitrary)]
-enum Place {
+enum VolumeFiles {
     /// In the header or its extensions, so many bytes from the start: a field of four bytes, or of eight.
     Header { offset: u8, wide: bool },
     /// The given word of the given cluster; both modulo what there is.
@@ -216,9 +216,9 @@ impl Step {
 impl Mutation {
     fn apply(self, bytes: &mut [u8], cluster_size: usize) {
         let (at, width) = match self.place {
-            Place::Header { offset, wide: false } => (usize::from(offset) & !3, 4),
-            Place::Header { offset, wide: true } => (usize::from(offset) & !7, 8),
-            Place::Word { cluster, word } => (word_at(bytes, cluster_size, cluster, word), 8),
+            VolumeFiles::Header { offset, wide: false } => (usize::from(offset) & !3, 4),
+            VolumeFiles::Header { offset, wide: true } => (usize::from(offset) & !7, 8),
+            VolumeFiles::Word { cluster, word } => (word_at(bytes, cluster_size, cluster, word), 8),
         };
         let old = read(bytes, at, width);
         let new = match self.value {

@@ -9,7 +9,7 @@ use arbitrary::Arbitrary;
 use qcow2_chain::format::{ClusterBits, GuestOffset};
 use qcow2_chain::image::{CreateOptions, Image};
 use qcow2_chain::merge::Direction;
-use qcow2_chain::storage::{MemoryNames, MemoryStorage, Names};
+use qcow2_chain::storage::{MemoryFileSystem, MemoryStorage, FileSystem};
 use qcow2_chain::vm::{
     AdoptOptions, Catalogue, Journal, MergeOptions, Model, Plan, Record, Request, SnapshotOptions, SnapshotSet,
     VolumeSpec,
@@ -81,8 +81,8 @@ static WORLDS: LazyLock<Vec<World>> = LazyLock::new(|| {
 });
 
 fn world(request: Option<&Request>, options: &MergeOptions) -> World {
-    let shared = Arc::new(MemoryNames::new());
-    let names: Arc<dyn Names> = shared.clone();
+    let shared = Arc::new(MemoryFileSystem::new());
+    let names: Arc<dyn FileSystem> = shared.clone();
     for volume in ["vda", "vdb"] {
         let bits = ClusterBits::new(9).expect("512 bytes");
         let disk = names.create_new(&Path::new("/vm").join(volume).with_extension("qcow2")).expect("a file is made");
@@ -125,8 +125,8 @@ pub fn worlds() -> &'static [World] {
 
 impl World {
     /// Its files, without catalogue and journal.
-    pub fn names(&self) -> Arc<MemoryNames> {
-        let names = MemoryNames::new();
+    pub fn names(&self) -> Arc<MemoryFileSystem> {
+        let names = MemoryFileSystem::new();
         for (path, bytes) in self.files.iter().filter(|(path, _)| !path.starts_with(CATALOGUE)) {
             names.insert(path, Arc::new(MemoryStorage::with_bytes(path.display().to_string(), bytes)));
         }

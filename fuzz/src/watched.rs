@@ -3,24 +3,24 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use qcow2_chain::storage::{Access, MemoryNames, Names, Resolved, Result, Storage};
+use qcow2_chain::storage::{Access, MemoryFileSystem, FileSystem, Resolved, Result, Storage};
 
 /// Names in memory that note every path that was opened, and refuse to be changed.
 #[derive(Debug, Default)]
-pub struct WatchedNames {
+pub struct WatchedFileSystem {
     /// The files.
-    pub files: MemoryNames,
+    pub files: MemoryFileSystem,
     opened: Mutex<Vec<PathBuf>>,
 }
 
-impl WatchedNames {
+impl WatchedFileSystem {
     /// What was opened so far, as it was asked for.
     pub fn opened(&self) -> Vec<PathBuf> {
         self.opened.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
-impl Names for WatchedNames {
+impl FileSystem for WatchedFileSystem {
     fn open(&self, path: &Path, access: &Access) -> Result<Arc<dyn Storage>> {
         let storage = self.files.open(path, access)?;
         self.opened.lock().unwrap_or_else(PoisonError::into_inner).push(path.to_owned());

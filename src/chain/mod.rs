@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 
-use crate::storage::Names;
+use crate::storage::FileSystem;
 
 mod compare;
 mod describe;
@@ -46,7 +46,7 @@ pub struct Chain {
     /// Whether any layer's data cannot be understood: then nothing is read or written.
     data_denied: bool,
     /// What the layers' paths are names in; none where somebody else opened them.
-    names: Option<Arc<dyn Names>>,
+    names: Option<Arc<dyn FileSystem>>,
 }
 
 impl Chain {
@@ -60,7 +60,7 @@ impl Chain {
     }
 
     /// What the layers' paths are names in, where the chain was opened by name.
-    pub(crate) fn names(&self) -> Option<&Arc<dyn Names>> {
+    pub(crate) fn names(&self) -> Option<&Arc<dyn FileSystem>> {
         self.names.as_ref()
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::format::{HeaderCluster, Limits};
 use crate::image::{Image, OpenOptions, RawImage};
-use crate::storage::{Access, HostNames, LockMode, Names, Storage};
+use crate::storage::{Access, FileSystem, HostFileSystem, LockMode, Storage};
 
 use super::policy::{Link, Opened, Policy, Seen};
 use super::{Chain, Error, Format, Layer, Node, Result};
@@ -165,7 +165,7 @@ impl Chain {
     /// # Ok::<(), qcow2_chain::chain::Error>(())
     /// ```
     pub fn open(path: impl AsRef<Path>, options: &ChainOptions) -> Result<Self> {
-        let names: Arc<dyn Names> = Arc::new(HostNames);
+        let names: Arc<dyn FileSystem> = Arc::new(HostFileSystem);
         Self::open_in(&names, path.as_ref(), options)
     }
 
@@ -173,7 +173,7 @@ impl Chain {
     ///
     /// # Errors
     /// As [`Chain::open`].
-    pub fn open_in(names: &Arc<dyn Names>, path: &Path, options: &ChainOptions) -> Result<Self> {
+    pub fn open_in(names: &Arc<dyn FileSystem>, path: &Path, options: &ChainOptions) -> Result<Self> {
         let opened_in = Arc::clone(names);
         let names = &**names;
         let mut seen = Seen::default();
@@ -191,7 +191,7 @@ impl Chain {
 
 /// Opens what an image is over, if it is over anything, as the layer of this index.
 fn next_layer(
-    names: &dyn Names,
+    names: &dyn FileSystem,
     over: &Layer,
     index: usize,
     options: &ChainOptions,

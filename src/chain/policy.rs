@@ -3,7 +3,7 @@
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use crate::storage::{self, Access, FileId, Names, Storage};
+use crate::storage::{self, Access, FileId, FileSystem, Storage};
 
 use super::error::{Error, Remedy, Result};
 
@@ -50,7 +50,7 @@ impl Link<'_> {
         Error::Refused { file: self.file(), backing: self.backing(), why: why.into(), remedy }
     }
 
-    fn not_followed(&self, names: &dyn Names, target: &Path) -> Error {
+    fn not_followed(&self, names: &dyn FileSystem, target: &Path) -> Error {
         let remedy = Remedy::Beneath(parent_name(&by_letters(&self.plain_target(names, target))));
         self.refused("backing files are not followed", remedy)
     }
@@ -78,7 +78,7 @@ impl Link<'_> {
     }
 
     /// The target seen from where the image really lies. The target itself is not looked at.
-    fn plain_target(&self, names: &dyn Names, target: &Path) -> PathBuf {
+    fn plain_target(&self, names: &dyn FileSystem, target: &Path) -> PathBuf {
         join_by_letters(&settled(names, &parent_name(self.image)), path_from_bytes(self.name).unwrap_or(target))
     }
 }
@@ -123,7 +123,7 @@ pub(super) struct Seen {
 
 impl Seen {
     /// Notes an opened file. Tells whether it is new.
-    pub(super) fn insert(&mut self, names: &dyn Names, path: &Path, storage: &dyn Storage) -> bool {
+    pub(super) fn insert(&mut self, names: &dyn FileSystem, path: &Path, storage: &dyn Storage) -> bool {
         if let Some(id) = storage.file_id() {
             let new = !self.files.contains(&id);
             self.files.push(id);
@@ -136,7 +136,7 @@ impl Seen {
     }
 
     /// Whether a name that cannot be opened stands for one of these.
-    fn holds(&self, names: &dyn Names, path: &Path) -> bool {
+    fn holds(&self, names: &dyn FileSystem, path: &Path) -> bool {
         names.resolve(path).is_ok_and(|found| match found.file {
             Some(id) => self.files.contains(&id),
             None => self.paths.contains(&found.path),
@@ -149,7 +149,7 @@ impl Policy {
     ///
     /// # Errors
     /// [`Error::Refused`].
-    pub(super) fn check(&self, names: &dyn Names, link: Link<'_>) -> Result<()> {
+    pub(super) fn check(&self, names: &dyn FileSystem, link: Link<'_>) -> Result<()> {
         let target = link.target()?;
         if *self == Self::Refuse { Err(link.not_followed(names, &target)) } else { Ok(()) }
     }
@@ -158,7 +158,7 @@ impl Policy {
     ///
     /// # Errors
     /// [`Error::Refused`]; [`Error::Loop`] where the file is locked by this very chain; [`Error::Storage`].
-    pub(super) fn open(&self, names: &dyn Names, link: Link<'_>, access: &Access, seen: &Seen) -> Result<Opened> {
+    pub(super) fn open(&self, names: &dyn FileSystem, link: Link<'_>, access: &Access, seen: &Seen) -> Result<Opened> {
         let target = link.target()?;
         let opened = match self {
             Self::Refuse => Err(link.not_followed(names, &target)),
@@ -184,7 +184,7 @@ impl Policy {
 }
 
 /// Whether two names stand for one file. Neither is opened.
-fn same_file(names: &dyn Names, a: &Path, b: &Path) -> bool {
+fn same_file(names: &dyn FileSystem, a: &Path, b: &Path) -> bool {
     if a == b {
         return true;
     }
@@ -195,7 +195,7 @@ fn same_file(names: &dyn Names, a: &Path, b: &Path) -> bool {
 }
 
 /// A directory's name without links, or as it was given where it has none.
-fn settled(names: &dyn Names, directory: &Path) -> PathBuf {
+fn settled(names: &dyn FileSystem, directory: &Path) -> PathBuf {
     names.resolve(directory).map_or_else(|_| directory.to_owned(), |found| found.path)
 }
 
@@ -203,7 +203,7 @@ fn settled(names: &dyn Names, directory: &Path) -> PathBuf {
 ///
 /// What the caller named (the directories, and where the image lies) may go through links; what the image named may not.
 fn open_beneath(
-    names: &dyn Names,
+    names: &dyn FileSystem,
     link: Link<'_>,
     target: &Path,
     directories: &[PathBuf],
@@ -232,7 +232,7 @@ fn open_beneath(
 
 /// What would open a target that lies in an allowed directory and is refused nevertheless: links are open to those who
 /// list the file, what is no image is closed to all.
-fn remedy_inside(names: &dyn Names, target: &Path, plain: PathBuf) -> Remedy {
+fn remedy_inside(names: &dyn FileSystem, target: &Path, plain: PathBuf) -> Remedy {
     match names.resolve(target) {
         Ok(found) if found.path != plain => Remedy::List(plain),
         _ => Remedy::Never,

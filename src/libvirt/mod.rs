@@ -6,11 +6,11 @@
 //! ```no_run
 //! use std::sync::Arc;
 //! use qcow2_chain::libvirt::{Libvirt, Listening};
-//! use qcow2_chain::live::Live;
+//! use qcow2_chain::live::LiveExecutor;
 //! use qcow2_chain::vm::{SnapshotOptions, SnapshotSet};
 //!
 //! let domain = Libvirt::connect("qemu:///system", "web1", Listening::OwnLoop)?;
-//! let set = SnapshotSet::load("/vm/web1.json")?.with_executor(Arc::new(Live::new(Arc::new(domain))));
+//! let set = SnapshotSet::load("/vm/web1.json")?.with_executor(Arc::new(LiveExecutor::new(Arc::new(domain))));
 //! set.create("before the upgrade", &SnapshotOptions::default().with_quiesce(true))?;
 //! set.delete("before the upgrade", &Default::default(), &())?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())

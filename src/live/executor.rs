@@ -10,8 +10,8 @@ use super::quiesce::quiesced;
 use crate::merge::Direction;
 use crate::storage::{Access, LockMode};
 use crate::vm::{
-    Domain, Error, Executor, FileRef, Links, Manner, MergeStep, Merged, NewOverlay, Offline, Place, Refusal, Result,
-    Watch,
+    Domain, Error, ExecutionContext, Executor, FileRef, Links, MergeStep, Merged, NewOverlay, OfflineExecutor, Refusal,
+    Result, VolumeFiles, Watch,
 };
 
 /// What becomes of a merge that takes too long.
@@ -28,25 +28,25 @@ pub enum OnTimeout {
 ///
 /// ```
 /// use std::sync::Arc;
-/// use qcow2_chain::live::{Hypervisor, Live};
+/// use qcow2_chain::live::{Hypervisor, LiveExecutor};
 /// use qcow2_chain::vm::{Result, SnapshotSet};
 ///
 /// /// Deletes a snapshot, whether the VM is running or not.
 /// fn delete(hypervisor: Arc<dyn Hypervisor>, catalogue: &str, snapshot: &str) -> Result<()> {
-///     let set = SnapshotSet::load(catalogue)?.with_executor(Arc::new(Live::new(hypervisor)));
+///     let set = SnapshotSet::load(catalogue)?.with_executor(Arc::new(LiveExecutor::new(hypervisor)));
 ///     set.delete(snapshot, &Default::default(), &())?;
 ///     Ok(())
 /// }
 /// ```
 #[derive(Clone, Debug)]
-pub struct Live {
+pub struct LiveExecutor {
     hypervisor: Arc<dyn Hypervisor>,
     timeout: Option<Duration>,
     on_timeout: OnTimeout,
     agent_timeout: Duration,
 }
 
-impl Live {
+impl LiveExecutor {
     /// One over this hypervisor's VM: without a limit of time for merges, with 30 seconds for the guest agent.
     #[must_use]
     pub fn new(hypervisor: Arc<dyn Hypervisor>) -> Self {
@@ -73,13 +73,13 @@ impl Live {
     }
 
     /// The disk that has a file open, and the file's place among its files, while the VM runs.
-    fn disk_with(&self, place: &Place, recorded: &str) -> Result<Option<(Disk, usize)>> {
+    fn disk_with(&self, place: &VolumeFiles, recorded: &str) -> Result<Option<(Disk, usize)>> {
         let description = self.describe()?;
         Ok(if description.running { find(&description, &place.path(recorded), place) } else { None })
     }
 
     /// Lets the disks write their overlays. After an answer that said nothing, the hypervisor's description decides.
-    fn switch_to(&self, tops: &[NewTop], place: &Place, quiesce: bool) -> Result<()> {
+    fn switch_to(&self, tops: &[NewTop], place: &VolumeFiles, quiesce: bool) -> Result<()> {
         let hypervisor = &*self.hypervisor;
         let done =
             if quiesce { quiesced(hypervisor, tops, self.agent_timeout) } else { hypervisor.snapshot(tops, false) };
@@ -108,7 +108,7 @@ impl Live {
         disk: &Disk,
         found: (Option<usize>, usize),
         step: &MergeStep,
-        manner: &Manner<'_>,
+        manner: &ExecutionContext<'_>,
         watch: &dyn Watch,
     ) -> Result<Merged> {
         let place = manner.place;
@@ -149,7 +149,7 @@ impl Live {
     }
 }
 
-impl Executor for Live {
+impl Executor for LiveExecutor {
     fn domain(&self, _vm: &str) -> Result<Domain> {
         let description = self.describe()?;
         let mut domain = Domain { running: description.running, ..Domain::default() };
@@ -159,7 +159,7 @@ impl Executor for Live {
         Ok(domain)
     }
 
-    fn create(&self, overlays: &[NewOverlay], quiesce: bool, manner: &Manner<'_>) -> Result<()> {
+    fn create(&self, overlays: &[NewOverlay], quiesce: bool, manner: &ExecutionContext<'_>) -> Result<()> {
         let description = self.describe()?;
         let mut tops = Vec::new();
         for overlay in overlays.iter().filter(|_| description.running) {
@@ -172,16 +172,16 @@ impl Executor for Live {
             tops.push(NewTop { disk: disk.name, file });
         }
         // The overlays are ours, with the geometry that the volume wants; the hypervisor opens them.
-        Offline.create(overlays, false, manner)?;
+        OfflineExecutor.create(overlays, false, manner)?;
         if tops.is_empty() { Ok(()) } else { self.switch_to(&tops, manner.place, quiesce) }
     }
 
-    fn merge(&self, step: &MergeStep, manner: &Manner<'_>, watch: &dyn Watch) -> Result<Merged> {
+    fn merge(&self, step: &MergeStep, manner: &ExecutionContext<'_>, watch: &dyn Watch) -> Result<Merged> {
         let (place, description) = (manner.place, self.describe()?);
         let at = |recorded: &str| find(&description, &place.path(recorded), place).filter(|_| description.running);
         let (top, base) = (at(&step.top.path), at(&step.base.path));
         match (top, base) {
-            (None, None) => Offline.merge(step, manner, watch),
+            (None, None) => OfflineExecutor.merge(step, manner, watch),
             _ if step.direction == Direction::Pull => {
                 Err(Refusal::Running { operation: "complete a merge upwards" }.into())
             }
@@ -190,9 +190,9 @@ impl Executor for Live {
         }
     }
 
-    fn relink(&self, file: &FileRef, from: &FileRef, to: &FileRef, manner: &Manner<'_>) -> Result<()> {
+    fn relink(&self, file: &FileRef, from: &FileRef, to: &FileRef, manner: &ExecutionContext<'_>) -> Result<()> {
         if self.disk_with(manner.place, &file.path)?.is_none() {
-            return Offline.relink(file, from, to, manner);
+            return OfflineExecutor.relink(file, from, to, manner);
         }
         // The hypervisor did it with the merge; a header that it has open is not ours to write. By the letters: the old name,
         // which may lead to the same file still, is about to go.
@@ -202,9 +202,9 @@ impl Executor for Live {
         manner.place.check_head(file, std::slice::from_ref(to), Links::Exact)
     }
 
-    fn resize(&self, file: &FileRef, below: &[FileRef], size: u64, manner: &Manner<'_>) -> Result<()> {
+    fn resize(&self, file: &FileRef, below: &[FileRef], size: u64, manner: &ExecutionContext<'_>) -> Result<()> {
         let Some((disk, at)) = self.disk_with(manner.place, &file.path)? else {
-            return Offline.resize(file, below, size, manner);
+            return OfflineExecutor.resize(file, below, size, manner);
         };
         if at != 0 {
             return Err(Refusal::Running { operation: "resize a file that the VM only reads" }.into());
@@ -220,23 +220,23 @@ impl Executor for Live {
 }
 
 /// The hypervisor has other files than the plan.
-fn disagreement(place: &Place, file: &FileRef, found: &str) -> Error {
+fn disagreement(place: &VolumeFiles, file: &FileRef, found: &str) -> Error {
     let what =
         format!("{}: by the catalogue a disk's file, by the hypervisor {found}", place.path(&file.path).display());
     Error::Hypervisor { what, source: None }
 }
 
 /// The disk that has a file, and the file's place among its files.
-fn find(description: &Description, path: &Path, place: &Place) -> Option<(Disk, usize)> {
+fn find(description: &Description, path: &Path, place: &VolumeFiles) -> Option<(Disk, usize)> {
     description.disks.iter().find_map(|disk| Some((disk.clone(), position(disk, path, place)?)))
 }
 
-pub(super) fn position(disk: &Disk, path: &Path, place: &Place) -> Option<usize> {
+pub(super) fn position(disk: &Disk, path: &Path, place: &VolumeFiles) -> Option<usize> {
     disk.files.iter().position(|file| place.leads_to(&file.path, path))
 }
 
 /// What a commit in the hypervisor came to: durable, whatever the VM's way of caching, before the top's name may go.
-fn merged(place: &Place, disk: &Disk, base: usize, step: &MergeStep) -> Result<Merged> {
+fn merged(place: &VolumeFiles, disk: &Disk, base: usize, step: &MergeStep) -> Result<Merged> {
     let above = base.saturating_sub(1);
     for file in disk.files.iter().take(base + 1).skip(above) {
         sync(place, &file.path)?; // barrier: the base's data and the link above it before the catalogue
@@ -245,7 +245,7 @@ fn merged(place: &Place, disk: &Disk, base: usize, step: &MergeStep) -> Result<M
     Ok(Merged { virtual_size, switched: step.active, ..Merged::default() })
 }
 
-fn sync(place: &Place, path: &Path) -> Result<()> {
+fn sync(place: &VolumeFiles, path: &Path) -> Result<()> {
     Ok(place.names().open(path, &Access::write().with_lock(LockMode::None))?.sync()?)
 }
 

@@ -160,7 +160,7 @@ pub enum Event {
     Stopped,
 }
 
-/// A hypervisor's view of one VM, and what can be asked of it. The adapter over it is [`super::Live`].
+/// A hypervisor's view of one VM, and what can be asked of it. The adapter over it is [`super::LiveExecutor`].
 ///
 /// Every call may be made from several threads at once.
 pub trait Hypervisor: Send + Sync + fmt::Debug {

@@ -14,7 +14,7 @@ use super::hypervisor::{
     Commit, Disk, Event, FailureKind, Hypervisor, HypervisorError, Job, JobEvent, JobKind, Result as Answer,
 };
 use crate::merge::{Phase, Step};
-use crate::vm::{Error, Place, Result, Watch};
+use crate::vm::{Error, Result, VolumeFiles, Watch};
 
 /// The longest time without a look at the job.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -30,7 +30,7 @@ const LOOK_AFTER_END: Duration = Duration::from_millis(50);
 /// A commit that is watched.
 pub(super) struct Watcher<'a> {
     pub(super) hypervisor: &'a dyn Hypervisor,
-    pub(super) place: &'a Place,
+    pub(super) place: &'a VolumeFiles,
     pub(super) commit: &'a Commit,
     /// The base's recorded name, for progress.
     pub(super) file: &'a str,

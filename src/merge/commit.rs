@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::chain::{Chain, Layer, Node};
 use crate::format::Version;
 use crate::image::Image;
-use crate::storage::Names;
+use crate::storage::FileSystem;
 
 use super::absorb::Absorb;
 use super::copy::Report;
@@ -146,7 +146,7 @@ pub fn commit(chain: &Chain, options: &CommitOptions, progress: &dyn Progress) -
 }
 
 /// Takes the names of layers away, the top first: each is durably gone before what it stands on goes.
-fn remove(names: Option<&Arc<dyn Names>>, layers: &[Layer]) -> Result<()> {
+fn remove(names: Option<&Arc<dyn FileSystem>>, layers: &[Layer]) -> Result<()> {
     let Some(names) = names else { return Ok(()) };
     for layer in layers {
         names.unlink(&layer.path)?;
@@ -156,7 +156,7 @@ fn remove(names: Option<&Arc<dyn Names>>, layers: &[Layer]) -> Result<()> {
 }
 
 /// Refuses what cannot be done to this chain before anything is written. Returns what the layers' paths are names in.
-fn refuse_unfit<'a>(chain: &'a Chain, options: &CommitOptions) -> Result<Option<&'a Arc<dyn Names>>> {
+fn refuse_unfit<'a>(chain: &'a Chain, options: &CommitOptions) -> Result<Option<&'a Arc<dyn FileSystem>>> {
     let top = &chain.layers()[0];
     let refused =
         |layer: &Layer, why: &str| Err(Error::Refused { file: layer.path.display().to_string(), why: why.to_owned() });

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::chain::{Chain, Layer};
 use crate::format::{AutoclearFeatures, BitmapDirectoryEntry, HeaderCluster, Limits};
 use crate::image::Image;
-use crate::storage::{self, Access, FileId, HostNames, LockMode, Names};
+use crate::storage::{self, Access, FileId, FileSystem, HostFileSystem, LockMode};
 
 use super::{Error, Result};
 
@@ -36,8 +36,8 @@ pub(super) fn refuse_dependents(chain: &Chain, base: usize, directories: &[PathB
     let files: Vec<_> = chain.layers().iter().map(identity).collect();
     let mut found: Vec<(usize, PathBuf)> = Vec::new();
     for directory in directories {
-        for path in HostNames.list(directory)? {
-            let resolved = HostNames.resolve(&path).ok();
+        for path in HostFileSystem.list(directory)? {
+            let resolved = HostFileSystem.resolve(&path).ok();
             let own = resolved.is_some_and(|found| files.iter().any(|file| file.is(&found)));
             if own {
                 continue;
@@ -61,7 +61,7 @@ struct Identity {
 }
 
 fn identity(layer: &Layer) -> Identity {
-    let path = HostNames.resolve(&layer.path).map_or_else(|_| layer.path.clone(), |found| found.path);
+    let path = HostFileSystem.resolve(&layer.path).map_or_else(|_| layer.path.clone(), |found| found.path);
     Identity { path, file: layer.node.storage().file_id() }
 }
 
@@ -82,14 +82,14 @@ impl Identity {
             return text.contains(&*own);
         }
         let target = by.parent().unwrap_or(by).join(text.strip_prefix("file:").unwrap_or(&text));
-        HostNames.resolve(&target).is_ok_and(|found| self.is(&found))
+        HostFileSystem.resolve(&target).is_ok_and(|found| self.is(&found))
     }
 }
 
 /// The backing file's name in a file's header, if it is a qcow2 image that has one. What is gone by now, or no regular
 /// file, has none, and neither has an image whose header nobody can open.
 fn backing_name(path: &Path) -> Result<Option<Vec<u8>>> {
-    let storage = match HostNames.open(path, &Access::read().with_lock(LockMode::None)) {
+    let storage = match HostFileSystem.open(path, &Access::read().with_lock(LockMode::None)) {
         Ok(storage) => storage,
         Err(storage::Error::Refused { .. }) => return Ok(None),
         Err(storage::Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => return Ok(None),

@@ -38,7 +38,7 @@ impl FileStorage {
     /// opened. Where [`Access::beneath`] is given, the path must lie in that directory; see there.
     ///
     /// # Errors
-    /// As [`super::Names::open`].
+    /// As [`super::FileSystem::open`].
     pub fn open(path: impl AsRef<Path>, access: &Access) -> Result<Self> {
         let path = path.as_ref();
         let name = path.display().to_string();
@@ -56,7 +56,7 @@ impl FileStorage {
     /// ([`FileStorage::lock_mode`] tells).
     ///
     /// # Errors
-    /// As [`super::Names::create_new`].
+    /// As [`super::FileSystem::create_new`].
     pub fn create_new(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let name = path.display().to_string();

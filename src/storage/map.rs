@@ -25,7 +25,7 @@ impl MappedStorage {
     /// Opens and maps an existing file. What others append to it later reads as zeroes.
     ///
     /// # Errors
-    /// As [`super::Names::open`]; [`Error::Refused`] where `access` asks for writing or for no lock;
+    /// As [`super::FileSystem::open`]; [`Error::Refused`] where `access` asks for writing or for no lock;
     /// [`Error::Unsupported`] where the platform has no such locks or the file does not fit into the address space.
     pub fn open(path: impl AsRef<Path>, access: &Access) -> Result<Self> {
         if access.write || access.lock != LockMode::Read {

@@ -1,4 +1,4 @@
-//! Where images lie: the seam for bytes ([`Storage`]) and the seam for names ([`Names`]).
+//! Where images lie: the seam for bytes ([`Storage`]) and the seam for names ([`FileSystem`]).
 //!
 //! Nothing here knows qcow2. Everything above reaches bytes and names through these two traits only, so that an image can
 //! lie on anything, and so that tests can record every write, sync and rename and replay any crash.
@@ -9,8 +9,8 @@
 //! | [`MappedStorage`] | a file that nobody writes, mapped for reading |
 //! | [`MemoryStorage`] | sparse memory; it can be limited or of fixed length, for tests |
 //! | [`ReadOnlyStorage`] | any of them, for reading only |
-//! | [`HostNames`] | the operating system's names |
-//! | [`MemoryNames`] | names of [`MemoryStorage`]s |
+//! | [`HostFileSystem`] | the operating system's names |
+//! | [`MemoryFileSystem`] | names of [`MemoryStorage`]s |
 //!
 //! # A storage of one's own
 //! Six methods make a [`Storage`]: [`name`](Storage::name), [`read_at`](Storage::read_at), [`write_at`](Storage::write_at),
@@ -81,7 +81,7 @@
 //! ```
 //!
 //! # Names of one's own
-//! [`Names`] is to be implemented where images are opened by the names that other images hold, or where files are created,
+//! [`FileSystem`] is to be implemented where images are opened by the names that other images hold, or where files are created,
 //! swapped and removed. `open` takes the locks of [`Access::lock`] before a byte is read (or answers
 //! [`Error::Unsupported`], if the medium has none and they were asked for), and keeps [`Access::beneath`] or refuses.
 //! `rename` replaces its target in one step: after a crash the name leads to the old file or to the new one.
@@ -93,11 +93,11 @@ mod error;
 #[cfg(feature = "test-utils")]
 pub mod fault;
 mod file;
+mod file_system;
 mod lock;
 mod map;
 mod memory;
-mod memory_names;
-mod names;
+mod memory_file_system;
 mod read_only;
 mod sys;
 mod whole;
@@ -107,11 +107,11 @@ use std::ops::Range;
 
 pub use error::{Error, Result};
 pub use file::FileStorage;
+pub use file_system::{Access, FileSystem, HostFileSystem, Resolved};
 pub use lock::{LockMode, Permission};
 pub use map::MappedStorage;
 pub use memory::MemoryStorage;
-pub use memory_names::MemoryNames;
-pub use names::{Access, HostNames, Names, Resolved};
+pub use memory_file_system::MemoryFileSystem;
 pub use read_only::ReadOnlyStorage;
 
 /// No file has a byte at or behind this offset: kernels count in signed 64 bits.

@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::model::{Base, FileRecord, FileRef, MAX_NAME, Model, Snapshot, SnapshotId, State, Volume};
-use super::options::{AdoptOptions, VolumeSpec};
-use super::place::Place;
 use super::{Refusal, Result};
 use crate::chain::{Chain, ChainOptions};
 use crate::storage::LockMode;
+use crate::vm::files::VolumeFiles;
+use crate::vm::model::{Base, FileRecord, FileRef, MAX_NAME, Model, Snapshot, SnapshotId, State, Volume};
+use crate::vm::options::{AdoptOptions, VolumeSpec};
 
 /// A volume's name is part of its overlays' names.
 fn check_volume_name(name: &str) -> Result<(), Refusal> {
@@ -36,7 +36,7 @@ pub(super) struct Adopted {
 }
 
 /// Reads a volume's files from their headers.
-pub(super) fn read(place: &Place, spec: &VolumeSpec, options: &AdoptOptions) -> Result<Adopted> {
+pub(super) fn read(place: &VolumeFiles, spec: &VolumeSpec, options: &AdoptOptions) -> Result<Adopted> {
     check_volume_name(&spec.name)?;
     // Headers only are read, which a running VM does not change.
     let chain_options = ChainOptions::default().with_policy(options.policy.clone()).with_format(spec.format);
@@ -57,14 +57,14 @@ pub(super) fn read(place: &Place, spec: &VolumeSpec, options: &AdoptOptions) -> 
 }
 
 /// A path that a header led to, without its `..`.
-fn plain(place: &Place, path: &Path) -> Result<std::path::PathBuf> {
+fn plain(place: &VolumeFiles, path: &Path) -> Result<std::path::PathBuf> {
     let simple = path.components().all(|part| !matches!(part, std::path::Component::ParentDir));
     if simple { Ok(path.to_owned()) } else { Ok(place.names().resolve(path)?.path) }
 }
 
 impl Adopted {
     /// The volume: what lies beneath the active file and so many frozen ones are bases.
-    fn volume(&self, place: &Place, frozen: usize) -> Result<Volume> {
+    fn volume(&self, place: &VolumeFiles, frozen: usize) -> Result<Volume> {
         let bases = self.files.iter().skip(1 + frozen).map(|record| {
             let fingerprint = place.fingerprint(&record.file)?;
             Ok(Base { file: record.file.clone(), fingerprint })
@@ -77,7 +77,7 @@ impl Adopted {
 }
 
 /// The model of a VM with these volumes.
-pub(super) fn model(place: &Place, vm: &str, adopted: &[Adopted], names: &[String], now: u64) -> Result<Model> {
+pub(super) fn model(place: &VolumeFiles, vm: &str, adopted: &[Adopted], names: &[String], now: u64) -> Result<Model> {
     check_vm_name(vm)?;
     if adopted.is_empty() {
         return Err(Refusal::NoVolumes.into());

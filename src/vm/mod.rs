@@ -9,54 +9,39 @@
 //! thing does they are merged with it, where several do the snapshot is hidden until only one is left.
 
 mod adopt;
-mod catalogue;
-mod changed;
-mod edit;
 mod error;
-mod executor;
-mod export;
-mod journal;
-mod listing;
-mod lock;
+mod execute;
+mod files;
 mod model;
-mod offline;
 mod options;
-mod place;
 mod plan;
-mod planner;
-mod progress;
-mod recover;
-mod refusal;
-mod report;
-mod run;
+mod preflight;
+mod query;
 mod set;
-mod store;
-mod survey;
 mod trace;
-mod verify;
 
-pub use catalogue::Catalogue;
-pub use changed::{ChangedRange, Changes, Point};
-pub use edit::Edit;
 pub use error::{Error, Result};
-pub use executor::{Domain, Executor, Manner, Merged, Watch};
-pub use export::{ExportOptions, Exported};
-pub use journal::{Found, Journal, Progressed, Record};
-pub use listing::{ListedSnapshot, ListedVolume, Listing};
+pub use execute::executor::{Domain, ExecutionContext, Executor, Merged, Watch};
+pub use execute::journal::{Found, Journal, Progressed, Record};
+pub use execute::offline::OfflineExecutor;
+pub use execute::progress::{Progress, VolumeStep};
+pub use execute::recover::Pending;
+pub use execute::report::{MergedVolume, PathChange, Report};
+pub(crate) use files::Links;
+pub use files::VolumeFiles;
+pub use model::catalogue::Catalogue;
+pub use model::edit::Edit;
+pub use model::store::Store;
 pub use model::{
     Base, Dependent, FileRecord, FileRef, Fingerprint, LastOperation, MAX_NAME, Model, OverlayShape, Snapshot,
     SnapshotId, State, Volume,
 };
-pub use offline::Offline;
 pub use options::{AdoptOptions, MergeOptions, SnapshotOptions, VolumeSpec};
-pub(crate) use place::Links;
-pub use place::Place;
+pub use plan::planner::{PlanOptions, Request, plan};
+pub use plan::refusal::Refusal;
 pub use plan::{Cost, MergeStep, NewOverlay, Plan, Purpose, SizeChange, Stage, Step, VolumeWork};
-pub use planner::{PlanOptions, Request, plan};
-pub use progress::{Progress, VolumeStep};
-pub use recover::Pending;
-pub use refusal::Refusal;
-pub use report::{MergedVolume, PathChange, Report};
+pub use query::changed::{ChangedRange, Changes, Point};
+pub use query::export::{ExportOptions, Exported};
+pub use query::listing::{ListedSnapshot, ListedVolume, Listing};
+pub use query::verify::{ContentDigest, Problem, ProblemKind, Reconciliation, Verification, VerifyOptions};
 pub use set::{Recovery, SnapshotSet};
-pub use store::Store;
-pub use verify::{ContentDigest, Problem, ProblemKind, Reconciliation, Verification, VerifyOptions};

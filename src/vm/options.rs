@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use super::model::OverlayShape;
 use crate::chain::{Format, Policy};
 use crate::merge::Direction;
+use crate::vm::model::OverlayShape;
 
 /// How snapshots are taken.
 #[derive(Clone, Debug, PartialEq, Eq)]

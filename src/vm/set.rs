@@ -5,25 +5,25 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::adopt;
-use super::catalogue::{Catalogue, directory_of, with_suffix};
-use super::executor::{Domain, Executor, Manner};
-use super::journal::{Found, Journal};
-use super::listing::Listing;
-use super::lock::VmLock;
-use super::model::{FileRef, Model, Snapshot, Volume};
-use super::offline::Offline;
-use super::options::{AdoptOptions, MergeOptions, SnapshotOptions, VolumeSpec};
-use super::place::{Links, Place};
-use super::plan::Plan;
-use super::planner::{Request, overlay_path};
-use super::progress::Progress;
-use super::report::Report;
-use super::run::{Run, Tools};
-use super::store::Store;
-use super::survey;
+use super::preflight;
 use super::{Refusal, Result};
 use crate::chain::Chain;
-use crate::storage::{HostNames, Names};
+use crate::storage::{FileSystem, HostFileSystem};
+use crate::vm::execute::executor::{Domain, ExecutionContext, Executor};
+use crate::vm::execute::journal::{Found, Journal};
+use crate::vm::execute::lock::VmLock;
+use crate::vm::execute::offline::OfflineExecutor;
+use crate::vm::execute::progress::Progress;
+use crate::vm::execute::report::Report;
+use crate::vm::execute::{Run, Tools};
+use crate::vm::files::{Links, VolumeFiles};
+use crate::vm::model::catalogue::{Catalogue, directory_of, with_suffix};
+use crate::vm::model::store::Store;
+use crate::vm::model::{FileRef, Model, Snapshot, Volume};
+use crate::vm::options::{AdoptOptions, MergeOptions, SnapshotOptions, VolumeSpec};
+use crate::vm::plan::Plan;
+use crate::vm::plan::planner::{Request, overlay_path};
+use crate::vm::query::listing::Listing;
 
 /// A VM's snapshots over all of its volumes.
 ///
@@ -34,10 +34,10 @@ use crate::storage::{HostNames, Names};
 /// ```
 /// use std::sync::Arc;
 /// use qcow2_chain::image::{CreateOptions, Image};
-/// use qcow2_chain::storage::{MemoryNames, Names};
+/// use qcow2_chain::storage::{MemoryFileSystem, FileSystem};
 /// use qcow2_chain::vm::{AdoptOptions, SnapshotSet, VolumeSpec};
 ///
-/// let names: Arc<dyn Names> = Arc::new(MemoryNames::new());
+/// let names: Arc<dyn FileSystem> = Arc::new(MemoryFileSystem::new());
 /// let disk = names.create_new("/vm/vda.qcow2".as_ref())?;
 /// Image::create(disk, &CreateOptions::new(1 << 30))?.close()?;
 ///
@@ -52,7 +52,7 @@ use crate::storage::{HostNames, Names};
 /// ```
 #[derive(Debug)]
 pub struct SnapshotSet {
-    pub(super) place: Place,
+    pub(super) place: VolumeFiles,
     pub(super) store: Arc<dyn Store>,
     pub(super) executor: Arc<dyn Executor>,
     pub(super) journal: PathBuf,
@@ -79,14 +79,14 @@ impl SnapshotSet {
     /// # Errors
     /// What reading the catalogue gives.
     pub fn load(catalogue: impl Into<PathBuf>) -> Result<Self> {
-        Self::load_in(Arc::new(HostNames), catalogue)
+        Self::load_in(Arc::new(HostFileSystem), catalogue)
     }
 
     /// As [`SnapshotSet::load`], on other names than the operating system's.
     ///
     /// # Errors
     /// As [`SnapshotSet::load`].
-    pub fn load_in(names: Arc<dyn Names>, catalogue: impl Into<PathBuf>) -> Result<Self> {
+    pub fn load_in(names: Arc<dyn FileSystem>, catalogue: impl Into<PathBuf>) -> Result<Self> {
         let catalogue = catalogue.into();
         let store = Arc::new(Catalogue::new(Arc::clone(&names), &catalogue));
         store.load()?;
@@ -96,12 +96,12 @@ impl SnapshotSet {
     /// A set whose model somebody else keeps. `catalogue` tells where relative paths start and how the journal and the lock
     /// beside it are called; no such file is written.
     #[must_use]
-    pub fn with_store(names: Arc<dyn Names>, catalogue: impl Into<PathBuf>, store: Arc<dyn Store>) -> Self {
+    pub fn with_store(names: Arc<dyn FileSystem>, catalogue: impl Into<PathBuf>, store: Arc<dyn Store>) -> Self {
         let catalogue = catalogue.into();
         Self {
-            place: Place::new(Arc::clone(&names), directory_of(&catalogue)),
+            place: VolumeFiles::new(Arc::clone(&names), directory_of(&catalogue)),
             store,
-            executor: Arc::new(Offline),
+            executor: Arc::new(OfflineExecutor),
             journal: with_suffix(&catalogue, ".journal"),
             lock: VmLock::new(names, with_suffix(&catalogue, ".lock")),
             catalogue,
@@ -114,7 +114,7 @@ impl SnapshotSet {
     /// # Errors
     /// [`Refusal::Exists`]; what opening the files gives.
     pub fn adopt(catalogue: impl Into<PathBuf>, volumes: &[VolumeSpec], options: &AdoptOptions) -> Result<Self> {
-        Self::adopt_in(Arc::new(HostNames), catalogue, volumes, options)
+        Self::adopt_in(Arc::new(HostFileSystem), catalogue, volumes, options)
     }
 
     /// As [`SnapshotSet::adopt`], on other names than the operating system's.
@@ -122,7 +122,7 @@ impl SnapshotSet {
     /// # Errors
     /// As [`SnapshotSet::adopt`].
     pub fn adopt_in(
-        names: Arc<dyn Names>,
+        names: Arc<dyn FileSystem>,
         catalogue: impl Into<PathBuf>,
         volumes: &[VolumeSpec],
         options: &AdoptOptions,
@@ -169,7 +169,7 @@ impl SnapshotSet {
 
     /// Where the recorded paths lead.
     #[must_use]
-    pub fn place(&self) -> &Place {
+    pub fn place(&self) -> &VolumeFiles {
         &self.place
     }
 
@@ -387,7 +387,8 @@ impl SnapshotSet {
         progress: &'a dyn Progress,
         recovering: bool,
     ) -> Tools<'a> {
-        let manner = Manner { place: &self.place, jobs: self.jobs, rate_limit: options.rate_limit, recovering };
+        let manner =
+            ExecutionContext { place: &self.place, jobs: self.jobs, rate_limit: options.rate_limit, recovering };
         Tools { store: &*self.store, executor: &*self.executor, domain, journal: &self.journal, manner, progress }
     }
 
@@ -397,13 +398,13 @@ impl SnapshotSet {
         let model = self.look_at_volumes()?;
         let domain = self.executor.domain(&model.vm)?;
         let plan = self.planned(&model, &domain, request, options)?;
-        survey::check(&self.place, &domain, &plan)?;
+        preflight::check(&self.place, &domain, &plan)?;
         Ok((model, domain, plan))
     }
 
     /// Plans after a look at everything that could refute the records.
     fn planned(&self, model: &Model, domain: &Domain, request: &Request, options: &MergeOptions) -> Result<Plan> {
-        let plan = survey::plan_with_costs(&self.place, model, request, domain, options)?;
+        let plan = preflight::plan_with_costs(&self.place, model, request, domain, options)?;
         for volume in &model.volumes {
             volume.bases.iter().try_for_each(|base| self.place.check_base(base))?;
             self.check_head(model, &model.active_chain(volume))?;

@@ -46,11 +46,11 @@ fn image(backing: Option<&[u8]>, format: Option<&[u8]>) -> Vec<u8> {
 }
 
 /// A directory tree: `allowed`, where the images lie, and `secret` beside it.
-struct Place {
+struct VolumeFiles {
     root: tempfile::TempDir,
 }
 
-impl Place {
+impl VolumeFiles {
     fn new() -> Self {
         let root = tempfile::tempdir().expect("a temporary directory");
         std::fs::create_dir(root.path().join("allowed")).expect("a directory");
@@ -96,7 +96,7 @@ impl Place {
 
 #[test]
 fn the_images_made_here_are_sound() {
-    let place = Place::new();
+    let place = VolumeFiles::new();
     let base = place.allowed("base");
     std::fs::write(&base, image(None, None)).expect("an image");
     let top = place.over("top", "base");
@@ -114,7 +114,7 @@ fn the_images_made_here_are_sound() {
 
 #[test]
 fn nothing_is_followed_by_default() {
-    let place = Place::new();
+    let place = VolumeFiles::new();
     std::fs::write(place.allowed("base"), image(None, None)).expect("an image");
     let top = place.over("top", "base");
     let (_, remedy) = place.refused(&top, &ChainOptions::default());
@@ -126,7 +126,7 @@ fn nothing_is_followed_by_default() {
 
 #[test]
 fn protocols_are_never_followed() {
-    let place = Place::new();
+    let place = VolumeFiles::new();
     for name in [
         "json:{\"driver\":\"file\",\"filename\":\"/etc/passwd\"}",
         "nbd:localhost:10809",
@@ -154,7 +154,7 @@ fn protocols_are_never_followed() {
 
 #[test]
 fn odd_names_are_refused() {
-    let place = Place::new();
+    let place = VolumeFiles::new();
     for policy in [Policy::Any, Policy::Beneath(vec![place.path("allowed")]), Policy::List(vec![place.path("secret")])]
     {
         let options = ChainOptions::default().with_policy(policy);
@@ -166,7 +166,7 @@ fn odd_names_are_refused() {
 #[test]
 fn names_that_are_not_unicode_are_names() {
     use std::os::unix::ffi::OsStrExt;
-    let place = Place::new();
+    let place = VolumeFiles::new();
     let name = std::ffi::OsStr::from_bytes(b"b\xe4se");
     std::fs::write(place.path("allowed").join(name), image(None, None)).expect("an image");
     let chain = Chain::open(place.over("top", name), &place.options()).expect("opened");
@@ -176,7 +176,7 @@ fn names_that_are_not_unicode_are_names() {
 
 #[test]
 fn names_do_not_leave_the_directory() {
-    let place = Place::new();
+    let place = VolumeFiles::new();
     std::fs::create_dir(place.allowed("sub")).expect("a directory");
     let secret = place.path("secret");
     for name in [
@@ -201,7 +201,7 @@ fn names_do_not_leave_the_directory() {
 
 #[test]
 fn names_within_the_directory_are_followed() {
-    let place = Place::new();
+    let place = VolumeFiles::new();
     std::fs::create_dir(place.allowed("sub")).expect("a directory");
     std::fs::write(place.allowed("base"), image(None, None)).expect("an image");
     for name in ["base".into(), "./base".into(), "sub/../base".into(), "../allowed/base".into(), place.allowed("base")]
@@ -228,7 +228,7 @@ fn names_within_the_directory_are_followed() {
 
 #[test]
 fn links_are_not_followed_beneath_a_directory() {
-    let place = Place::new();
+    let place = VolumeFiles::new();
     std::fs::write(place.allowed("base"), image(None, None)).expect("an image");
     symlink(place.path("secret"), place.allowed("out")).expect("a link");
     symlink("base", place.allowed("in")).expect("a link");
@@ -245,7 +245,7 @@ fn links_are_not_followed_beneath_a_directory() {
 #[test]
 fn magic_links_are_not_followed() {
     use std::os::fd::AsRawFd;
-    let place = Place::new();
+    let place = VolumeFiles::new();
     let held = std::fs::File::open(place.path("secret")).expect("opened");
     let name = format!("/proc/self/fd/{}", held.as_raw_fd());
     let top = place.over("top", &name);
@@ -256,7 +256,7 @@ fn magic_links_are_not_followed() {
 
 #[test]
 fn a_list_allows_files_by_whatever_name() {
-    let place = Place::new();
+    let place = VolumeFiles::new();
     let base = place.path("base");
     std::fs::write(&base, image(None, None)).expect("an image");
     symlink(&base, place.allowed("soft")).expect("a link");
@@ -273,7 +273,7 @@ fn a_list_allows_files_by_whatever_name() {
 
 #[test]
 fn only_files_are_opened() {
-    let place = Place::new();
+    let place = VolumeFiles::new();
     let fifo = place.allowed("fifo");
     let made = std::process::Command::new("mkfifo").arg(&fifo).status();
     assert!(made.is_ok_and(|status| status.success()));
@@ -310,7 +310,7 @@ fn looped(path: &Path, options: &ChainOptions) {
 
 #[test]
 fn loops_are_found() {
-    let place = Place::new();
+    let place = VolumeFiles::new();
     let any = ChainOptions::default().with_policy(Policy::Any);
     let itself = place.over("itself", "itself");
     looped(&itself, &place.options());
@@ -332,7 +332,7 @@ fn loops_are_found() {
 
 #[test]
 fn a_chain_without_end_is_cut() {
-    let place = Place::new();
+    let place = VolumeFiles::new();
     for index in 0..20 {
         place.over(&index.to_string(), (index + 1).to_string());
     }
@@ -342,7 +342,7 @@ fn a_chain_without_end_is_cut() {
 
 #[test]
 fn formats_are_not_guessed() {
-    let place = Place::new();
+    let place = VolumeFiles::new();
     std::fs::write(place.allowed("base"), image(None, None)).expect("an image");
     std::fs::write(place.allowed("plain"), vec![5; 65536]).expect("a raw image");
     let with = |backing: &str, format: Option<&[u8]>| {
@@ -373,7 +373,7 @@ fn formats_are_not_guessed() {
 
 #[test]
 fn what_is_not_there_is_named() {
-    let place = Place::new();
+    let place = VolumeFiles::new();
     let top = place.over("top", "gone");
     let error = Chain::open(&top, &place.options()).expect_err("it is not there");
     assert!(error.to_string().contains("gone"), "{error}");
@@ -399,7 +399,7 @@ fn claim(cluster_bits: u32, l1_size: u32) -> Vec<u8> {
 /// memory or time by its claims.
 #[test]
 fn a_small_file_with_a_large_claim() {
-    let place = Place::new();
+    let place = VolumeFiles::new();
     for (cluster_bits, l1_size) in CLAIMS {
         let path = place.allowed("claim");
         std::fs::write(&path, claim(cluster_bits, l1_size)).expect("an image");
@@ -419,7 +419,7 @@ fn a_small_file_with_a_large_claim() {
 #[cfg(all(feature = "cli", target_os = "linux"))]
 #[test]
 fn large_claims_fit_into_64_mib() {
-    let place = Place::new();
+    let place = VolumeFiles::new();
     let limit = if cfg!(feature = "libvirt") { 320 << 10 } else { 64 << 10 };
     let limited = format!("ulimit -v {limit}; exec \"$0\" \"$@\"");
     for (cluster_bits, l1_size) in CLAIMS {

@@ -22,11 +22,11 @@ fn base(path: &Path, byte: u8) {
     image.close().expect("closed");
 }
 
-struct Place {
+struct VolumeFiles {
     root: tempfile::TempDir,
 }
 
-impl Place {
+impl VolumeFiles {
     /// `d/top` over `name`, `d/good` and `d/sub/good` that may be read, `secret/good` that may not.
     fn new(name: &str) -> Self {
         let place = Self { root: tempfile::tempdir().expect("a temporary directory") };
@@ -95,7 +95,7 @@ fn replace(at: &Path, make: impl Fn(&Path)) {
 /// The backing file is now an image, now a link to a secret.
 #[test]
 fn a_link_in_the_place_of_the_file() {
-    let place = Place::new("base");
+    let place = VolumeFiles::new("base");
     let at = place.path("d/base");
     let flip = |bad: bool| {
         replace(&at, |new| {
@@ -114,7 +114,7 @@ fn a_link_in_the_place_of_the_file() {
 /// A directory on the way is now one, now a link out.
 #[test]
 fn a_link_in_the_place_of_a_directory() {
-    let place = Place::new("way/good");
+    let place = VolumeFiles::new("way/good");
     let (way, aside) = (place.path("d/way"), place.path("d/aside"));
     std::fs::rename(place.path("d/sub"), &way).expect("renamed");
     let flip = |bad: bool| {
@@ -133,7 +133,7 @@ fn a_link_in_the_place_of_a_directory() {
 /// `..` is followed while the directory that it starts from moves in and out.
 #[test]
 fn dots_from_a_directory_that_moves() {
-    let place = Place::new("sub/../good");
+    let place = VolumeFiles::new("sub/../good");
     std::fs::create_dir(place.path("secret/inner")).expect("a directory");
     let (inside, outside) = (place.path("d/sub"), place.path("secret/moved"));
     let flip = |bad: bool| {
@@ -147,7 +147,7 @@ fn dots_from_a_directory_that_moves() {
 /// A listed file is opened by the path that the caller listed, whatever the image's own name leads to by then.
 #[test]
 fn a_listed_file_by_another_name() {
-    let place = Place::new("alias");
+    let place = VolumeFiles::new("alias");
     let at = place.path("d/alias");
     let flip = |bad: bool| {
         let target = if bad { place.path("secret/good") } else { place.path("d/good") };
@@ -161,7 +161,7 @@ fn a_listed_file_by_another_name() {
 /// A FIFO takes the place of the file: opening must never wait for somebody to write into it.
 #[test]
 fn a_fifo_in_the_place_of_the_file() {
-    let place = Place::new("base");
+    let place = VolumeFiles::new("base");
     let fifo = place.path("fifo");
     assert!(std::process::Command::new("mkfifo").arg(&fifo).status().is_ok_and(|status| status.success()));
     let at = place.path("d/base");
@@ -182,7 +182,7 @@ fn a_fifo_in_the_place_of_the_file() {
 #[test]
 fn what_this_process_has_open() {
     use std::os::fd::AsRawFd;
-    let root = Place::new("base");
+    let root = VolumeFiles::new("base");
     let secret = std::fs::File::open(root.path("secret/good")).expect("opened");
     let fd = secret.as_raw_fd();
     let names = [
@@ -193,7 +193,7 @@ fn what_this_process_has_open() {
         format!("/proc/self/cwd/../../../../../../../..{}", root.path("secret/good").display()),
     ];
     for name in names {
-        let place = Place::new(&name);
+        let place = VolumeFiles::new(&name);
         for directory in [place.path("d"), "/proc".into(), "/proc/self".into(), "/dev".into()] {
             let options = ChainOptions::default().beneath(&directory);
             let result = Chain::open(place.path("d/top"), &options);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use qcow2_chain::format::GuestOffset;
 use qcow2_chain::image::{CreateOptions, Image};
 use qcow2_chain::merge::Direction;
-use qcow2_chain::storage::{Access, MemoryNames, MemoryStorage, Names};
+use qcow2_chain::storage::{Access, FileSystem, MemoryFileSystem, MemoryStorage};
 use qcow2_chain::vm::{
     AdoptOptions, Catalogue, Edit, Error, Journal, MergeOptions, Model, Plan, Record, Request, SnapshotId,
     SnapshotOptions, SnapshotSet, VerifyOptions, VolumeSpec,
@@ -16,9 +16,9 @@ const CATALOGUE: &str = "/vm/catalogue.json";
 const JOURNAL: &str = "/vm/catalogue.json.journal";
 
 /// A VM of one disk with one snapshot.
-fn vm() -> (Arc<MemoryNames>, SnapshotSet) {
-    let shared = Arc::new(MemoryNames::new());
-    let names: Arc<dyn Names> = shared.clone();
+fn vm() -> (Arc<MemoryFileSystem>, SnapshotSet) {
+    let shared = Arc::new(MemoryFileSystem::new());
+    let names: Arc<dyn FileSystem> = shared.clone();
     let disk = names.create_new(Path::new("/vm/vda.qcow2")).expect("made");
     let image = Image::create(disk, &CreateOptions::new(1 << 20)).expect("created");
     image.write_at(b"data", GuestOffset::ZERO).expect("written");
@@ -37,8 +37,8 @@ fn deletion(set: &SnapshotSet) -> Plan {
 
 /// Recovery fails for this reason, however often it is tried, and what could be read can still be read.
 #[track_caller]
-fn refused(names: &Arc<MemoryNames>, set: &SnapshotSet, plan: &Plan, why: &str) {
-    let shared: Arc<dyn Names> = names.clone();
+fn refused(names: &Arc<MemoryFileSystem>, set: &SnapshotSet, plan: &Plan, why: &str) {
+    let shared: Arc<dyn FileSystem> = names.clone();
     drop(Journal::begin(&shared, Path::new(JOURNAL), plan).expect("begun"));
     let said = [(); 2].map(|()| set.recover(&()).expect_err("there is nothing to recover to").to_string());
     assert!(said[0].contains(why), "{}", said[0]);
@@ -110,7 +110,7 @@ fn crc32(bytes: &[u8]) -> u32 {
 fn journals_that_no_crash_leaves() {
     let (names, set) = vm();
     let plan = deletion(&set);
-    let shared: Arc<dyn Names> = names.clone();
+    let shared: Arc<dyn FileSystem> = names.clone();
     let line = |record: &Record| {
         let json = serde_json::to_vec(record).expect("JSON");
         [format!("{:08x} ", crc32(&json)).as_bytes(), &json, b"\n"].concat()

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use qcow2_chain::libvirt::Listening;
 use qcow2_chain::live::{
-    Commit, Description, Event, Hypervisor as Seam, HypervisorError, Job, Live, NewTop, OnTimeout,
+    Commit, Description, Event, Hypervisor as Seam, HypervisorError, Job, LiveExecutor, NewTop, OnTimeout,
 };
 use qcow2_chain::vm::{Error, Executor, MergeOptions, SnapshotSet};
 
@@ -26,7 +26,7 @@ fn slowly() -> MergeOptions {
 
 fn with_timeout(hypervisor: &Hypervisor, domain: &str, on_timeout: OnTimeout) -> Arc<dyn Executor> {
     let libvirt = Arc::new(libvirt(hypervisor, domain, Listening::OwnLoop));
-    Arc::new(Live::new(libvirt).with_timeout(Duration::from_secs(1), on_timeout))
+    Arc::new(LiveExecutor::new(libvirt).with_timeout(Duration::from_secs(1), on_timeout))
 }
 
 /// A guest with one disk that has written since a snapshot.
@@ -111,7 +111,7 @@ fn t4_a_job_that_somebody_aborts_fails_the_deletion_which_is_resumed() {
 fn t5_t6_without_a_limit_it_takes_its_time() {
     let Some(hypervisor) = Hypervisor::get() else { return };
     let mut scene = written(&hypervisor, "live-t5", |hypervisor, domain| {
-        let live = Live::new(Arc::new(libvirt(hypervisor, domain, Listening::OwnLoop)));
+        let live = LiveExecutor::new(Arc::new(libvirt(hypervisor, domain, Listening::OwnLoop)));
         Arc::new(live.with_timeout(Duration::ZERO, OnTimeout::Abort))
     });
     // A guest that writes more than the rate allows would never let it be done.
@@ -258,7 +258,7 @@ fn the_program_that_deletes() {
     let [uri, domain, catalogue, stop, reached] = told.split(' ').collect::<Vec<_>>()[..] else { panic!("{told}") };
     let inner = qcow2_chain::libvirt::Libvirt::connect(uri, domain, Listening::OwnLoop).unwrap();
     let stop = if stop == "Ready" { Stop::Ready } else { Stop::Switched };
-    let live = Live::new(Arc::new(Stopping { inner, stop, reached: PathBuf::from(reached) }));
+    let live = LiveExecutor::new(Arc::new(Stopping { inner, stop, reached: PathBuf::from(reached) }));
     let set = SnapshotSet::load(catalogue).unwrap().with_executor(Arc::new(live));
     panic!("it came back: {:?}", set.delete("s1", &MergeOptions::default(), &()));
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use qcow2_chain::libvirt::{Libvirt, Listening};
-use qcow2_chain::live::Live;
+use qcow2_chain::live::LiveExecutor;
 use qcow2_chain::vm::{Error, Executor, Refusal};
 
 use crate::guest::Agent;
@@ -16,12 +16,12 @@ pub const TARGETS: [&str; 3] = ["vda", "vdb", "vdc"];
 
 /// The adapter, told of events.
 pub fn listening(hypervisor: &Hypervisor, domain: &str) -> Arc<dyn Executor> {
-    Arc::new(Live::new(Arc::new(libvirt(hypervisor, domain, Listening::OwnLoop))))
+    Arc::new(LiveExecutor::new(Arc::new(libvirt(hypervisor, domain, Listening::OwnLoop))))
 }
 
 /// The adapter, which has to ask.
 pub fn polling(hypervisor: &Hypervisor, domain: &str) -> Arc<dyn Executor> {
-    Arc::new(Live::new(Arc::new(libvirt(hypervisor, domain, Listening::Poll))))
+    Arc::new(LiveExecutor::new(Arc::new(libvirt(hypervisor, domain, Listening::Poll))))
 }
 
 pub fn libvirt(hypervisor: &Hypervisor, domain: &str, how: Listening) -> Libvirt {
@@ -183,7 +183,7 @@ fn c2_without_agent_is_refused() {
 fn c2_with_an_agent_that_hangs_is_refused_and_the_guest_is_let_go() {
     let Some(hypervisor) = Hypervisor::get() else { return };
     let executor: fn(&Hypervisor, &str) -> Arc<dyn Executor> = |hypervisor, domain| {
-        let live = Live::new(Arc::new(libvirt(hypervisor, domain, Listening::OwnLoop)));
+        let live = LiveExecutor::new(Arc::new(libvirt(hypervisor, domain, Listening::OwnLoop)));
         Arc::new(live.with_agent_timeout(std::time::Duration::from_secs(2)))
     };
     let mut scene = Scene::start(&hypervisor, "live-hung", &TARGETS, executor);

@@ -9,8 +9,8 @@ use qcow2_chain::live::fake::{Call, FakeHypervisor, Turn};
 use qcow2_chain::live::{Commit, FailureKind, Hypervisor, OnTimeout};
 use qcow2_chain::merge::Direction;
 use qcow2_chain::storage::crash::{Recorder, RecorderOptions, Tree};
-use qcow2_chain::storage::{HostNames, MemoryNames};
-use qcow2_chain::vm::{Error, MergeOptions, Offline, Progress, Recovery, Refusal, State, VolumeStep};
+use qcow2_chain::storage::{HostFileSystem, MemoryFileSystem};
+use qcow2_chain::vm::{Error, MergeOptions, OfflineExecutor, Progress, Recovery, Refusal, State, VolumeStep};
 
 use super::rig::{Rig, incomplete, kind};
 use crate::support::lab::LabShape;
@@ -47,12 +47,12 @@ fn a_merge_with_what_the_vm_writes_is_done_whatever_is_told_of_it() {
 #[test]
 fn a_file_that_a_vm_was_started_on_before_the_recovery_is_not_removed() {
     let directory = tempfile::tempdir().unwrap();
-    let names = Arc::new(HostNames);
+    let names = Arc::new(HostFileSystem);
     let mut rig = Rig::off(names, directory.path(), LabShape::default(), Rng::new(seed()));
     rig.set().create("s1", &Default::default()).unwrap();
     rig.lab.taken.insert("s1".to_owned(), rig.lab.now.clone());
     // The catalogue forgets the second volume's overlay, and nothing more happens.
-    let set = rig.flaky_set(Arc::new(Offline), 2, true);
+    let set = rig.flaky_set(Arc::new(OfflineExecutor), 2, true);
     assert!(set.delete("s1", &MergeOptions::default().with_direction(Direction::Commit), &()).is_err());
     let overlay = rig.path("vm-vdb.2.qcow2");
     assert!(overlay.exists());
@@ -60,7 +60,7 @@ fn a_file_that_a_vm_was_started_on_before_the_recovery_is_not_removed() {
     rig.define();
     rig.fake.define("vdb", &overlay).unwrap();
     rig.fake.start().unwrap();
-    for set in [rig.set_with(Arc::new(Offline)), rig.set()] {
+    for set in [rig.set_with(Arc::new(OfflineExecutor)), rig.set()] {
         let error = set.recover(&()).unwrap_err();
         assert!(error.to_string().contains("in use") || matches!(error, Error::Incomplete { .. }), "{error:?}");
         assert!(overlay.exists(), "{error:?}");
@@ -74,7 +74,7 @@ fn a_file_that_a_vm_was_started_on_before_the_recovery_is_not_removed() {
 
 #[test]
 fn a_merge_into_a_larger_file_is_refused_while_the_vm_runs() {
-    let mut rig = Rig::off(Arc::new(MemoryNames::new()), Path::new("/vm"), LabShape::default(), Rng::new(seed()));
+    let mut rig = Rig::off(Arc::new(MemoryFileSystem::new()), Path::new("/vm"), LabShape::default(), Rng::new(seed()));
     rig.set().create("s1", &Default::default()).unwrap();
     rig.lab.taken.insert("s1".to_owned(), rig.lab.now.clone());
     let size = rig.lab.now["vdb"].len() / 2;
@@ -378,7 +378,7 @@ fn x6_a_vm_that_is_destroyed_in_mid_merge_is_noticed_and_resumed_offline() {
         let error = failing(&rig, "s1");
         assert_eq!(kind(&error), Some(FailureKind::Gone), "{turns:?}: {error:?}");
         assert!(!rig.fake.is_running());
-        assert!(matches!(rig.set_with(std::sync::Arc::new(Offline)).recover(&()), Ok(Recovery::Completed(_))));
+        assert!(matches!(rig.set_with(std::sync::Arc::new(OfflineExecutor)).recover(&()), Ok(Recovery::Completed(_))));
         rig.define();
         rig.settled_without("s1");
         rig.start();

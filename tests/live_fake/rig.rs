@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use qcow2_chain::live::fake::{FakeHypervisor, Turn};
-use qcow2_chain::live::{FailureKind, Hypervisor, HypervisorError, Live, OnTimeout};
-use qcow2_chain::storage::{MemoryNames, Names};
+use qcow2_chain::live::{FailureKind, Hypervisor, HypervisorError, LiveExecutor, OnTimeout};
+use qcow2_chain::storage::{FileSystem, MemoryFileSystem};
 use qcow2_chain::vm::{
     Catalogue, ContentDigest, Error, Executor, Model, Report, Result, SnapshotSet, Store, VerifyOptions,
 };
@@ -26,13 +26,13 @@ pub struct Rig {
 impl Rig {
     /// A running VM with two disks of noise.
     pub fn new() -> Self {
-        let rig = Self::off(Arc::new(MemoryNames::new()), Path::new("/vm"), LabShape::default(), Rng::new(seed()));
+        let rig = Self::off(Arc::new(MemoryFileSystem::new()), Path::new("/vm"), LabShape::default(), Rng::new(seed()));
         rig.fake.start().expect("started");
         rig
     }
 
     /// One that is off.
-    pub fn off(names: Arc<dyn Names>, directory: &Path, shape: LabShape, mut rng: Rng) -> Self {
+    pub fn off(names: Arc<dyn FileSystem>, directory: &Path, shape: LabShape, mut rng: Rng) -> Self {
         let lab = Lab::new(Arc::clone(&names), directory, shape, &mut rng);
         let path = |volume: &String| (volume.clone(), lab.set.active_path(volume).expect("a volume"));
         let fake = Arc::new(FakeHypervisor::new(names, lab.now.keys().map(path)));
@@ -58,7 +58,7 @@ impl Rig {
     }
 
     pub fn set_over(&self, hypervisor: Arc<dyn Hypervisor>) -> SnapshotSet {
-        self.set_with(Arc::new(Live::new(hypervisor)))
+        self.set_with(Arc::new(LiveExecutor::new(hypervisor)))
     }
 
     pub fn set(&self) -> SnapshotSet {
@@ -67,7 +67,7 @@ impl Rig {
 
     /// One that waits ten seconds for a merge.
     pub fn hasty_set(&self, then: OnTimeout) -> SnapshotSet {
-        self.set_with(Arc::new(Live::new(self.fake.clone()).with_timeout(Duration::from_secs(10), then)))
+        self.set_with(Arc::new(LiveExecutor::new(self.fake.clone()).with_timeout(Duration::from_secs(10), then)))
     }
 
     /// The guest writes to all disks.

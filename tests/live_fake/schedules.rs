@@ -8,12 +8,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use qcow2_chain::live::fake::{FakeHypervisor, Turn};
-use qcow2_chain::live::{Commit, Description, Event, Hypervisor, Job, Live, NewTop, OnTimeout, Result as Answer};
+use qcow2_chain::live::{
+    Commit, Description, Event, Hypervisor, Job, LiveExecutor, NewTop, OnTimeout, Result as Answer,
+};
 use qcow2_chain::merge::Direction;
-use qcow2_chain::storage::MemoryNames;
+use qcow2_chain::storage::MemoryFileSystem;
 use qcow2_chain::vm::{
-    self, Error, Executor, MergeOptions, Offline, Progress, Purpose, Recovery, Refusal, SnapshotOptions, SnapshotSet,
-    VolumeStep,
+    self, Error, Executor, MergeOptions, OfflineExecutor, Progress, Purpose, Recovery, Refusal, SnapshotOptions,
+    SnapshotSet, VolumeStep,
 };
 
 use super::rig::{Rig, write};
@@ -157,7 +159,7 @@ impl World {
             extended_l2: false,
             raw: rng.chance(1, 4),
         };
-        let rig = Rig::off(Arc::new(MemoryNames::new()), Path::new("/vm"), shape, Rng::new(rng.next_u64()));
+        let rig = Rig::off(Arc::new(MemoryFileSystem::new()), Path::new("/vm"), shape, Rng::new(rng.next_u64()));
         let guest = Guest { rng: Rng::new(rng.next_u64()), now: rig.lab.now.clone(), at_snapshot: None };
         let busy = Arc::new(Busy { fake: Arc::clone(&rig.fake), guest: Mutex::new(guest) });
         Self { rig, busy, number: 0, reach }
@@ -166,13 +168,13 @@ impl World {
     fn live(&mut self) -> Arc<dyn Executor> {
         // A job that never ends would be waited for for ever.
         let then = if self.rig.rng.chance(1, 2) { OnTimeout::Keep } else { OnTimeout::Abort };
-        Arc::new(Live::new(self.busy.clone()).with_timeout(Duration::from_secs(20), then))
+        Arc::new(LiveExecutor::new(self.busy.clone()).with_timeout(Duration::from_secs(20), then))
     }
 
     /// A new process; it may know nothing of the hypervisor while the VM is off, and its catalogue may fail.
     fn any_set(&mut self) -> SnapshotSet {
         let offline = !self.rig.fake.is_running() && self.rig.rng.chance(1, 2);
-        let executor = if offline { Arc::new(Offline) } else { self.live() };
+        let executor = if offline { Arc::new(OfflineExecutor) } else { self.live() };
         let rng = &mut self.rig.rng;
         if !rng.chance(1, 6) {
             return self.rig.set_with(executor);

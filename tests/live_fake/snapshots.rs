@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use qcow2_chain::live::fake::{Call, Turn};
 use qcow2_chain::live::{FailureKind, Hypervisor};
-use qcow2_chain::vm::{Error, Offline, Recovery, Refusal, SnapshotOptions};
+use qcow2_chain::vm::{Error, OfflineExecutor, Recovery, Refusal, SnapshotOptions};
 
 use super::rig::{Rig, kind};
 
@@ -69,7 +69,7 @@ fn overlays_that_a_vm_has_written_are_kept_although_it_is_gone() {
             rig.write_all();
         }
         rig.fake.destroy();
-        let recovery = rig.set_with(Arc::new(Offline)).recover(&()).unwrap();
+        let recovery = rig.set_with(Arc::new(OfflineExecutor)).recover(&()).unwrap();
         assert_eq!(matches!(recovery, Recovery::Completed(_)), written, "{recovery:?}");
         if written {
             rig.lab.taken.insert("s1".to_owned(), before);

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use qcow2_chain::live::Live;
+use qcow2_chain::live::LiveExecutor;
 use qcow2_chain::live::fake::{Call, Turn};
-use qcow2_chain::vm::{Error, Executor, Offline, Recovery};
+use qcow2_chain::vm::{Error, Executor, OfflineExecutor, Recovery};
 
 use super::rig::{Rig, incomplete, write};
 
@@ -80,12 +80,12 @@ fn without_its_hypervisor_nobody_knows_and_whoever_does_can_say_it() {
     for done in [true, false] {
         let mut rig = switched(done);
         rig.fake.destroy();
-        let offline = rig.set_with(Arc::new(Offline));
+        let offline = rig.set_with(Arc::new(OfflineExecutor));
         for _ in 0..2 {
             let (error, ..) = incomplete(offline.recover(&()).unwrap_err());
             assert!(matches!(error, Error::Uncertain { source: None, .. }), "{error:?}");
         }
-        let domain = Live::new(rig.fake.clone()).domain("vm").unwrap();
+        let domain = LiveExecutor::new(rig.fake.clone()).domain("vm").unwrap();
         let reconciled = offline.reconcile(Some(&domain), false, &()).unwrap();
         assert!(matches!(reconciled.recovery, Some(Recovery::Completed(_))), "{reconciled:?}");
         rig.define();
@@ -100,7 +100,7 @@ fn a_switch_that_is_known_is_not_forgotten_with_the_catalogue() {
             let mut rig = Rig::new();
             rig.create("s1");
             rig.write_all();
-            let live = Arc::new(Live::new(rig.fake.clone()));
+            let live = Arc::new(LiveExecutor::new(rig.fake.clone()));
             if rig.flaky_set(live, fails_at, saved).delete("s1", &Default::default(), &()).is_ok() {
                 assert!(fails_at > 2, "begun, each volume, done");
                 break;
@@ -108,7 +108,7 @@ fn a_switch_that_is_known_is_not_forgotten_with_the_catalogue() {
             (0..8).for_each(|_| rig.write_all());
             if destroyed {
                 rig.fake.destroy();
-                rig.set_with(Arc::new(Offline)).recover(&()).unwrap();
+                rig.set_with(Arc::new(OfflineExecutor)).recover(&()).unwrap();
                 rig.define();
             } else {
                 rig.set().recover(&()).unwrap();

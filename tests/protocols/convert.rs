@@ -7,7 +7,7 @@ use qcow2_chain::chain::{Chain, Layer, Node};
 use qcow2_chain::image::{CreateOptions, Image, OpenOptions};
 use qcow2_chain::merge::{ConvertOptions, ConvertTarget, convert};
 use qcow2_chain::storage::crash::{RecorderOptions, Tree};
-use qcow2_chain::storage::{Access, Names};
+use qcow2_chain::storage::{Access, FileSystem};
 
 use crate::support::images::{random_image, random_options, try_shown};
 use crate::support::protocol::{Protocol, Verdict, assert_sound, memory, open, wrong};
@@ -83,7 +83,7 @@ impl Protocol for Convert {
         RecorderOptions::default().with_in_kernel(self.in_kernel).with_fixed("/dev/")
     }
 
-    fn run(&self, names: &Arc<dyn Names>, _promised: &dyn Fn()) -> Verdict {
+    fn run(&self, names: &Arc<dyn FileSystem>, _promised: &dyn Fn()) -> Verdict {
         let layer = |name: &str| {
             let image = open(&**names, name, false)?;
             Ok::<Layer, String>(Layer { node: Node::Qcow2(image), path: PathBuf::from(name) })
@@ -124,7 +124,7 @@ impl Protocol for Convert {
         self.judge(tree, promises)
     }
 
-    fn recover(&self, names: &Arc<dyn Names>) -> Verdict {
+    fn recover(&self, names: &Arc<dyn FileSystem>) -> Verdict {
         let path = Path::new(self.path);
         if names.exists(path).map_err(wrong)? {
             if !self.raw

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use qcow2_chain::image::{CreateOptions, Image, OpenOptions, Preallocation};
 use qcow2_chain::storage::crash::{RecorderOptions, Tree};
-use qcow2_chain::storage::{Access, Names};
+use qcow2_chain::storage::{Access, FileSystem};
 
 use crate::support::images::{random_image, random_options, try_shown};
 use crate::support::protocol::{Protocol, Verdict, assert_sound, memory, wrong};
@@ -65,7 +65,7 @@ impl Protocol for Create {
         RecorderOptions::default().with_in_kernel(self.in_kernel).with_fixed("/dev/")
     }
 
-    fn run(&self, names: &Arc<dyn Names>, _promised: &dyn Fn()) -> Verdict {
+    fn run(&self, names: &Arc<dyn FileSystem>, _promised: &dyn Fn()) -> Verdict {
         let path = Path::new(self.path);
         if self.is_device() {
             let storage = names.open(path, &Access::write()).map_err(wrong)?;
@@ -100,7 +100,7 @@ impl Protocol for Create {
         assert_sound(tree, self.path, false)
     }
 
-    fn recover(&self, names: &Arc<dyn Names>) -> Verdict {
+    fn recover(&self, names: &Arc<dyn FileSystem>) -> Verdict {
         let path = Path::new(self.path);
         if names.exists(path).map_err(wrong)? {
             let storage = names.open(path, &Access::read()).map_err(wrong)?;

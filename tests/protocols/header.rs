@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use qcow2_chain::format::{Extension, Header, HeaderCluster, Limits};
-use qcow2_chain::storage::Names;
+use qcow2_chain::storage::FileSystem;
 use qcow2_chain::storage::crash::{Recorder, Tree};
 
 use crate::support::images::{BackingName, backing_of, random_backing, random_header};
@@ -45,7 +45,7 @@ impl HeaderChange {
             let others = others(decode(&start).expect("decodes"));
             let mut change = Self { start, old, new: random_backing(rng), after: Tree::new(), others };
             let recorder = Recorder::new();
-            let names: Arc<dyn Names> = Arc::new(recorder.names(&change.start));
+            let names: Arc<dyn FileSystem> = Arc::new(recorder.names(&change.start));
             // Some names do not fit: they are refused before anything is written.
             if change.run(&names, &|| ()).is_ok() {
                 change.after = recorder.log().last().tree();
@@ -64,7 +64,7 @@ impl Protocol for HeaderChange {
         &self.start
     }
 
-    fn run(&self, names: &Arc<dyn Names>, _promised: &dyn Fn()) -> Verdict {
+    fn run(&self, names: &Arc<dyn FileSystem>, _promised: &dyn Fn()) -> Verdict {
         let image = open(&**names, PATH, true)?;
         let name = self.new.as_ref().map(|(name, _)| name.as_slice());
         let format = self.new.as_ref().and_then(|(_, format)| format.as_deref());
@@ -91,7 +91,7 @@ impl Protocol for HeaderChange {
         Ok(())
     }
 
-    fn recover(&self, names: &Arc<dyn Names>) -> Verdict {
+    fn recover(&self, names: &Arc<dyn FileSystem>) -> Verdict {
         self.run(names, &|| ())
     }
 

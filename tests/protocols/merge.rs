@@ -6,7 +6,7 @@ use std::sync::Arc;
 use qcow2_chain::image::Fix;
 use qcow2_chain::merge::AfterCommit;
 use qcow2_chain::storage::crash::{RecorderOptions, Tree};
-use qcow2_chain::storage::{Access, Names, Storage};
+use qcow2_chain::storage::{Access, FileSystem, Storage};
 
 use crate::support::protocol::{Protocol, Verdict, repair, wrong};
 use crate::support::rng::Rng;
@@ -43,7 +43,7 @@ impl Merging {
     }
 
     /// The files as they are now, then the chain that they make, written as far as the merge needs.
-    fn merge(&self, names: &dyn Names) -> Verdict {
+    fn merge(&self, names: &dyn FileSystem) -> Verdict {
         let open = |number: usize| {
             let access = if number < self.merge.writable() { Access::write() } else { Access::read() };
             names.open(&path(number), &access).map_err(wrong)
@@ -68,7 +68,7 @@ impl Protocol for Merging {
         RecorderOptions::default().with_in_kernel(self.in_kernel)
     }
 
-    fn run(&self, names: &Arc<dyn Names>, _promised: &dyn Fn()) -> Verdict {
+    fn run(&self, names: &Arc<dyn FileSystem>, _promised: &dyn Fn()) -> Verdict {
         self.merge(&**names)
     }
 
@@ -86,7 +86,7 @@ impl Protocol for Merging {
         self.stack(tree)?.check(true)
     }
 
-    fn recover(&self, names: &Arc<dyn Names>) -> Verdict {
+    fn recover(&self, names: &Arc<dyn FileSystem>) -> Verdict {
         self.merge(&**names)?;
         (0..self.stack.files.len())
             .filter(|number| !self.stack.is_raw(*number))

@@ -7,7 +7,7 @@ use qcow2_chain::chain::{Chain, Layer, Node};
 use qcow2_chain::image::{Fix, Image, OpenOptions};
 use qcow2_chain::merge::{Onto, RebaseOptions, rebase};
 use qcow2_chain::storage::crash::{RecorderOptions, Tree};
-use qcow2_chain::storage::{Access, Names};
+use qcow2_chain::storage::{Access, FileSystem};
 
 use crate::support::images::{random_image, try_shown};
 use crate::support::protocol::{Protocol, Verdict, assert_sound, memory, repair, wrong};
@@ -61,7 +61,7 @@ impl Rebase {
     }
 }
 
-fn layer(names: &dyn Names, name: &str, write: bool) -> Result<Layer, String> {
+fn layer(names: &dyn FileSystem, name: &str, write: bool) -> Result<Layer, String> {
     let access = if write { Access::write() } else { Access::read() };
     let storage = names.open(&Path::new("/").join(name), &access).map_err(wrong)?;
     let image = Image::open(storage, &OpenOptions::default().with_write(write)).map_err(wrong)?;
@@ -69,7 +69,7 @@ fn layer(names: &dyn Names, name: &str, write: bool) -> Result<Layer, String> {
 }
 
 /// The chain as the images name each other.
-fn chain(names: &dyn Names, top: &str, write: bool) -> Result<Chain, String> {
+fn chain(names: &dyn FileSystem, top: &str, write: bool) -> Result<Chain, String> {
     let top = layer(names, top, write)?;
     let mut below = Vec::new();
     let mut next = top.node.as_qcow2().and_then(|image| image.header().backing_file);
@@ -95,7 +95,7 @@ impl Protocol for Rebase {
         RecorderOptions::default().with_in_kernel(self.in_kernel)
     }
 
-    fn run(&self, names: &Arc<dyn Names>, _promised: &dyn Fn()) -> Verdict {
+    fn run(&self, names: &Arc<dyn FileSystem>, _promised: &dyn Fn()) -> Verdict {
         let chain = chain(&**names, "top", true)?;
         if chain.top().node.as_qcow2().and_then(|image| image.header().backing_file) == self.new_name() {
             return Ok(());
@@ -138,7 +138,7 @@ impl Protocol for Rebase {
         assert_sound(tree, "/top", false)
     }
 
-    fn recover(&self, names: &Arc<dyn Names>) -> Verdict {
+    fn recover(&self, names: &Arc<dyn FileSystem>) -> Verdict {
         self.run(names, &|| ())?;
         repair(&**names, "/top", Fix::Leaks)
     }

@@ -8,7 +8,7 @@ use qcow2_chain::format::GuestOffset;
 use qcow2_chain::image::Fix;
 use qcow2_chain::merge::{AfterCommit, CommitOptions, commit};
 use qcow2_chain::storage::crash::Tree;
-use qcow2_chain::storage::{MemoryNames, Names};
+use qcow2_chain::storage::{FileSystem, MemoryFileSystem};
 
 use crate::support::images::random_image;
 use crate::support::protocol::{Protocol, Verdict, assert_sound, memory, repair, wrong};
@@ -39,11 +39,11 @@ impl Remove {
         if !tree.contains_key(Path::new(path)) {
             return Ok(None);
         }
-        let names = MemoryNames::new();
+        let names = MemoryFileSystem::new();
         for layer in LAYERS.into_iter().filter(|layer| tree.contains_key(Path::new(layer))) {
             names.insert(layer, memory(tree, layer)?);
         }
-        let names: Arc<dyn Names> = Arc::new(names);
+        let names: Arc<dyn FileSystem> = Arc::new(names);
         let chain = Chain::open_in(&names, Path::new(path), &ChainOptions::default().beneath(DIRECTORY));
         let chain = chain.map_err(|error| format!("{path} does not open: {error}"))?;
         let mut bytes = vec![0xee; usize::try_from(chain.virtual_size()).map_err(wrong)?];
@@ -61,7 +61,7 @@ impl Protocol for Remove {
         &self.start
     }
 
-    fn run(&self, names: &Arc<dyn Names>, _promised: &dyn Fn()) -> Verdict {
+    fn run(&self, names: &Arc<dyn FileSystem>, _promised: &dyn Fn()) -> Verdict {
         let options = ChainOptions::default().beneath(DIRECTORY).with_writable(3);
         let chain = Chain::open_in(names, Path::new(LAYERS[0]), &options).map_err(wrong)?;
         let options = CommitOptions::default().with_base(2).with_after(AfterCommit::Remove).with_shrink_base(true);
@@ -91,7 +91,7 @@ impl Protocol for Remove {
         assert_sound(tree, LAYERS[2], false)
     }
 
-    fn recover(&self, names: &Arc<dyn Names>) -> Verdict {
+    fn recover(&self, names: &Arc<dyn FileSystem>) -> Verdict {
         let exists = |layer: &str| names.exists(Path::new(layer)).map_err(wrong);
         if exists(LAYERS[0])? {
             self.run(names, &|| ())?;

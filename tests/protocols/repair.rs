@@ -6,7 +6,7 @@ use std::sync::Arc;
 use qcow2_chain::format::{GuestOffset, HeaderCluster, Limits};
 use qcow2_chain::image::{CheckOptions, CheckReport, Fix, Image, OpenOptions, Severity, check};
 use qcow2_chain::storage::crash::Tree;
-use qcow2_chain::storage::{Names, Storage};
+use qcow2_chain::storage::{FileSystem, Storage};
 
 use crate::support::images::{UNKNOWN, random_image, vouch};
 use crate::support::protocol::{Protocol, Verdict, memory, repair, wrong};
@@ -99,7 +99,7 @@ impl Protocol for Repair {
         &self.start
     }
 
-    fn run(&self, names: &Arc<dyn Names>, _promised: &dyn Fn()) -> Verdict {
+    fn run(&self, names: &Arc<dyn FileSystem>, _promised: &dyn Fn()) -> Verdict {
         repair(&**names, PATH, self.fix)
     }
 
@@ -135,7 +135,7 @@ impl Protocol for Repair {
         self.judge(tree, promises)
     }
 
-    fn recover(&self, names: &Arc<dyn Names>) -> Verdict {
+    fn recover(&self, names: &Arc<dyn FileSystem>) -> Verdict {
         self.run(names, &|| ())
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use qcow2_chain::image::{Fix, Image, OpenOptions, Preallocation, ResizeOptions};
-use qcow2_chain::storage::Names;
+use qcow2_chain::storage::FileSystem;
 use qcow2_chain::storage::crash::{RecorderOptions, Tree};
 
 use crate::support::images::{random_image, try_shown};
@@ -73,7 +73,7 @@ impl Protocol for Resize {
         RecorderOptions::default().with_in_kernel(self.in_kernel)
     }
 
-    fn run(&self, names: &Arc<dyn Names>, _promised: &dyn Fn()) -> Verdict {
+    fn run(&self, names: &Arc<dyn FileSystem>, _promised: &dyn Fn()) -> Verdict {
         let below = Bytes(self.below.clone());
         let image = open(&**names, PATH, true)?;
         image.resize_over(self.size, &self.options, &below, self.below.len() as u64).map_err(wrong)
@@ -93,7 +93,7 @@ impl Protocol for Resize {
         assert_sound(tree, PATH, false)
     }
 
-    fn recover(&self, names: &Arc<dyn Names>) -> Verdict {
+    fn recover(&self, names: &Arc<dyn FileSystem>) -> Verdict {
         self.run(names, &|| ())?;
         repair(&**names, PATH, Fix::Leaks)
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use qcow2_chain::format::{BitmapDirectoryEntry, ClusterBits, GuestOffset, RefcountOrder};
 use qcow2_chain::image::{CreateOptions, Fix, Image, OpenOptions};
 use qcow2_chain::storage::crash::{RecorderOptions, Tree};
-use qcow2_chain::storage::{MemoryStorage, Names};
+use qcow2_chain::storage::{FileSystem, MemoryStorage};
 
 use crate::support::images::{UNKNOWN, random_content, random_options, try_shown, vouch};
 use crate::support::ours::Bytes;
@@ -147,7 +147,7 @@ impl Protocol for Writer {
         RecorderOptions::default().with_in_kernel(self.in_kernel)
     }
 
-    fn run(&self, names: &Arc<dyn Names>, promised: &dyn Fn()) -> Verdict {
+    fn run(&self, names: &Arc<dyn FileSystem>, promised: &dyn Fn()) -> Verdict {
         let image = open(&**names, PATH, true)?;
         for op in &self.ops {
             self.apply(&image, op)?;
@@ -180,7 +180,7 @@ impl Protocol for Writer {
         assert_sound(tree, PATH, false)
     }
 
-    fn recover(&self, names: &Arc<dyn Names>) -> Verdict {
+    fn recover(&self, names: &Arc<dyn FileSystem>) -> Verdict {
         repair(&**names, PATH, Fix::Leaks)
     }
 

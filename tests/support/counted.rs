@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use qcow2_chain::storage::{Access, MemoryNames, Names, Resolved, Result, Storage};
+use qcow2_chain::storage::{Access, FileSystem, MemoryFileSystem, Resolved, Result, Storage};
 
 /// What passed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -23,12 +23,12 @@ pub struct Passed {
 
 /// Names that count.
 #[derive(Debug, Default)]
-pub struct CountedNames {
-    inner: MemoryNames,
+pub struct CountedFileSystem {
+    inner: MemoryFileSystem,
     passed: Arc<Mutex<Passed>>,
 }
 
-impl CountedNames {
+impl CountedFileSystem {
     /// What passed since this was asked last.
     pub fn take(&self) -> Passed {
         std::mem::take(&mut self.passed.lock().unwrap())
@@ -55,7 +55,7 @@ fn note(passed: &Mutex<Passed>, record: bool, bytes: usize) {
     work.bytes += bytes as u64;
 }
 
-impl Names for CountedNames {
+impl FileSystem for CountedFileSystem {
     fn open(&self, path: &Path, access: &Access) -> Result<Arc<dyn Storage>> {
         self.count(path);
         Ok(self.counted(path, self.inner.open(path, access)?))

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use qcow2_chain::chain::{Chain, ChainOptions, Format, Policy};
 use qcow2_chain::format::{ClusterBits, GuestOffset};
 use qcow2_chain::image::{CheckOptions, CreateOptions, Image, check};
-use qcow2_chain::storage::{Access, LockMode, Names};
+use qcow2_chain::storage::{Access, FileSystem, LockMode};
 use qcow2_chain::vm::{AdoptOptions, Dependent, Model, OverlayShape, SnapshotSet, State, VolumeSpec};
 
 use super::rng::Rng;
@@ -18,7 +18,7 @@ pub type Contents = BTreeMap<String, Vec<u8>>;
 /// A VM, and what it must read as.
 #[derive(Debug)]
 pub struct Lab {
-    pub names: Arc<dyn Names>,
+    pub names: Arc<dyn FileSystem>,
     pub catalogue: PathBuf,
     pub set: SnapshotSet,
     /// What each snapshot was when it was taken, by name.
@@ -46,7 +46,7 @@ impl Default for LabShape {
 
 impl Lab {
     /// A VM whose volumes are full of noise, in a directory.
-    pub fn new(names: Arc<dyn Names>, directory: &Path, shape: LabShape, rng: &mut Rng) -> Self {
+    pub fn new(names: Arc<dyn FileSystem>, directory: &Path, shape: LabShape, rng: &mut Rng) -> Self {
         let bits = ClusterBits::new(shape.cluster_bits).expect("a size that QEMU takes");
         let overlay = OverlayShape { cluster_bits: shape.cluster_bits, extended_l2: shape.extended_l2 };
         let mut specs = Vec::new();
@@ -79,7 +79,7 @@ impl Lab {
     }
 
     /// The same expectations of other names that hold the same files.
-    pub fn on(&self, names: Arc<dyn Names>) -> Result<Self, String> {
+    pub fn on(&self, names: Arc<dyn FileSystem>) -> Result<Self, String> {
         let set = SnapshotSet::load_in(Arc::clone(&names), &self.catalogue).map_err(|error| error.to_string())?;
         let set = set.with_jobs(1);
         let (catalogue, taken, now) = (self.catalogue.clone(), self.taken.clone(), self.now.clone());

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex};
 
 use qcow2_chain::image::{CheckOptions, CreateOptions, Fix, Image, OpenOptions, check};
 use qcow2_chain::storage::crash::{Barrier, Log, Recorder, RecorderOptions, Tree};
-use qcow2_chain::storage::fault::{Fault, Faults, FaultyNames, Plan, Reach};
-use qcow2_chain::storage::{Access, MemoryStorage, Names};
+use qcow2_chain::storage::fault::{Fault, Faults, FaultyFileSystem, Plan, Reach};
+use qcow2_chain::storage::{Access, FileSystem, MemoryStorage};
 
 use super::qemu::Qemu;
 use super::rng::{Rng, cases, count};
@@ -34,7 +34,7 @@ pub trait Protocol {
     ///
     /// # Errors
     /// What the library says.
-    fn run(&self, names: &Arc<dyn Names>, promised: &dyn Fn()) -> Verdict;
+    fn run(&self, names: &Arc<dyn FileSystem>, promised: &dyn Fn()) -> Verdict;
 
     /// Whether these files may be left by a crash after so many promises.
     ///
@@ -52,7 +52,7 @@ pub trait Protocol {
     ///
     /// # Errors
     /// What the library says.
-    fn recover(&self, names: &Arc<dyn Names>) -> Verdict;
+    fn recover(&self, names: &Arc<dyn FileSystem>) -> Verdict;
 
     /// Whether recovery has nothing to write where it was made already.
     fn settles(&self) -> bool {
@@ -75,7 +75,7 @@ pub fn wrong(what: impl std::fmt::Debug) -> String {
 ///
 /// # Errors
 /// What the library says.
-pub fn open(names: &dyn Names, path: &str, write: bool) -> Result<Image, String> {
+pub fn open(names: &dyn FileSystem, path: &str, write: bool) -> Result<Image, String> {
     let access = if write { Access::write() } else { Access::read() };
     let storage = names.open(Path::new(path), &access).map_err(wrong)?;
     Image::open(storage, &OpenOptions::default().with_write(write)).map_err(wrong)
@@ -106,7 +106,7 @@ pub fn assert_sound(tree: &Tree, path: &str, leaks: bool) -> Verdict {
 ///
 /// # Errors
 /// What the library says.
-pub fn repair(names: &dyn Names, path: &str, fix: Fix) -> Verdict {
+pub fn repair(names: &dyn FileSystem, path: &str, fix: Fix) -> Verdict {
     let storage = names.open(Path::new(path), &Access::write()).map_err(wrong)?;
     check(&*storage, &CheckOptions::default().with_fix(fix)).map(drop).map_err(wrong)
 }
@@ -142,7 +142,7 @@ fn only() -> Option<usize> {
 impl<'a> Done<'a> {
     fn new(protocol: &'a dyn Protocol, sites: bool) -> Result<Self, String> {
         let recorder = Recorder::with(protocol.recorder().with_sites(sites));
-        let names: Arc<dyn Names> = Arc::new(recorder.names(protocol.start()));
+        let names: Arc<dyn FileSystem> = Arc::new(recorder.names(protocol.start()));
         protocol.run(&names, &|| recorder.mark())?;
         recorder.mark();
         Ok(Self { protocol, log: recorder.log() })
@@ -216,7 +216,7 @@ impl<'a> Done<'a> {
 fn recovered_from(protocol: &dyn Protocol, tree: &Tree) -> Result<(Log, Tree), String> {
     let recorder = Recorder::with(protocol.recorder());
     let names = Arc::new(recorder.names(tree));
-    let seam: Arc<dyn Names> = names.clone();
+    let seam: Arc<dyn FileSystem> = names.clone();
     protocol.recover(&seam).map_err(|wrong| format!("recovery fails: {wrong}"))?;
     let log = recorder.log();
     let durable = log.durable().tree();
@@ -386,7 +386,7 @@ fn with_fault(protocol: &dyn Protocol, plan: Plan, at: u64, seed: u64) -> Result
     let recorder = Recorder::with(protocol.recorder());
     let inner = Arc::new(recorder.names(protocol.start()));
     let faults = Faults::new(plan);
-    let names: Arc<dyn Names> = Arc::new(FaultyNames::new(inner.clone(), &faults));
+    let names: Arc<dyn FileSystem> = Arc::new(FaultyFileSystem::new(inner.clone(), &faults));
     let result = protocol.run(&names, &|| recorder.mark());
     if faults.calls() <= at {
         result.map_err(|error| format!("without a fault: {error}"))?;

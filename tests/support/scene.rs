@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use qcow2_chain::storage::HostNames;
+use qcow2_chain::storage::HostFileSystem;
 use qcow2_chain::vm::{Report, SnapshotOptions};
 
 use super::judge::Judge;
@@ -64,7 +64,7 @@ impl Scene {
     pub fn new(qemu: Qemu, shape: LabShape) -> Self {
         let dir = ram::dir();
         let mut rng = Rng::new(seed());
-        let lab = Lab::new(Arc::new(HostNames), dir.path(), shape, &mut rng);
+        let lab = Lab::new(Arc::new(HostFileSystem), dir.path(), shape, &mut rng);
         let mut scene = Self { lab, judge: Judge::new(qemu), rng, files: BTreeMap::new(), _dir: dir };
         scene.number_files();
         scene

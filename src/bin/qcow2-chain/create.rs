@@ -7,7 +7,7 @@ use std::sync::Arc;
 use qcow2_chain::chain::Format;
 use qcow2_chain::format::{ClusterBits, CompressionType, RefcountOrder, Version};
 use qcow2_chain::image::{CreateOptions, Image, OpenOptions, Preallocation, RawImage};
-use qcow2_chain::storage::{Access, HostNames, MemoryStorage, Names as _, Storage, zero_range};
+use qcow2_chain::storage::{Access, FileSystem as _, HostFileSystem, MemoryStorage, Storage, zero_range};
 
 use crate::failure::{Failure, Outcome};
 use crate::options::{Unserved, directory};
@@ -201,8 +201,8 @@ fn whole_sectors(size: u64) -> Result<u64, Failure> {
 
 /// The file at `path`, made anew or emptied under a writer's locks. A block device cannot be emptied: its beginning is.
 pub(crate) fn empty_file(path: &Path) -> Result<Arc<dyn Storage>, Failure> {
-    if !HostNames.exists(path)? {
-        return Ok(HostNames.create_new(path)?);
+    if !HostFileSystem.exists(path)? {
+        return Ok(HostFileSystem.create_new(path)?);
     }
     let storage = open::file(path, &Access::write())?;
     if storage.is_fixed_size() {
@@ -216,6 +216,6 @@ pub(crate) fn empty_file(path: &Path) -> Result<Arc<dyn Storage>, Failure> {
 
 /// Makes the name of a new file durable.
 pub(crate) fn durable_name(path: &Path) -> Outcome {
-    HostNames.sync_dir(directory(path))?;
+    HostFileSystem.sync_dir(directory(path))?;
     Ok(0)
 }

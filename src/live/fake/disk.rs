@@ -11,7 +11,7 @@ use crate::format::GuestOffset;
 use crate::image::{ExtentKind, Image, OpenOptions, RawImage, ResizeOptions};
 use crate::merge::{self, CommitOptions};
 use crate::storage::{Access, LockMode, Storage};
-use crate::vm::Place;
+use crate::vm::VolumeFiles;
 
 /// In how many parts a job copies.
 const PARTS: u64 = 3;
@@ -74,7 +74,7 @@ impl FakeDisk {
     }
 
     /// Opens the file that it is defined with, and follows the headers from there.
-    pub(super) fn open(&mut self, place: &Place) -> Result<()> {
+    pub(super) fn open(&mut self, place: &VolumeFiles) -> Result<()> {
         let wrong = |error: &dyn std::fmt::Display| failed(format!("cannot open a disk: {error}"));
         let known = self.files.iter().find(|file| file.path == self.defined).and_then(|file| file.format);
         let format = match known {
@@ -90,7 +90,7 @@ impl FakeDisk {
     }
 
     /// Takes the locks of its files.
-    pub(super) fn hold(&mut self, place: &Place) -> Result<()> {
+    pub(super) fn hold(&mut self, place: &VolumeFiles) -> Result<()> {
         self.held.clear();
         for (index, file) in self.files.iter().enumerate() {
             let access = if index == 0 { Access::write() } else { Access::read() };
@@ -101,13 +101,13 @@ impl FakeDisk {
     }
 
     /// The place of a file.
-    pub(super) fn position(&self, place: &Place, path: &std::path::Path) -> Result<usize> {
+    pub(super) fn position(&self, place: &VolumeFiles, path: &std::path::Path) -> Result<usize> {
         let found = self.files.iter().position(|file| place.leads_to(&file.path, path));
         found.ok_or_else(|| failed(format!("disk {} has no file {}", self.name, path.display())))
     }
 
     /// Its files from a place on, so many of them writable.
-    fn open_from(&self, place: &Place, from: usize, writable: usize) -> Result<Chain> {
+    fn open_from(&self, place: &VolumeFiles, from: usize, writable: usize) -> Result<Chain> {
         let mut layers = Vec::new();
         for (index, file) in self.files.iter().skip(from).enumerate() {
             let layer = layer(place, file, index < writable).map_err(|error| failed(error.to_string()))?;
@@ -119,23 +119,23 @@ impl FakeDisk {
     }
 
     /// Its files, so many of them writable.
-    pub(super) fn chain(&self, place: &Place, writable: usize) -> Result<Chain> {
+    pub(super) fn chain(&self, place: &VolumeFiles, writable: usize) -> Result<Chain> {
         self.open_from(place, 0, writable)
     }
 
-    pub(super) fn write(&self, place: &Place, offset: u64, bytes: &[u8]) -> Result<()> {
+    pub(super) fn write(&self, place: &VolumeFiles, offset: u64, bytes: &[u8]) -> Result<()> {
         let chain = self.chain(place, 1)?;
         let done = chain.write_at(bytes, GuestOffset::new(offset)).and_then(|()| chain.close());
         done.map_err(|error| failed(error.to_string()))
     }
 
-    pub(super) fn read(&self, place: &Place, offset: u64, len: usize) -> Result<Vec<u8>> {
+    pub(super) fn read(&self, place: &VolumeFiles, offset: u64, len: usize) -> Result<Vec<u8>> {
         let mut bytes = vec![0; len];
         let read = self.chain(place, 0)?.read_at(&mut bytes, GuestOffset::new(offset));
         read.map(|()| bytes).map_err(|error| failed(error.to_string()))
     }
 
-    pub(super) fn resize(&self, place: &Place, size: u64) -> Result<()> {
+    pub(super) fn resize(&self, place: &VolumeFiles, size: u64) -> Result<()> {
         if self.job.is_some() {
             return Err(failed("a block job uses the disk"));
         }
@@ -143,7 +143,7 @@ impl FakeDisk {
     }
 
     /// Starts a commit. The base grows first, where the top is larger.
-    pub(super) fn start_job(&mut self, place: &Place, commit: &Commit) -> Result<()> {
+    pub(super) fn start_job(&mut self, place: &VolumeFiles, commit: &Commit) -> Result<()> {
         if self.job.is_some() || self.switching.is_some() {
             return Err(failed(format!("disk {} has an active block job", self.name)));
         }
@@ -174,7 +174,7 @@ impl FakeDisk {
     }
 
     /// The job gets a little further. A part that was copied is in the base, and tells nothing about the whole.
-    pub(super) fn advance(&mut self, place: &Place) -> Result<()> {
+    pub(super) fn advance(&mut self, place: &VolumeFiles) -> Result<()> {
         if let Some((looks, base)) = self.switching {
             self.switching = Some((looks.saturating_sub(1), base));
             return if looks == 0 { self.switch(place, base) } else { Ok(()) };
@@ -201,7 +201,7 @@ impl FakeDisk {
     }
 
     /// All is copied: the VM can be switched over, or, where it only reads the top, what is above it is.
-    pub(super) fn complete(&mut self, place: &Place) -> Result<()> {
+    pub(super) fn complete(&mut self, place: &VolumeFiles) -> Result<()> {
         let Some(job) = self.job.as_mut() else { return Ok(()) };
         job.parts = PARTS;
         let (top, base) = (job.top, job.base);
@@ -228,7 +228,7 @@ impl FakeDisk {
     }
 
     /// The VM writes the base from now on, which holds all that was written to the top until now.
-    pub(super) fn switch(&mut self, place: &Place, base: usize) -> Result<()> {
+    pub(super) fn switch(&mut self, place: &VolumeFiles, base: usize) -> Result<()> {
         self.commit(place, 0, base)?;
         self.files.drain(..base);
         (self.job, self.switching) = (None, None);
@@ -236,7 +236,7 @@ impl FakeDisk {
         self.hold(place)
     }
 
-    fn commit(&self, place: &Place, top: usize, base: usize) -> Result<()> {
+    fn commit(&self, place: &VolumeFiles, top: usize, base: usize) -> Result<()> {
         let chain = self.open_from(place, top, base - top + 1)?;
         let options = CommitOptions::default().with_base(base - top).with_shrink_base(false);
         let done = merge::commit(&chain, &options, &());
@@ -244,7 +244,7 @@ impl FakeDisk {
         chain.close().map_err(|error| failed(error.to_string()))
     }
 
-    fn copy_part(&self, place: &Place, top: usize, base: usize, part: std::ops::Range<u64>) -> Result<()> {
+    fn copy_part(&self, place: &VolumeFiles, top: usize, base: usize, part: std::ops::Range<u64>) -> Result<()> {
         let wrong = |error: crate::chain::Error| failed(error.to_string());
         let from = self.open_from(place, top, 0)?;
         let mut pieces = Vec::new();
@@ -265,14 +265,14 @@ impl FakeDisk {
 }
 
 /// A file that starts as a qcow2 image does is one.
-fn probe(place: &Place, path: &std::path::Path) -> crate::storage::Result<Format> {
+fn probe(place: &VolumeFiles, path: &std::path::Path) -> crate::storage::Result<Format> {
     let storage = place.names().open(path, &Access::read().with_lock(LockMode::None))?;
     let mut magic = [0; 4];
     storage.read_at(&mut magic, 0)?;
     Ok(if magic == *b"QFI\xfb" { Format::Qcow2 } else { Format::Raw })
 }
 
-fn layer(place: &Place, file: &DiskFile, write: bool) -> Result<Layer, crate::image::Error> {
+fn layer(place: &VolumeFiles, file: &DiskFile, write: bool) -> Result<Layer, crate::image::Error> {
     let access = if write { Access::write() } else { Access::read() };
     let storage = place.names().open(&file.path, &access.with_lock(LockMode::None))?;
     let node = match file.format {

@@ -1,24 +1,24 @@
 //! A hypervisor for tests: one VM whose disks are real images, and which plays the ugly turns that it is told to.
 //!
-//! Feature `test-utils`. The images are those that the snapshots are of, in the same [`Names`]; what the VM's jobs copy is really
+//! Feature `test-utils`. The images are those that the snapshots are of, in the same [`FileSystem`]; what the VM's jobs copy is really
 //! copied, by this crate's merges. Time is the number of waits, so that nothing sleeps.
 //!
 //! ```
 //! use std::sync::Arc;
 //! use qcow2_chain::image::{CreateOptions, Image};
-//! use qcow2_chain::live::Live;
+//! use qcow2_chain::live::LiveExecutor;
 //! use qcow2_chain::live::fake::{Call, FakeHypervisor, Turn};
-//! use qcow2_chain::storage::{MemoryNames, Names};
+//! use qcow2_chain::storage::{MemoryFileSystem, FileSystem};
 //! use qcow2_chain::vm::{AdoptOptions, SnapshotSet, VolumeSpec};
 //!
-//! let names: Arc<dyn Names> = Arc::new(MemoryNames::new());
+//! let names: Arc<dyn FileSystem> = Arc::new(MemoryFileSystem::new());
 //! Image::create(names.create_new("/vm/vda.qcow2".as_ref())?, &CreateOptions::new(1 << 20))?.close()?;
 //! let fake = Arc::new(FakeHypervisor::new(Arc::clone(&names), [("vda", "/vm/vda.qcow2")]));
 //! fake.start()?;
 //!
 //! let volumes = [VolumeSpec::new("vda", "/vm/vda.qcow2")];
 //! let set = SnapshotSet::adopt_in(names, "/vm/catalogue.json", &volumes, &AdoptOptions::default())?;
-//! let set = set.with_executor(Arc::new(Live::new(fake.clone())));
+//! let set = set.with_executor(Arc::new(LiveExecutor::new(fake.clone())));
 //! set.create("s1", &Default::default())?;
 //! fake.write("vda", 0, b"newer than s1")?;
 //!
@@ -39,8 +39,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::hypervisor::{Event, FailureKind, HypervisorError, JobEvent, Result};
-use crate::storage::Names;
-use crate::vm::Place;
+use crate::storage::FileSystem;
+use crate::vm::VolumeFiles;
 use disk::FakeDisk;
 use turn::Turns;
 
@@ -49,7 +49,7 @@ pub use turn::{Call, Turn};
 /// A VM and its hypervisor. See the [module](self).
 #[derive(Debug)]
 pub struct FakeHypervisor {
-    place: Place,
+    place: VolumeFiles,
     state: Mutex<State>,
 }
 
@@ -114,12 +114,12 @@ impl FakeHypervisor {
     /// A VM that is off, with these disks: the hypervisor's name of each, and the file that it would write.
     #[must_use]
     pub fn new<N: Into<String>, P: Into<PathBuf>>(
-        names: Arc<dyn Names>,
+        names: Arc<dyn FileSystem>,
         disks: impl IntoIterator<Item = (N, P)>,
     ) -> Self {
         let disks = disks.into_iter().map(|(name, path)| FakeDisk::new(name.into(), path.into())).collect();
         let state = State { disks, connected: true, ..State::default() };
-        Self { place: Place::new(names, ""), state: Mutex::new(state) }
+        Self { place: VolumeFiles::new(names, ""), state: Mutex::new(state) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

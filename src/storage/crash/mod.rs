@@ -1,7 +1,7 @@
 //! Storages and names that record what happens to them, and every state in which a power failure could have left them.
 //!
 //! Feature `test-utils`. A program that puts images on a storage of its own can test itself with this too: let the operation
-//! run on [`RecordingStorage`]s, or on the [`RecordingNames`], of one [`Recorder`], then look at every state that
+//! run on [`RecordingStorage`]s, or on the [`RecordingFileSystem`], of one [`Recorder`], then look at every state that
 //! [`Log::each_state`] makes.
 //!
 //! The model:
@@ -10,7 +10,7 @@
 //!   the medium in any order, or not at all, by aligned sectors of 512 bytes that are old or new, never mixed. Changes of
 //!   length, holes and zeroed ranges are pieces of their own. Files that are said to tear
 //!   ([`RecorderOptions::with_torn`]) break anywhere.
-//! - After a successful [`Names::sync_dir`](crate::storage::Names::sync_dir) all names that were made, moved or taken away in
+//! - After a successful [`FileSystem::sync_dir`](crate::storage::FileSystem::sync_dir) all names that were made, moved or taken away in
 //!   that directory are durable. Until then any of these changes may be lost whatever became of the others; a rename, which
 //!   is done or not, waits for both its directories.
 //! - The sync of a file says nothing of its name, and that of a directory nothing of the bytes in it. Bytes of a new file
@@ -19,7 +19,7 @@
 //! ```
 //! use std::path::Path;
 //! use qcow2_chain::storage::crash::{Recorder, Tree};
-//! use qcow2_chain::storage::Names;
+//! use qcow2_chain::storage::FileSystem;
 //!
 //! // A file is replaced: written beside it, made durable, renamed, and the name made durable.
 //! let before: Tree = [("/vm/disk".into(), b"old".to_vec())].into();
@@ -44,8 +44,8 @@
 //! # Ok::<(), qcow2_chain::storage::Error>(())
 //! ```
 
+mod file_system;
 mod log;
-mod names;
 mod site;
 mod storage;
 #[cfg(test)]
@@ -58,8 +58,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::{MemoryStorage, Storage};
 use log::{Change, Event, Medium, NameChange, Piece, Synced};
 
+pub use file_system::RecordingFileSystem;
 pub use log::{Barrier, Log, State};
-pub use names::RecordingNames;
 pub use site::{Frame, Site};
 pub use storage::RecordingStorage;
 
@@ -177,8 +177,8 @@ impl Recorder {
     /// Names of these files, names and bytes being durable. A crash state's [`State::tree`] can be given, so that what
     /// recovers from it is recorded in its turn.
     #[must_use]
-    pub fn names(self: &Arc<Self>, tree: &Tree) -> RecordingNames {
-        RecordingNames::new(Arc::clone(self), tree)
+    pub fn names(self: &Arc<Self>, tree: &Tree) -> RecordingFileSystem {
+        RecordingFileSystem::new(Arc::clone(self), tree)
     }
 
     /// Notes that something has been promised: the caller was told `Ok` of a flush, say. Every state tells how many marks it

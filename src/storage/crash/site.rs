@@ -55,7 +55,7 @@ impl Frame {
         language.iter().any(|start| function.starts_with(start))
             || (function.contains("storage::crash::") && !function.contains("storage::crash::tests::"))
             || function.ends_with("Storage>::sync")
-            || function.ends_with("Names>::sync_dir")
+            || function.ends_with("FileSystem>::sync_dir")
     }
 }
 

@@ -2,7 +2,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::*;
-use crate::storage::{Access, Names, Storage};
+use crate::storage::{Access, FileSystem, Storage};
 
 fn states(log: &Log) -> Vec<State> {
     let mut states = Vec::new();

@@ -1,6 +1,6 @@
 //! Storages and names that fail when they are told to.
 //!
-//! Feature `test-utils`. Let an operation run on [`FaultyStorage`]s, or on [`FaultyNames`], of one [`Faults`], first without a
+//! Feature `test-utils`. Let an operation run on [`FaultyStorage`]s, or on [`FaultyFileSystem`], of one [`Faults`], first without a
 //! fault to count its calls, then once for each call with that call failing: what is left must be as good as after a crash.
 //!
 //! ```
@@ -17,7 +17,7 @@
 //! # Ok::<(), Error>(())
 //! ```
 
-mod names;
+mod file_system;
 
 use std::io;
 use std::ops::Range;
@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::{Error, FileId, LockMode, Result, Storage};
 
-pub use names::FaultyNames;
+pub use file_system::FaultyFileSystem;
 
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -5,14 +5,14 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use qcow2_chain::storage::{Access, LockMode};
-use qcow2_chain::vm::{Dependent, FileRecord, Model, Place, Snapshot, SnapshotId, State};
+use qcow2_chain::vm::{Dependent, FileRecord, Model, Snapshot, SnapshotId, State, VolumeFiles};
 
 use super::table::{Table, counted, one_line};
 use crate::size;
 use crate::zone::local_time;
 
 /// Draws all that a model knows.
-pub(super) fn draw(model: &Model, place: &Place) -> String {
+pub(super) fn draw(model: &Model, place: &VolumeFiles) -> String {
     let mut drawing = Drawing { model, place, trunk: BTreeSet::new(), out: String::new() };
     let mut next = model.current;
     while let Some(snapshot) = next.and_then(|id| model.snapshot(id)) {
@@ -29,7 +29,7 @@ pub(super) fn draw(model: &Model, place: &Place) -> String {
 
 struct Drawing<'a> {
     model: &'a Model,
-    place: &'a Place,
+    place: &'a VolumeFiles,
     /// The snapshots that the active files stand on.
     trunk: BTreeSet<SnapshotId>,
     out: String,

@@ -56,7 +56,7 @@ impl HypervisorArgs {
         use std::time::Duration;
 
         use qcow2_chain::libvirt::{Libvirt, Listening};
-        use qcow2_chain::live::{Live, OnTimeout as Then};
+        use qcow2_chain::live::{LiveExecutor, OnTimeout as Then};
 
         let hypervisor = Libvirt::connect(uri, domain, Listening::OwnLoop)
             .map_err(|error| Failure::new(format!("{uri}: {error}")))?;
@@ -64,7 +64,7 @@ impl HypervisorArgs {
             OnTimeout::Keep => Then::Keep,
             OnTimeout::Abort => Then::Abort,
         };
-        let live = Live::new(Arc::new(hypervisor))
+        let live = LiveExecutor::new(Arc::new(hypervisor))
             .with_timeout(Duration::from_secs(self.timeout), then)
             .with_agent_timeout(Duration::from_secs(self.agent_timeout));
         Ok(set.with_executor(Arc::new(live)))

@@ -6,21 +6,23 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::log::{NameChange, Synced};
 use super::{Recorder, RecordingStorage, Tree};
-use crate::storage::memory_names::rooted;
-use crate::storage::{Access, FileId, MemoryNames, MemoryStorage, Names, ReadOnlyStorage, Resolved, Result, Storage};
+use crate::storage::memory_file_system::rooted;
+use crate::storage::{
+    Access, FileId, FileSystem, MemoryFileSystem, MemoryStorage, ReadOnlyStorage, Resolved, Result, Storage,
+};
 
-/// A directory tree in memory, as [`MemoryNames`], whose changes are recorded together with those of the files in it.
+/// A directory tree in memory, as [`MemoryFileSystem`], whose changes are recorded together with those of the files in it.
 #[derive(Debug)]
-pub struct RecordingNames {
+pub struct RecordingFileSystem {
     recorder: Arc<Recorder>,
-    inner: MemoryNames,
+    inner: MemoryFileSystem,
     /// The members of the group by their identity, which a rename leaves alone.
     numbers: Mutex<BTreeMap<FileId, usize>>,
 }
 
-impl RecordingNames {
+impl RecordingFileSystem {
     pub(super) fn new(recorder: Arc<Recorder>, tree: &Tree) -> Self {
-        let names = Self { recorder, inner: MemoryNames::new(), numbers: Mutex::default() };
+        let names = Self { recorder, inner: MemoryFileSystem::new(), numbers: Mutex::default() };
         for (path, bytes) in tree {
             let Some(path) = rooted(path) else { continue };
             let storage = names.recorder.memory(&path.display().to_string(), bytes);
@@ -65,7 +67,7 @@ fn key(path: &Path) -> PathBuf {
     rooted(path).unwrap_or_else(|| path.to_path_buf())
 }
 
-impl Names for RecordingNames {
+impl FileSystem for RecordingFileSystem {
     fn open(&self, path: &Path, access: &Access) -> Result<Arc<dyn Storage>> {
         let opened = self.inner.open(path, access)?;
         let Some(storage) = self.inner.get(path).and_then(|storage| self.recorded(storage, path)) else {

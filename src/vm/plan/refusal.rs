@@ -2,7 +2,7 @@
 
 use thiserror::Error as ThisError;
 
-use super::model::State;
+use crate::vm::model::State;
 
 /// Why an operation is not done; nothing was changed.
 #[derive(Clone, Debug, PartialEq, Eq, ThisError)]

@@ -4,26 +4,26 @@ use std::collections::BTreeSet;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::executor::{Domain, Executor, Manner, Merged, Watch};
-use super::model::FileRef;
-use super::place::{Links, give_back_leaks};
-use super::plan::{MergeStep, NewOverlay};
-use super::{Error, Refusal, Result};
 use crate::chain::{Chain, Node};
 use crate::format::ClusterBits;
 use crate::image::{CreateOptions, Image, ResizeOptions};
 use crate::merge::{self, CommitOptions, Direction, PullOptions};
+use crate::vm::execute::executor::{Domain, ExecutionContext, Executor, Merged, Watch};
+use crate::vm::files::{Links, give_back_leaks};
+use crate::vm::model::FileRef;
+use crate::vm::plan::{MergeStep, NewOverlay};
+use crate::vm::{Error, Refusal, Result};
 
 /// Does everything itself, under QEMU's image locks: what a running VM has open is refused.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Offline;
+pub struct OfflineExecutor;
 
-impl Executor for Offline {
+impl Executor for OfflineExecutor {
     fn domain(&self, _vm: &str) -> Result<Domain> {
         Ok(Domain::default())
     }
 
-    fn create(&self, overlays: &[NewOverlay], _quiesce: bool, manner: &Manner<'_>) -> Result<()> {
+    fn create(&self, overlays: &[NewOverlay], _quiesce: bool, manner: &ExecutionContext<'_>) -> Result<()> {
         in_parallel(overlays, manner.jobs, |overlay| create(overlay, manner))?;
         let directories = overlays.iter().map(|overlay| {
             let path = manner.place.path(&overlay.file.path);
@@ -35,14 +35,14 @@ impl Executor for Offline {
         Ok(())
     }
 
-    fn merge(&self, step: &MergeStep, manner: &Manner<'_>, watch: &dyn Watch) -> Result<Merged> {
+    fn merge(&self, step: &MergeStep, manner: &ExecutionContext<'_>, watch: &dyn Watch) -> Result<Merged> {
         match step.direction {
             Direction::Pull => pull(step, manner, watch),
             Direction::Commit | Direction::Auto => commit(step, manner, watch),
         }
     }
 
-    fn relink(&self, file: &FileRef, from: &FileRef, to: &FileRef, manner: &Manner<'_>) -> Result<()> {
+    fn relink(&self, file: &FileRef, from: &FileRef, to: &FileRef, manner: &ExecutionContext<'_>) -> Result<()> {
         let layer = manner.place.layer(file, true)?;
         let Node::Qcow2(image) = &layer.node else { return Ok(()) };
         let name = manner.place.backing_name(&file.path, &to.path);
@@ -56,7 +56,7 @@ impl Executor for Offline {
         Ok(image.set_backing_file(Some(&name), Some(to.format.name().as_bytes()))?)
     }
 
-    fn resize(&self, file: &FileRef, below: &[FileRef], size: u64, manner: &Manner<'_>) -> Result<()> {
+    fn resize(&self, file: &FileRef, below: &[FileRef], size: u64, manner: &ExecutionContext<'_>) -> Result<()> {
         let files: Vec<FileRef> = std::iter::once(file).chain(below).cloned().collect();
         let chain = manner.place.chain(&files, 1, Links::Exact)?;
         match &chain.top().node {
@@ -75,7 +75,11 @@ impl Executor for Offline {
 }
 
 /// Does something with each item on several threads. Returns the first error; all items are tried.
-pub(super) fn in_parallel<T: Sync>(items: &[T], jobs: usize, work: impl Fn(&T) -> Result<()> + Sync) -> Result<()> {
+pub(in crate::vm) fn in_parallel<T: Sync>(
+    items: &[T],
+    jobs: usize,
+    work: impl Fn(&T) -> Result<()> + Sync,
+) -> Result<()> {
     let next = AtomicUsize::new(0);
     let failed: Mutex<Option<(usize, Error)>> = Mutex::default();
     let run = || {
@@ -100,7 +104,7 @@ pub(super) fn in_parallel<T: Sync>(items: &[T], jobs: usize, work: impl Fn(&T) -
     failed.map_or(Ok(()), |(_, error)| Err(error))
 }
 
-fn create(overlay: &NewOverlay, manner: &Manner<'_>) -> Result<()> {
+fn create(overlay: &NewOverlay, manner: &ExecutionContext<'_>) -> Result<()> {
     let place = manner.place;
     let backing = place.backing_name(&overlay.file.path, &overlay.backing.path);
     let options = CreateOptions::new(overlay.size)
@@ -116,14 +120,14 @@ fn files(step: &MergeStep) -> Vec<FileRef> {
     [&step.top, &step.base].into_iter().chain(&step.below).cloned().collect()
 }
 
-fn commit(step: &MergeStep, manner: &Manner<'_>, progress: &dyn merge::Progress) -> Result<Merged> {
+fn commit(step: &MergeStep, manner: &ExecutionContext<'_>, progress: &dyn merge::Progress) -> Result<Merged> {
     let chain = manner.place.chain(&files(step), 2, Links::Exact)?;
     let options = CommitOptions::default().with_shrink_base(true).with_rate_limit(manner.rate_limit);
     let report = merge::commit(&chain, &options, progress)?;
     finish(chain, 1, report, manner)
 }
 
-fn pull(step: &MergeStep, manner: &Manner<'_>, progress: &dyn merge::Progress) -> Result<Merged> {
+fn pull(step: &MergeStep, manner: &ExecutionContext<'_>, progress: &dyn merge::Progress) -> Result<Merged> {
     let place = manner.place;
     // It may have the base's name already, beside its own or instead of it.
     let renamed = !place.exists(&step.top.path)? || place.is_same(&step.top.path, &step.base.path);
@@ -148,7 +152,7 @@ fn pull(step: &MergeStep, manner: &Manner<'_>, progress: &dyn merge::Progress) -
 }
 
 /// The result of a merge into the layer of this index.
-fn finish(chain: Chain, into: usize, report: merge::Report, manner: &Manner<'_>) -> Result<Merged> {
+fn finish(chain: Chain, into: usize, report: merge::Report, manner: &ExecutionContext<'_>) -> Result<Merged> {
     let layer = chain.layers().get(into).unwrap_or(chain.top());
     if layer.node.is_read_only() {
         let path = layer.path.display().to_string();

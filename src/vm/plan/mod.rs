@@ -1,6 +1,9 @@
 //! What an operation will do, as a value: it is printed before it is done, kept in the journal while it is done, and done by
 //! whichever executor there is.
 
+pub(super) mod planner;
+pub(super) mod refusal;
+
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -8,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::merge::Direction;
 
-use super::edit::Edit;
-use super::model::{FileRef, Model, OverlayShape, SnapshotId, State};
+use crate::vm::model::edit::Edit;
+use crate::vm::model::{FileRef, Model, OverlayShape, SnapshotId, State};
 
 /// What a plan was made for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

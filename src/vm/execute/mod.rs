@@ -1,46 +1,54 @@
 //! A plan is carried out: journal, catalogue, files, catalogue, names, journal. In this order, everywhere.
 
+pub(super) mod executor;
+pub(super) mod journal;
+pub(super) mod lock;
+pub(super) mod offline;
+pub(super) mod progress;
+pub(super) mod recover;
+pub(super) mod report;
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::catalogue::{directory_of, unlink_if_there, with_suffix};
-use super::edit::Edit;
-use super::executor::{Domain, Executor, Manner, Merged, Watch};
-use super::journal::{Journal, Progressed, Record};
-use super::model::{LastOperation, Model};
-use super::offline::in_parallel;
-use super::place::Place;
-use super::plan::{MergeStep, Plan, Purpose, Stage, Step, VolumeWork};
-use super::progress::{OfVolume, Progress, Relay};
-use super::report::{MergedVolume, PathChange, Report};
-use super::store::Store;
-use super::trace::event;
-use super::{Error, Result};
 use crate::merge::{self, Direction};
 use crate::storage;
+use crate::vm::execute::executor::{Domain, ExecutionContext, Executor, Merged, Watch};
+use crate::vm::execute::journal::{Journal, Progressed, Record};
+use crate::vm::execute::offline::in_parallel;
+use crate::vm::execute::progress::{OfVolume, Progress, Relay};
+use crate::vm::execute::report::{MergedVolume, PathChange, Report};
+use crate::vm::files::VolumeFiles;
+use crate::vm::model::catalogue::{directory_of, unlink_if_there, with_suffix};
+use crate::vm::model::edit::Edit;
+use crate::vm::model::store::Store;
+use crate::vm::model::{LastOperation, Model};
+use crate::vm::plan::{MergeStep, Plan, Purpose, Stage, Step, VolumeWork};
+use crate::vm::trace::event;
+use crate::vm::{Error, Result};
 
 /// What a plan is carried out with.
 #[derive(Clone, Copy)]
-pub(super) struct Tools<'a> {
-    pub(super) store: &'a dyn Store,
-    pub(super) executor: &'a dyn Executor,
+pub(in crate::vm) struct Tools<'a> {
+    pub(in crate::vm) store: &'a dyn Store,
+    pub(in crate::vm) executor: &'a dyn Executor,
     /// What the VM was doing when the operation began.
-    pub(super) domain: &'a Domain,
-    pub(super) journal: &'a Path,
-    pub(super) manner: Manner<'a>,
-    pub(super) progress: &'a dyn Progress,
+    pub(in crate::vm) domain: &'a Domain,
+    pub(in crate::vm) journal: &'a Path,
+    pub(in crate::vm) manner: ExecutionContext<'a>,
+    pub(in crate::vm) progress: &'a dyn Progress,
 }
 
 impl Tools<'_> {
-    fn place(&self) -> &Place {
+    fn place(&self) -> &VolumeFiles {
         self.manner.place
     }
 }
 
 /// A plan that is being carried out.
-pub(super) struct Run<'a> {
+pub(in crate::vm) struct Run<'a> {
     tools: Tools<'a>,
     relay: Relay<'a>,
     plan: &'a Plan,
@@ -57,7 +65,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl<'a> Run<'a> {
-    pub(super) fn new(tools: Tools<'a>, plan: &'a Plan, model: Model) -> Self {
+    pub(in crate::vm) fn new(tools: Tools<'a>, plan: &'a Plan, model: Model) -> Self {
         Self {
             tools,
             relay: Relay::new(tools.progress),
@@ -70,7 +78,7 @@ impl<'a> Run<'a> {
     }
 
     /// Carries the plan out from its beginning. Where that fails before there is no way back, everything is as before.
-    pub(super) fn start(self) -> Result<Report> {
+    pub(in crate::vm) fn start(self) -> Result<Report> {
         event!("begin", purpose = %self.plan.purpose, id = self.plan.id);
         if self.plan.is_bookkeeping() {
             let stage = &self.plan.stages[0];
@@ -82,7 +90,7 @@ impl<'a> Run<'a> {
             Ok(journal) => *lock(&self.journal) = Some(journal),
             Err(error) => {
                 // At most a torn journal is left, which tells of nothing.
-                let _ = super::journal::clear(&**place.names(), self.tools.journal);
+                let _ = crate::vm::execute::journal::clear(&**place.names(), self.tools.journal);
                 return Err(error);
             }
         }
@@ -105,7 +113,7 @@ impl<'a> Run<'a> {
 
     /// Carries on with a plan that was interrupted, or takes it back where that is still possible. `journal` and the catalogue
     /// are durable. Returns nothing where it was taken back.
-    pub(super) fn resume(self, journal: Journal, switched: bool) -> Result<Option<Report>> {
+    pub(in crate::vm) fn resume(self, journal: Journal, switched: bool) -> Result<Option<Report>> {
         event!("resume", purpose = %self.plan.purpose, id = self.plan.id);
         *lock(&self.journal) = Some(journal);
         let last = lock(&self.model).last_operation;
@@ -373,7 +381,7 @@ impl<'a> Run<'a> {
                 if self.tools.domain.disk_with(place, &file.path).is_none() {
                     let layer = place.layer(file, true)?;
                     if layer.node.as_qcow2().is_some() {
-                        super::place::give_back_leaks(&**layer.node.storage())?;
+                        crate::vm::files::give_back_leaks(&**layer.node.storage())?;
                     }
                 }
                 let mut edits = work.edits.clone();

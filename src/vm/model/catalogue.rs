@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::store::Store;
-use super::{Error, Model, Result};
-use crate::storage::{Access, LockMode, Names, Storage};
+use crate::storage::{Access, FileSystem, LockMode, Storage};
+use crate::vm::model::store::Store;
+use crate::vm::{Error, Model, Result};
 
 /// What the file says of itself.
 const FORMAT: &str = "qcow2-chain vm catalogue";
@@ -37,24 +37,24 @@ struct Preface {
 /// A VM's model in a JSON file, which is replaced as a whole: written beside it, made durable, renamed.
 #[derive(Clone, Debug)]
 pub struct Catalogue {
-    names: Arc<dyn Names>,
+    names: Arc<dyn FileSystem>,
     path: PathBuf,
 }
 
 /// A path with something added to its last name.
-pub(super) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+pub(in crate::vm) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(suffix);
     path.with_file_name(name)
 }
 
 /// The directory of a file.
-pub(super) fn directory_of(path: &Path) -> &Path {
+pub(in crate::vm) fn directory_of(path: &Path) -> &Path {
     path.parent().unwrap_or(Path::new(""))
 }
 
 /// All bytes of a file of ours.
-pub(super) fn read_all(storage: &dyn Storage, max: u64) -> Result<Vec<u8>> {
+pub(in crate::vm) fn read_all(storage: &dyn Storage, max: u64) -> Result<Vec<u8>> {
     let len = storage.len()?;
     if len > max {
         return Err(Error::Catalogue { file: storage.name().to_owned(), why: format!("{len} bytes are too many") });
@@ -71,7 +71,7 @@ fn sum(model: &Model) -> serde_json::Result<String> {
 impl Catalogue {
     /// The catalogue of this path.
     #[must_use]
-    pub fn new(names: Arc<dyn Names>, path: impl Into<PathBuf>) -> Self {
+    pub fn new(names: Arc<dyn FileSystem>, path: impl Into<PathBuf>) -> Self {
         Self { names, path: path.into() }
     }
 
@@ -84,7 +84,7 @@ impl Catalogue {
     /// Whether it exists.
     ///
     /// # Errors
-    /// As [`Names::exists`].
+    /// As [`FileSystem::exists`].
     pub fn exists(&self) -> Result<bool> {
         Ok(self.names.exists(&self.path)?)
     }
@@ -135,7 +135,7 @@ fn wrong(file: &Path, why: String) -> Error {
 }
 
 /// Takes a name away that may be gone already. Tells whether it was there.
-pub(super) fn unlink_if_there(names: &dyn Names, path: &Path) -> Result<bool> {
+pub(in crate::vm) fn unlink_if_there(names: &dyn FileSystem, path: &Path) -> Result<bool> {
     if !names.exists(path)? {
         return Ok(false);
     }

@@ -1,10 +1,10 @@
 //! Which ranges of a volume differ between two moments, from metadata alone: what an incremental backup has to copy.
 
-use super::Result;
-use super::model::{FileRef, Model, Volume};
-use super::set::{SnapshotSet, find_ready, find_volume};
 use crate::chain::{self, Chain, ChainExtent, ChainExtents};
 use crate::image::ExtentKind;
+use crate::vm::Result;
+use crate::vm::model::{FileRef, Model, Volume};
+use crate::vm::set::{SnapshotSet, find_ready, find_volume};
 
 /// A moment of a volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -193,7 +193,7 @@ impl SnapshotSet {
     /// What of a volume differs between two moments. Neither need be an ancestor of the other.
     ///
     /// # Errors
-    /// As [`SnapshotSet::open`]; nothing is no later moment ([`super::Refusal::UnknownSnapshot`]).
+    /// As [`SnapshotSet::open`]; nothing is no later moment ([`crate::vm::Refusal::UnknownSnapshot`]).
     ///
     /// ```no_run
     /// use qcow2_chain::vm::{Point, SnapshotSet};
@@ -216,7 +216,7 @@ impl SnapshotSet {
         let volume = find_volume(&model, volume)?;
         let from = Self::files_at(&model, volume, from.into())?;
         let to = Self::files_at(&model, volume, to.into())?;
-        let to = to.ok_or_else(|| super::Refusal::UnknownSnapshot { name: String::new() })?;
+        let to = to.ok_or_else(|| crate::vm::Refusal::UnknownSnapshot { name: String::new() })?;
         let shared = from.as_ref().map_or(0, |from| {
             let pairs = from.iter().rev().zip(to.iter().rev());
             pairs.take_while(|(a, b)| a == b).count()

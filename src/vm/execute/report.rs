@@ -5,9 +5,9 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::model::State;
-use super::plan::{Purpose, SizeChange};
 use crate::merge::Direction;
+use crate::vm::model::State;
+use crate::vm::plan::{Purpose, SizeChange};
 
 /// A volume's active file is another one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -59,7 +59,7 @@ pub struct Report {
 }
 
 impl Report {
-    pub(super) fn new(purpose: Purpose) -> Self {
+    pub(in crate::vm) fn new(purpose: Purpose) -> Self {
         Self {
             purpose,
             created: Vec::new(),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::beneath::{by_letters, refused, split};
-use super::{Access, Error, MemoryStorage, Names, ReadOnlyStorage, Resolved, Result, Storage};
+use super::{Access, Error, FileSystem, MemoryStorage, ReadOnlyStorage, Resolved, Result, Storage};
 
 /// A directory tree in memory.
 ///
@@ -14,7 +14,7 @@ use super::{Access, Error, MemoryStorage, Names, ReadOnlyStorage, Resolved, Resu
 /// links. Two handles of one name share the same bytes. Image locks are accepted and lock nothing, as no other program
 /// can reach memory.
 #[derive(Debug, Default)]
-pub struct MemoryNames {
+pub struct MemoryFileSystem {
     files: Mutex<BTreeMap<PathBuf, Arc<MemoryStorage>>>,
 }
 
@@ -31,7 +31,7 @@ fn key(path: &Path, action: &str) -> Result<PathBuf> {
     rooted(path).ok_or_else(|| failed(path, action, io::ErrorKind::NotFound))
 }
 
-impl MemoryNames {
+impl MemoryFileSystem {
     /// No names.
     #[must_use]
     pub fn new() -> Self {
@@ -56,7 +56,7 @@ impl MemoryNames {
     }
 }
 
-impl Names for MemoryNames {
+impl FileSystem for MemoryFileSystem {
     fn open(&self, path: &Path, access: &Access) -> Result<Arc<dyn Storage>> {
         if let Some(directory) = &access.beneath {
             let root = Path::new("/");
@@ -137,7 +137,7 @@ mod tests {
 
     #[test]
     fn one_name_is_one_storage() {
-        let names = MemoryNames::new();
+        let names = MemoryFileSystem::new();
         let path = Path::new("a/image");
         let created = names.create_new(path).unwrap();
         created.write_at(b"hello", 0).unwrap();
@@ -161,7 +161,7 @@ mod tests {
 
     #[test]
     fn names_change_and_storages_stay() {
-        let names = MemoryNames::new();
+        let names = MemoryFileSystem::new();
         let [a, b, c] = ["/d/a", "/d/b", "/d/e/c"].map(Path::new);
         for path in [a, b, c] {
             names.create_new(path).unwrap();
@@ -187,7 +187,7 @@ mod tests {
 
     #[test]
     fn beneath_goes_by_the_letters() {
-        let names = MemoryNames::new();
+        let names = MemoryFileSystem::new();
         for path in ["/top/a/image", "/outside"] {
             names.create_new(Path::new(path)).unwrap();
         }

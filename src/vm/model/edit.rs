@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::model::{FileRecord, Model, Snapshot, SnapshotId, State};
+use crate::vm::model::{FileRecord, Model, Snapshot, SnapshotId, State};
 
 /// One change of the model.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

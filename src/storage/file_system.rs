@@ -55,8 +55,8 @@ impl Access {
 
 /// Names of storages: a file system, or a test's model of one.
 ///
-/// A name is durable only after [`Names::sync_dir`] of its directory; bytes only after [`Storage::sync`].
-pub trait Names: Send + Sync + fmt::Debug {
+/// A name is durable only after [`FileSystem::sync_dir`] of its directory; bytes only after [`Storage::sync`].
+pub trait FileSystem: Send + Sync + fmt::Debug {
     /// Opens an existing regular file or block device.
     ///
     /// # Errors
@@ -139,7 +139,7 @@ pub struct Resolved {
 
 /// The operating system's file names.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct HostNames;
+pub struct HostFileSystem;
 
 /// A directory as the system takes it: the parent of a bare name is the current directory.
 fn or_current(directory: &Path) -> &Path {
@@ -150,7 +150,7 @@ fn failed(path: &Path, action: impl Into<String>) -> impl FnOnce(io::Error) -> E
     move |error| Error::io(&path.display().to_string(), action, 0, error)
 }
 
-impl Names for HostNames {
+impl FileSystem for HostFileSystem {
     fn open(&self, path: &Path, access: &Access) -> Result<Arc<dyn Storage>> {
         Ok(Arc::new(FileStorage::open(path, access)?))
     }
@@ -224,22 +224,22 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let [a, b, sub] = ["a", "b", "sub"].map(|name| directory.path().join(name));
         std::fs::create_dir(&sub).unwrap();
-        let created = HostNames.create_new(&a).unwrap();
+        let created = HostFileSystem.create_new(&a).unwrap();
         created.write_at(b"image", 0).unwrap();
-        assert!(HostNames.exists(&a).unwrap() && !HostNames.exists(&b).unwrap());
-        assert!(!HostNames.exists(&a.join("below a file")).unwrap());
-        HostNames.link(&a, &b).unwrap();
-        assert_eq!(HostNames.resolve(&a).unwrap().file, HostNames.resolve(&b).unwrap().file);
-        assert!(matches!(HostNames.link(&a, &b), Err(Error::Io { .. })), "the name is taken");
-        HostNames.unlink(&b).unwrap();
-        HostNames.rename(&a, &b).unwrap();
-        HostNames.sync_dir(directory.path()).unwrap();
+        assert!(HostFileSystem.exists(&a).unwrap() && !HostFileSystem.exists(&b).unwrap());
+        assert!(!HostFileSystem.exists(&a.join("below a file")).unwrap());
+        HostFileSystem.link(&a, &b).unwrap();
+        assert_eq!(HostFileSystem.resolve(&a).unwrap().file, HostFileSystem.resolve(&b).unwrap().file);
+        assert!(matches!(HostFileSystem.link(&a, &b), Err(Error::Io { .. })), "the name is taken");
+        HostFileSystem.unlink(&b).unwrap();
+        HostFileSystem.rename(&a, &b).unwrap();
+        HostFileSystem.sync_dir(directory.path()).unwrap();
         std::os::unix::fs::symlink("nowhere", &a).unwrap();
-        assert!(HostNames.exists(&a).unwrap());
-        assert_eq!(HostNames.list(directory.path()).unwrap(), [a.clone(), b.clone()]);
-        HostNames.unlink(&a).unwrap();
-        assert_eq!(HostNames.open(&b, &unlocked()).unwrap().len().unwrap(), 5);
-        HostNames.sync_dir(Path::new("")).unwrap();
+        assert!(HostFileSystem.exists(&a).unwrap());
+        assert_eq!(HostFileSystem.list(directory.path()).unwrap(), [a.clone(), b.clone()]);
+        HostFileSystem.unlink(&a).unwrap();
+        assert_eq!(HostFileSystem.open(&b, &unlocked()).unwrap().len().unwrap(), 5);
+        HostFileSystem.sync_dir(Path::new("")).unwrap();
     }
 
     #[test]
@@ -247,11 +247,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let [a, b] = ["a", "b"].map(|name| directory.path().join(name));
         let text = |error: Error| error.to_string();
-        let renamed = text(HostNames.rename(&a, &b).unwrap_err());
+        let renamed = text(HostFileSystem.rename(&a, &b).unwrap_err());
         assert_eq!(renamed, format!("{}: cannot rename it to {}", a.display(), b.display()));
-        assert_eq!(text(HostNames.unlink(&a).unwrap_err()), format!("{}: cannot remove it", a.display()));
-        assert_eq!(text(HostNames.list(&a).unwrap_err()), format!("{}: cannot list it", a.display()));
-        assert!(text(HostNames.sync_dir(&a).unwrap_err()).contains("make its names durable"));
+        assert_eq!(text(HostFileSystem.unlink(&a).unwrap_err()), format!("{}: cannot remove it", a.display()));
+        assert_eq!(text(HostFileSystem.list(&a).unwrap_err()), format!("{}: cannot list it", a.display()));
+        assert!(text(HostFileSystem.sync_dir(&a).unwrap_err()).contains("make its names durable"));
     }
 
     /// A directory `top` with `a/b/image`, links of all kinds, and `outside` next to it.
@@ -274,7 +274,7 @@ mod tests {
     #[test]
     fn nothing_leads_out_of_a_directory() {
         let (root, top) = tree();
-        let open = |path: PathBuf| HostNames.open(&path, &unlocked().with_beneath(&top));
+        let open = |path: PathBuf| HostFileSystem.open(&path, &unlocked().with_beneath(&top));
         for path in ["a/b/image", "a/../a/b/image", "./a//b/./image", "../top/a/b/image"] {
             assert_eq!(open(top.join(path)).unwrap().len().unwrap(), 6, "{path}");
         }
@@ -308,11 +308,11 @@ mod tests {
     fn a_name_is_resolved_through_its_links() {
         let (root, top) = tree();
         let plain = top.canonicalize().unwrap().join("a/b/image");
-        let resolved = HostNames.resolve(&root.path().join("way/down/../a/b/image")).unwrap();
+        let resolved = HostFileSystem.resolve(&root.path().join("way/down/../a/b/image")).unwrap();
         assert_eq!(resolved.path, plain);
-        assert_eq!(resolved.file, HostNames.open(&plain, &unlocked()).unwrap().file_id());
-        assert!(HostNames.resolve(&top.join("none")).is_err());
-        assert_eq!(HostNames.resolve(Path::new("")).unwrap().path, std::env::current_dir().unwrap());
+        assert_eq!(resolved.file, HostFileSystem.open(&plain, &unlocked()).unwrap().file_id());
+        assert!(HostFileSystem.resolve(&top.join("none")).is_err());
+        assert_eq!(HostFileSystem.resolve(Path::new("")).unwrap().path, std::env::current_dir().unwrap());
     }
 
     #[test]
@@ -320,18 +320,18 @@ mod tests {
         let (root, _top) = tree();
         let way = root.path().join("way");
         let access = unlocked().with_beneath(&way);
-        assert!(HostNames.open(&way.join("a/b/image"), &access).is_ok());
-        assert!(HostNames.open(&way.join("down/b/image"), &access).is_err());
+        assert!(HostFileSystem.open(&way.join("a/b/image"), &access).is_ok());
+        assert!(HostFileSystem.open(&way.join("down/b/image"), &access).is_err());
         // By its letters this lies elsewhere.
-        assert!(HostNames.open(&root.path().join("top/a/b/image"), &access).is_err());
+        assert!(HostFileSystem.open(&root.path().join("top/a/b/image"), &access).is_err());
     }
 
     #[test]
     fn beneath_is_kept_for_writers_too() {
         let (_root, top) = tree();
         let access = Access::write().with_lock(LockMode::None).with_beneath(&top);
-        HostNames.open(&top.join("a/b/image"), &access).unwrap().write_at(b"I", 0).unwrap();
-        assert!(HostNames.open(&top.join("leaf"), &access).is_err());
-        assert!(HostNames.open(&top.join("a"), &access).is_err());
+        HostFileSystem.open(&top.join("a/b/image"), &access).unwrap().write_at(b"I", 0).unwrap();
+        assert!(HostFileSystem.open(&top.join("leaf"), &access).is_err());
+        assert!(HostFileSystem.open(&top.join("a"), &access).is_err());
     }
 }

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::model::{Model, Snapshot, SnapshotId, State};
-use super::place::Place;
+use crate::vm::files::VolumeFiles;
+use crate::vm::model::{Model, Snapshot, SnapshotId, State};
 
 /// A VM's volumes and snapshots, as `vm list --json` prints them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -60,7 +60,7 @@ pub struct ListedSnapshot {
 impl Listing {
     /// Lists a model, with the hidden snapshots or without.
     #[must_use]
-    pub fn of(model: &Model, place: &Place, hidden: bool) -> Self {
+    pub fn of(model: &Model, place: &VolumeFiles, hidden: bool) -> Self {
         let path = |recorded: &str| place.path(recorded).display().to_string();
         let listed = |snapshot: &&Snapshot| hidden || snapshot.state != State::Hidden;
         // The next listed one from here downwards.

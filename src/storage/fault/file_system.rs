@@ -4,33 +4,33 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Call, Faults, FaultyStorage, Reach};
-use crate::storage::{Access, Names, Resolved, Result, Storage};
+use crate::storage::{Access, FileSystem, Resolved, Result, Storage};
 
 /// Names that fail when their group's plan says so, and the storages opened by them too.
 ///
 /// ```
 /// use std::path::Path;
 /// use std::sync::Arc;
-/// use qcow2_chain::storage::fault::{Fault, Faults, FaultyNames};
-/// use qcow2_chain::storage::{Access, MemoryNames, Names};
+/// use qcow2_chain::storage::fault::{Fault, Faults, FaultyFileSystem};
+/// use qcow2_chain::storage::{Access, MemoryFileSystem, FileSystem};
 ///
 /// let faults = Faults::new(Fault::Sync.at(1));
-/// let names = FaultyNames::new(Arc::new(MemoryNames::new()), &faults);
+/// let names = FaultyFileSystem::new(Arc::new(MemoryFileSystem::new()), &faults);
 /// names.create_new(Path::new("/disk"))?.sync()?;
 /// assert!(names.sync_dir(Path::new("/")).is_err());
 /// names.open(Path::new("/disk"), &Access::read())?;
 /// # Ok::<(), qcow2_chain::storage::Error>(())
 /// ```
 #[derive(Debug)]
-pub struct FaultyNames {
-    inner: Arc<dyn Names>,
+pub struct FaultyFileSystem {
+    inner: Arc<dyn FileSystem>,
     faults: Arc<Faults>,
 }
 
-impl FaultyNames {
+impl FaultyFileSystem {
     /// Names over others, in this group.
     #[must_use]
-    pub fn new(inner: Arc<dyn Names>, faults: &Arc<Faults>) -> Self {
+    pub fn new(inner: Arc<dyn FileSystem>, faults: &Arc<Faults>) -> Self {
         Self { inner, faults: Arc::clone(faults) }
     }
 
@@ -54,7 +54,7 @@ impl FaultyNames {
     }
 }
 
-impl Names for FaultyNames {
+impl FileSystem for FaultyFileSystem {
     fn open(&self, path: &Path, access: &Access) -> Result<Arc<dyn Storage>> {
         self.check(path, "open it", Call::Other)?;
         Ok(self.faulty(self.inner.open(path, access)?))
@@ -102,17 +102,17 @@ impl Names for FaultyNames {
 mod tests {
     use super::super::Fault;
     use super::*;
-    use crate::storage::MemoryNames;
+    use crate::storage::MemoryFileSystem;
 
-    fn with(plan: super::super::Plan) -> (Arc<MemoryNames>, FaultyNames, Arc<Faults>) {
+    fn with(plan: super::super::Plan) -> (Arc<MemoryFileSystem>, FaultyFileSystem, Arc<Faults>) {
         let faults = Faults::new(plan);
-        let inner = Arc::new(MemoryNames::new());
+        let inner = Arc::new(MemoryFileSystem::new());
         inner.create_new(Path::new("/a")).unwrap();
-        (inner.clone(), FaultyNames::new(inner, &faults), faults)
+        (inner.clone(), FaultyFileSystem::new(inner, &faults), faults)
     }
 
     /// All that can be done to names, in this order.
-    fn results(names: &FaultyNames) -> Vec<bool> {
+    fn results(names: &FaultyFileSystem) -> Vec<bool> {
         let [a, b] = ["/a", "/b"].map(Path::new);
         let root = Path::new("/");
         vec![

@@ -9,22 +9,22 @@
 //! | anything else | completed: each stage that the catalogue does not have yet, each volume that is not recorded yet |
 //! | a snapshot being merged, without a journal | its deletion is planned anew |
 
-use super::catalogue::directory_of;
-use super::executor::Domain;
-use super::journal::{Found, Journal, clear};
-use super::model::Model;
-use super::options::MergeOptions;
-use super::plan::{Plan, Purpose};
-use super::planner::{PlanOptions, Request, plan};
-use super::progress::Progress;
-use super::report::Report;
-use super::run::Run;
-use super::set::{Recovery, SnapshotSet};
-use super::{Error, Result};
+use crate::vm::execute::Run;
+use crate::vm::execute::executor::Domain;
+use crate::vm::execute::journal::{Found, Journal, clear};
+use crate::vm::execute::progress::Progress;
+use crate::vm::execute::report::Report;
+use crate::vm::model::Model;
+use crate::vm::model::catalogue::directory_of;
+use crate::vm::options::MergeOptions;
+use crate::vm::plan::planner::{PlanOptions, Request, plan};
+use crate::vm::plan::{Plan, Purpose};
+use crate::vm::set::{Recovery, SnapshotSet};
+use crate::vm::{Error, Result};
 
 impl SnapshotSet {
     /// Recovers; `told` is what the VM is doing, by the caller, who knows better than the executor.
-    pub(super) fn recover_locked(
+    pub(in crate::vm) fn recover_locked(
         &self,
         told: Option<&Domain>,
         options: &MergeOptions,
@@ -117,7 +117,7 @@ impl SnapshotSet {
     }
 
     /// Deletes on a snapshot whose deletion was interrupted; `None` where this was none.
-    pub(super) fn resume_deletion(
+    pub(in crate::vm) fn resume_deletion(
         &self,
         name: &str,
         options: &MergeOptions,
@@ -180,6 +180,6 @@ pub struct Pending {
 impl From<Pending> for Error {
     fn from(pending: Pending) -> Self {
         let operation = pending.operation.map_or_else(|| "an unknown one".to_owned(), |purpose| purpose.to_string());
-        super::Refusal::Unfinished { operation }.into()
+        crate::vm::Refusal::Unfinished { operation }.into()
     }
 }

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
-use super::Result;
-use super::model::FileRef;
-use super::place::Place;
-use super::plan::{MergeStep, NewOverlay};
 use crate::chain::Chain;
 use crate::merge;
+use crate::vm::Result;
+use crate::vm::files::VolumeFiles;
+use crate::vm::model::FileRef;
+use crate::vm::plan::{MergeStep, NewOverlay};
 
 /// What the hypervisor says of a VM.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -25,7 +25,7 @@ pub struct Domain {
 impl Domain {
     /// The disk that writes a recorded file.
     #[must_use]
-    pub fn disk_writing(&self, place: &Place, recorded: &str) -> Option<&str> {
+    pub fn disk_writing(&self, place: &VolumeFiles, recorded: &str) -> Option<&str> {
         let path = place.path(recorded);
         let mut disks = self.disks.iter();
         let found = disks.find(|(_, files)| files.first().is_some_and(|file| place.leads_to(file, &path)));
@@ -34,7 +34,7 @@ impl Domain {
 
     /// The disk that has a recorded file open, and the file's place among its files.
     #[must_use]
-    pub fn disk_with(&self, place: &Place, recorded: &str) -> Option<(&str, usize)> {
+    pub fn disk_with(&self, place: &VolumeFiles, recorded: &str) -> Option<(&str, usize)> {
         if !self.running {
             return None;
         }
@@ -73,9 +73,9 @@ impl Watch for () {
 /// How the steps are done.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
-pub struct Manner<'a> {
+pub struct ExecutionContext<'a> {
     /// Where the files lie.
-    pub place: &'a Place,
+    pub place: &'a VolumeFiles,
     /// How many volumes are worked on at once, at least 1.
     pub jobs: usize,
     /// The most bytes of data to copy in a second for one volume; none does not limit.
@@ -111,23 +111,23 @@ pub trait Executor: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// What went wrong; the caller removes those that were made.
-    fn create(&self, overlays: &[NewOverlay], quiesce: bool, manner: &Manner<'_>) -> Result<()>;
+    fn create(&self, overlays: &[NewOverlay], quiesce: bool, manner: &ExecutionContext<'_>) -> Result<()>;
 
     /// Makes two files one, durable on return, and keeps others from using them until the result is dropped.
     ///
     /// # Errors
     /// What went wrong; it can be done again.
-    fn merge(&self, step: &MergeStep, manner: &Manner<'_>, watch: &dyn Watch) -> Result<Merged>;
+    fn merge(&self, step: &MergeStep, manner: &ExecutionContext<'_>, watch: &dyn Watch) -> Result<Merged>;
 
     /// Lets a file's header name another file that reads the same, durable on return.
     ///
     /// # Errors
     /// What went wrong; it can be done again.
-    fn relink(&self, file: &FileRef, from: &FileRef, to: &FileRef, manner: &Manner<'_>) -> Result<()>;
+    fn relink(&self, file: &FileRef, from: &FileRef, to: &FileRef, manner: &ExecutionContext<'_>) -> Result<()>;
 
     /// Gives the active file another virtual size, durable on return.
     ///
     /// # Errors
     /// What went wrong; it has the old size or the new one.
-    fn resize(&self, file: &FileRef, below: &[FileRef], size: u64, manner: &Manner<'_>) -> Result<()>;
+    fn resize(&self, file: &FileRef, below: &[FileRef], size: u64, manner: &ExecutionContext<'_>) -> Result<()>;
 }

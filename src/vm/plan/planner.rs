@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use crate::chain::Format;
 use crate::merge::Direction;
 
-use super::edit::Edit;
-use super::model::{Dependent, FileRecord, FileRef, MAX_NAME, Model, Snapshot, SnapshotId, State, Volume};
-use super::plan::{MergeStep, NewOverlay, Plan, Purpose, SizeChange, Stage, Step, VolumeWork};
-use super::refusal::Refusal;
+use crate::vm::model::edit::Edit;
+use crate::vm::model::{Dependent, FileRecord, FileRef, MAX_NAME, Model, Snapshot, SnapshotId, State, Volume};
+use crate::vm::plan::refusal::Refusal;
+use crate::vm::plan::{MergeStep, NewOverlay, Plan, Purpose, SizeChange, Stage, Step, VolumeWork};
 
 /// What is wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -431,7 +431,7 @@ fn files_on(model: &Model, id: SnapshotId, volume: &Volume) -> Result<Vec<FileRe
 }
 
 /// The path of a volume's overlay of this number: beside the active file.
-pub(super) fn overlay_path(vm: &str, volume: &Volume, number: u64) -> String {
+pub(in crate::vm) fn overlay_path(vm: &str, volume: &Volume, number: u64) -> String {
     let name = format!("{}.{number}.qcow2", overlay_stem(vm, &volume.name));
     match volume.active.file.path.rfind('/') {
         Some(at) => format!("{}{name}", &volume.active.file.path[..=at]),
@@ -440,6 +440,6 @@ pub(super) fn overlay_path(vm: &str, volume: &Volume, number: u64) -> String {
 }
 
 /// How the names of a volume's overlays begin, up to the dot before the number.
-pub(super) fn overlay_stem(vm: &str, volume: &str) -> String {
+pub(in crate::vm) fn overlay_stem(vm: &str, volume: &str) -> String {
     format!("{vm}-{volume}")
 }

@@ -40,35 +40,35 @@ impl Progress for () {
 }
 
 /// Brings the streams of several merges together.
-pub(super) struct Relay<'a> {
+pub(in crate::vm) struct Relay<'a> {
     to: &'a dyn Progress,
     /// Done and total of each volume.
     volumes: Mutex<BTreeMap<String, (u64, u64)>>,
 }
 
 impl<'a> Relay<'a> {
-    pub(super) fn new(to: &'a dyn Progress) -> Self {
+    pub(in crate::vm) fn new(to: &'a dyn Progress) -> Self {
         Self { to, volumes: Mutex::default() }
     }
 
-    pub(super) fn is_cancelled(&self) -> bool {
+    pub(in crate::vm) fn is_cancelled(&self) -> bool {
         self.to.is_cancelled()
     }
 
     /// The part of one volume.
-    pub(super) fn of<'r>(&'r self, volume: &'r str) -> OfVolume<'r> {
+    pub(in crate::vm) fn of<'r>(&'r self, volume: &'r str) -> OfVolume<'r> {
         OfVolume { relay: self, volume }
     }
 }
 
 /// One volume's part of the stream.
-pub(super) struct OfVolume<'a> {
+pub(in crate::vm) struct OfVolume<'a> {
     relay: &'a Relay<'a>,
     volume: &'a str,
 }
 
 impl OfVolume<'_> {
-    pub(super) fn volume(&self) -> &str {
+    pub(in crate::vm) fn volume(&self) -> &str {
         self.volume
     }
 }

@@ -6,18 +6,18 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::catalogue::directory_of;
-use super::executor::Domain;
-use super::model::{FileRecord, Model, State, Volume};
-use super::place::Links;
-use super::planner::overlay_stem;
-use super::progress::Progress;
-use super::set::{Recovery, SnapshotSet};
-use super::{Error, Pending, Refusal, Result};
 use crate::chain::Format;
 use crate::format::IncompatibleFeatures;
 use crate::image::{CheckOptions, check};
 use crate::storage::{Access, LockMode};
+use crate::vm::execute::executor::Domain;
+use crate::vm::execute::progress::Progress;
+use crate::vm::files::Links;
+use crate::vm::model::catalogue::directory_of;
+use crate::vm::model::{FileRecord, Model, State, Volume};
+use crate::vm::plan::planner::overlay_stem;
+use crate::vm::set::{Recovery, SnapshotSet};
+use crate::vm::{Error, Pending, Refusal, Result};
 
 /// What kind of thing is wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -202,7 +202,7 @@ impl SnapshotSet {
         &self,
         model: &Model,
         _volume: &Volume,
-        below: &[super::FileRef],
+        below: &[crate::vm::FileRef],
         record: &FileRecord,
         is_active: bool,
         found: &mut Verification,

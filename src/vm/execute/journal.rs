@@ -9,10 +9,10 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::catalogue::{directory_of, read_all, unlink_if_there};
-use super::plan::Plan;
-use super::{Error, Result};
-use crate::storage::{Access, LockMode, Names, Storage};
+use crate::storage::{Access, FileSystem, LockMode, Storage};
+use crate::vm::model::catalogue::{directory_of, read_all, unlink_if_there};
+use crate::vm::plan::Plan;
+use crate::vm::{Error, Result};
 
 /// The version of journals.
 const VERSION: u32 = 1;
@@ -82,7 +82,7 @@ pub enum Progressed {
 /// The journal of an operation that is under way.
 #[derive(Debug)]
 pub struct Journal {
-    names: Arc<dyn Names>,
+    names: Arc<dyn FileSystem>,
     path: PathBuf,
     storage: Arc<dyn Storage>,
     end: u64,
@@ -163,7 +163,7 @@ impl Journal {
     ///
     /// # Errors
     /// What writing it gives; then there is at most a torn one.
-    pub fn begin(names: &Arc<dyn Names>, path: &Path, plan: &Plan) -> Result<Self> {
+    pub fn begin(names: &Arc<dyn FileSystem>, path: &Path, plan: &Plan) -> Result<Self> {
         let line = encode(&Record::Plan { version: VERSION, plan: plan.clone() }, path)?;
         let storage = names.create_new(path)?;
         storage.write_at(&line, 0)?;
@@ -177,7 +177,7 @@ impl Journal {
     ///
     /// # Errors
     /// [`Error::Journal`] where it is damaged in a way that no crash explains.
-    pub fn find(names: &Arc<dyn Names>, path: &Path) -> Result<Found> {
+    pub fn find(names: &Arc<dyn FileSystem>, path: &Path) -> Result<Found> {
         if !names.exists(path)? {
             return Ok(Found::Nothing);
         }
@@ -244,7 +244,7 @@ impl Journal {
 }
 
 /// Takes the journal's name away, if it is there.
-pub(super) fn clear(names: &dyn Names, path: &Path) -> Result<()> {
+pub(in crate::vm) fn clear(names: &dyn FileSystem, path: &Path) -> Result<()> {
     if unlink_if_there(names, path)? {
         names.sync_dir(directory_of(path))?; // barrier: the end of one operation before the next begins
     }

@@ -2,19 +2,19 @@
 
 use std::collections::BTreeMap;
 
-use super::executor::Domain;
-use super::model::{FileRef, Model};
-use super::options::MergeOptions;
-use super::place::{Links, Place};
-use super::plan::{Cost, MergeStep, Plan, Step};
-use super::planner::{PlanOptions, Request, plan};
 use super::{Error, Refusal, Result};
 use crate::chain::Format;
 use crate::merge::{self, Direction};
+use crate::vm::execute::executor::Domain;
+use crate::vm::files::{Links, VolumeFiles};
+use crate::vm::model::{FileRef, Model};
+use crate::vm::options::MergeOptions;
+use crate::vm::plan::planner::{PlanOptions, Request, plan};
+use crate::vm::plan::{Cost, MergeStep, Plan, Step};
 
 /// Plans with the directions that cost least, or that the caller wants, and the costs.
 pub(super) fn plan_with_costs(
-    place: &Place,
+    place: &VolumeFiles,
     model: &Model,
     request: &Request,
     domain: &Domain,
@@ -44,11 +44,11 @@ pub(super) fn plan_with_costs(
 }
 
 /// Whether a running VM has the files of a merge open: then its hypervisor does it.
-fn is_live(place: &Place, domain: &Domain, step: &MergeStep) -> bool {
+fn is_live(place: &VolumeFiles, domain: &Domain, step: &MergeStep) -> bool {
     [&step.top, &step.base].iter().any(|file| domain.disk_with(place, &file.path).is_some())
 }
 
-fn weigh(place: &Place, model: &Model, domain: &Domain, step: &MergeStep, wanted: Direction) -> Result<Cost> {
+fn weigh(place: &VolumeFiles, model: &Model, domain: &Domain, step: &MergeStep, wanted: Direction) -> Result<Cost> {
     if is_live(place, domain, step) {
         // The tables of a file that is being written are not to be relied on: at most all of it moves.
         let data = place.look(&step.top)?.bytes_on_disk.unwrap_or_default();
@@ -69,7 +69,7 @@ fn weigh(place: &Place, model: &Model, domain: &Domain, step: &MergeStep, wanted
 }
 
 /// Refuses a plan whose merges do not fit where they are done, or whose files somebody else has open.
-pub(super) fn check(place: &Place, domain: &Domain, plan: &Plan) -> Result<()> {
+pub(super) fn check(place: &VolumeFiles, domain: &Domain, plan: &Plan) -> Result<()> {
     // Volumes on one file system share its room.
     let mut needs: BTreeMap<Option<u64>, (u64, u64, String)> = BTreeMap::new();
     for (volume, step) in plan.merges() {
@@ -105,7 +105,7 @@ pub(super) fn check(place: &Place, domain: &Domain, plan: &Plan) -> Result<()> {
 }
 
 /// Refuses where a file that is to be relinked is in use, or says already something else than it should.
-fn check_relinks(place: &Place, domain: &Domain, steps: &[Step], new: &[&FileRef]) -> Result<()> {
+fn check_relinks(place: &VolumeFiles, domain: &Domain, steps: &[Step], new: &[&FileRef]) -> Result<()> {
     for step in steps {
         if let Step::Relink { file, from, to } = step
             && !new.contains(&file)

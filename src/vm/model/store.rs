@@ -2,9 +2,9 @@
 
 use std::fmt;
 
-use super::{Model, Result};
+use crate::vm::{Model, Result};
 
-/// Keeps a VM's model: a file ([`super::Catalogue`]), or the database of the program that uses this library.
+/// Keeps a VM's model: a file ([`crate::vm::Catalogue`]), or the database of the program that uses this library.
 pub trait Store: Send + Sync + fmt::Debug {
     /// The model as it was last saved.
     ///

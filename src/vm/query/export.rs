@@ -3,15 +3,15 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::changed::{ChangedRange, Changes};
-use super::progress::{Progress, VolumeStep};
-use super::set::SnapshotSet;
-use super::{Error, Result};
 use crate::chain::Format;
 use crate::format::{ClusterBits, GuestOffset};
 use crate::image::{Backing, CreateOptions, Image, RawImage, Space};
 use crate::merge::Phase;
 use crate::storage::Storage;
+use crate::vm::execute::progress::{Progress, VolumeStep};
+use crate::vm::query::changed::{ChangedRange, Changes};
+use crate::vm::set::SnapshotSet;
+use crate::vm::{Error, Result};
 
 /// How much is copied at once; a multiple of every cluster size.
 const BUFFER: u64 = 2 << 20;
@@ -220,7 +220,7 @@ impl SnapshotSet {
         let (names, path) = (self.place.names(), path.as_ref());
         let storage = names.create_new(path)?;
         let done = write(changes, storage, options, progress).and_then(|exported| {
-            names.sync_dir(super::catalogue::directory_of(path))?;
+            names.sync_dir(crate::vm::model::catalogue::directory_of(path))?;
             Ok(exported)
         });
         if done.is_err() {

@@ -4,14 +4,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
-use super::{Refusal, Result};
-use crate::storage::{self, Access, Names, Storage};
+use crate::storage::{self, Access, FileSystem, Storage};
+use crate::vm::{Refusal, Result};
 
 /// Lets one operation on a VM in. Nobody has to clean up behind a process that was killed: its lock is gone with it. The file
 /// stays, as two processes could otherwise lock two files of one name.
 #[derive(Debug)]
-pub(super) struct VmLock {
-    names: Arc<dyn Names>,
+pub(in crate::vm) struct VmLock {
+    names: Arc<dyn FileSystem>,
     path: PathBuf,
     /// For names whose locks lock nothing, such as those in memory.
     inside: Mutex<()>,
@@ -20,18 +20,18 @@ pub(super) struct VmLock {
 /// The right to operate on a VM.
 #[must_use = "the lock ends with its guard"]
 #[derive(Debug)]
-pub(super) struct VmLockGuard<'a> {
+pub(in crate::vm) struct VmLockGuard<'a> {
     _inside: MutexGuard<'a, ()>,
     _file: Arc<dyn Storage>,
 }
 
 impl VmLock {
-    pub(super) fn new(names: Arc<dyn Names>, path: PathBuf) -> Self {
+    pub(in crate::vm) fn new(names: Arc<dyn FileSystem>, path: PathBuf) -> Self {
         Self { names, path, inside: Mutex::default() }
     }
 
     /// Takes the lock or is refused; does not wait.
-    pub(super) fn take(&self) -> Result<VmLockGuard<'_>> {
+    pub(in crate::vm) fn take(&self) -> Result<VmLockGuard<'_>> {
         let refused = || Refusal::Locked { path: self.path.display().to_string() };
         let inside = match self.inside.try_lock() {
             Ok(guard) => guard,
@@ -47,7 +47,7 @@ impl VmLock {
     }
 }
 
-fn open_or_create(names: &dyn Names, path: &Path) -> storage::Result<Arc<dyn Storage>> {
+fn open_or_create(names: &dyn FileSystem, path: &Path) -> storage::Result<Arc<dyn Storage>> {
     let is = |error: &storage::Error, kind| matches!(error, storage::Error::Io { source, .. } if source.kind() == kind);
     match names.open(path, &Access::write()) {
         Err(error) if is(&error, io::ErrorKind::NotFound) => match names.create_new(path) {

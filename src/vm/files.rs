@@ -4,21 +4,21 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::model::{Base, FileRef, Fingerprint, Model, OverlayShape, Volume};
-use super::plan::MergeStep;
 use super::{Refusal, Result};
 use crate::chain::{Chain, Format, Layer, Node};
 use crate::format::HeaderCluster;
 use crate::image::{self, Image, OpenOptions, RawImage};
-use crate::storage::{self, Access, LockMode, Names, Storage};
+use crate::storage::{self, Access, FileSystem, LockMode, Storage};
+use crate::vm::model::{Base, FileRef, Fingerprint, Model, OverlayShape, Volume};
+use crate::vm::plan::MergeStep;
 
 /// How much of a base's beginning goes into its fingerprint.
 const HEADER_BYTES: u64 = 64 << 10;
 
 /// Where the catalogue's paths start, and what they are names in.
 #[derive(Clone, Debug)]
-pub struct Place {
-    names: Arc<dyn Names>,
+pub struct VolumeFiles {
+    names: Arc<dyn FileSystem>,
     directory: PathBuf,
 }
 
@@ -39,16 +39,16 @@ pub(crate) enum Links {
     MaySkip,
 }
 
-impl Place {
+impl VolumeFiles {
     /// The place where relative paths start at this directory.
     #[must_use]
-    pub fn new(names: Arc<dyn Names>, directory: impl Into<PathBuf>) -> Self {
+    pub fn new(names: Arc<dyn FileSystem>, directory: impl Into<PathBuf>) -> Self {
         Self { names, directory: directory.into() }
     }
 
     /// What the paths are names in.
     #[must_use]
-    pub fn names(&self) -> &Arc<dyn Names> {
+    pub fn names(&self) -> &Arc<dyn FileSystem> {
         &self.names
     }
 
@@ -224,7 +224,7 @@ impl Place {
         files.map(|file| self.hold_one(&file.path)).collect()
     }
 
-    /// As [`Place::hold`], for one recorded file.
+    /// As [`VolumeFiles::hold`], for one recorded file.
     pub(super) fn hold_one(&self, recorded: &str) -> Result<Arc<dyn Storage>> {
         self.storage(recorded, &Access::read().with_lock(LockMode::Write))
     }

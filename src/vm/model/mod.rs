@@ -3,6 +3,10 @@
 //! Snapshot *s* owns, for each volume, the file that the VM was writing **before** *s* was taken: a snapshot's files are frozen,
 //! the volumes' active files are written. What a file stands on follows from the tree and is not recorded twice.
 
+pub(super) mod catalogue;
+pub(super) mod edit;
+pub(super) mod store;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
@@ -201,14 +205,14 @@ pub struct Model {
 mod as_list {
     use super::{BTreeMap, Deserialize, Snapshot, SnapshotId};
 
-    pub(super) fn serialize<S: serde::Serializer>(
+    pub(in crate::vm) fn serialize<S: serde::Serializer>(
         snapshots: &BTreeMap<SnapshotId, Snapshot>,
         serializer: S,
     ) -> Result<S::Ok, S::Error> {
         serializer.collect_seq(snapshots.values())
     }
 
-    pub(super) fn deserialize<'de, D: serde::Deserializer<'de>>(
+    pub(in crate::vm) fn deserialize<'de, D: serde::Deserializer<'de>>(
         deserializer: D,
     ) -> Result<BTreeMap<SnapshotId, Snapshot>, D::Error> {
         let mut snapshots = BTreeMap::new();
