@@ -123,7 +123,7 @@ fn direction(args: &Args, format: Format, base: usize) -> Result<Option<Directio
         args.merge.show(&plan)?;
         return Ok(None);
     }
-    Ok(Some(plan.way(Direction::Auto).direction))
+    Ok(Some(plan.cheapest))
 }
 
 /// The values of `--direction`.
