@@ -107,7 +107,7 @@ use std::ops::Range;
 
 pub use error::{Error, Result};
 pub use file::FileStorage;
-pub use file_system::{Access, Attributes, EntryKind, FileSystem, HostFileSystem, Resolved};
+pub use file_system::{Access, Attributes, EntryKind, FileSystem, HostFileSystem, ListedFile, Resolved};
 pub use lock::{LockMode, Permission};
 pub use map::MappedStorage;
 pub use memory::MemoryStorage;
@@ -119,6 +119,7 @@ const MAX_LEN: u64 = i64::MAX.unsigned_abs();
 
 /// What tells one file from another, whatever name it was reached by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "json", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "kebab-case"))]
 pub struct FileId {
     /// The device, or a number for the memory that holds it.
     pub device: u64,

@@ -237,10 +237,107 @@ impl VolumeFiles {
         let Some(image) = layer.node.as_qcow2() else { return Ok(true) };
         let header = image.header();
         let named = header.backing_file.as_ref().map(|name| self.seen_from(file, &String::from_utf8_lossy(name)));
-        fn normal(path: &Path) -> Option<Vec<Component<'_>>> {
-        let parts = path.components().filter(|part| *part != Component::CurDir);
-        parts.map(|part| matches!(part, Component::Normal(_)).then_some(part)).collect()
+        let plain = |path: &Path| self.file_system.resolve(path).map_or_else(|_| path.to_owned(), |found| found.path);
+        Ok(named.is_some_and(|named| plain(&named) == plain(&self.path(&below.path))))
     }
+
+    /// Returns true if the top of a merge is not backed by its base any more, but by the file beneath: a pull has
+    /// completed. A missing or unreadable file is an error, and proves nothing.
+    pub(in crate::vm) fn has_pulled(&self, step: &MergeStep) -> Result<bool> {
+        let layer = self.look_layer(&step.top)?;
+        let base = std::slice::from_ref(&step.base);
+        match self.check_link(&layer, &step.top, base, Links::Exact) {
+            Ok(()) => Ok(false),
+            Err(error) => match self.check_link(&layer, &step.top, &step.below, Links::Exact) {
+                Ok(()) => Ok(true),
+                Err(_) => Err(error),
+            },
+        }
+    }
+
+    /// Refuses an overlay whose header is not the planned one: another backing file, size or geometry.
+    pub(in crate::vm) fn check_overlay(&self, overlay: &NewOverlay) -> Result<()> {
+        let layer = self.look_layer(&overlay.file)?;
+        self.check_link(&layer, &overlay.file, std::slice::from_ref(&overlay.backing), Links::Exact)?;
+        let found = facts(&layer)?;
+        if found.shape != Some(overlay.shape) {
+            return Err(Refusal::Obstacle {
+                path: self.shown(&overlay.file.path),
+                problem: "it has another geometry than the overlay that was planned".to_owned(),
+                remedy: "find out which program created it".to_owned(),
+            }
+            .into());
+        }
+        Ok(())
+    }
+
+    /// Returns true if a file holds nothing but a part of the planned overlay: a creation was interrupted. Each sector is
+    /// that of the complete overlay, or zero.
+    pub(in crate::vm) fn is_partial_overlay(&self, overlay: &NewOverlay) -> Result<bool> {
+        let expected = Arc::new(MemoryStorage::new(overlay.file.path.clone()));
+        let backing = self.backing_name(&overlay.file.path, &overlay.backing.path);
+        let shared: Arc<dyn Storage> = Arc::clone(&expected) as _;
+        Image::create(shared, &overlay.options(backing))?.close()?;
+        let expected = expected.to_vec();
+        let found = self.storage(&overlay.file.path, &Access::read().with_lock(LockMode::None))?;
+        if found.len()? > expected.len() as u64 {
+            return Ok(false);
+        }
+        let mut sectors = vec![0; expected.len()];
+        found.read_at(&mut sectors, 0)?;
+        let same = |(found, expected): (&[u8], &[u8])| found == expected || found.iter().all(|byte| *byte == 0);
+        Ok(sectors.chunks(SECTOR).zip(expected.chunks(SECTOR)).all(same))
+    }
+
+    /// Returns true if another program has an overlay open, or if it holds data: a VM has been writing it.
+    ///
+    /// # Errors
+    /// Any error while the overlay is read. An overlay that cannot be read proves nothing.
+    pub(in crate::vm) fn is_written(&self, file: &FileRef) -> Result<bool> {
+        let access = Access::read().with_lock(LockMode::Write);
+        match self.storage(&file.path, &access) {
+            Err(super::Error::Refused(Refusal::InUse { .. })) => return Ok(true),
+            Err(error) => return Err(error),
+            Ok(_) => {}
+        }
+        let layer = self.look_layer(file)?;
+        let size = layer.node.virtual_size();
+        let alone = Chain::from_layers(layer, []);
+        for extent in alone.extents(0..size) {
+            if extent?.layer.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Opens files of a volume, the topmost first, as one read-only disk, after a check of its bases.
+    pub(in crate::vm) fn disk(&self, model: &Model, volume: &Volume, files: &[FileRef]) -> Result<Chain> {
+        volume.bases.iter().try_for_each(|base| self.check_base(base))?;
+        let links = if model.merging().is_some() { Links::MaySkip } else { Links::Exact };
+        self.chain(files, 0, links)
+    }
+}
+
+/// Reads the facts in an open image's header.
+pub(in crate::vm) fn facts(layer: &Layer) -> Result<Facts> {
+    let shape = layer.node.as_qcow2().map(|image| OverlayShape {
+        cluster_bits: image.geometry().cluster_bits().get(),
+        extended_l2: image.geometry().extended_l2(),
+    });
+    let bytes_on_disk = layer.node.storage().allocated_len()?;
+    Ok(Facts { virtual_size: layer.node.virtual_size(), bytes_on_disk, shape })
+}
+
+/// Returns the normal components of a path, or `None` if it is absolute or has `..`.
+fn normal(path: &Path) -> Option<Vec<Component<'_>>> {
+    let parts = path.components().filter(|part| *part != Component::CurDir);
+    parts.map(|part| matches!(part, Component::Normal(_)).then_some(part)).collect()
+}
+
+/// Returns the name of `to` relative to the directory of `from`. Returns `None` unless both paths are relative and free
+/// of `..`: then a name with `..` means the same file wherever the common directory is moved.
+fn relative_name(from: &Path, to: &Path) -> Option<PathBuf> {
     let beside = from.parent() == to.parent();
     if beside && let Some(name) = to.file_name() {
         return Some(without_protocol(PathBuf::from(name)));
