@@ -10,8 +10,8 @@ use super::quiesce::quiesced;
 use crate::merge::Direction;
 use crate::storage::{Access, LockMode};
 use crate::vm::{
-    Domain, Error, ExecutionContext, Executor, FileRef, Links, MergeStep, Merged, NewOverlay, OfflineExecutor, Refusal,
-    Result, VolumeFiles, Watch,
+    CreationLog, Domain, Error, ExecutionContext, Executor, FileRef, Links, MergeStep, Merged, NewOverlay,
+    OfflineExecutor, Refusal, Result, VolumeFiles, Watch, sealed,
 };
 
 /// The treatment of a merge that exceeds its time limit.
@@ -77,13 +77,13 @@ impl LiveExecutor {
     }
 
     /// Returns the disk of the running VM that has a file open, and the file's index among the disk's files.
-    fn disk_with(&self, place: &VolumeFiles, file: &FileRef) -> Result<Option<(Disk, usize)>> {
+    fn disk_with(&self, files: &VolumeFiles, file: &FileRef) -> Result<Option<(Disk, usize)>> {
         let description = self.describe()?;
-        if description.running { find(&description, &place.path(&file.path), place) } else { Ok(None) }
+        if description.running { find(&description, &files.path(&file.path), files) } else { Ok(None) }
     }
 
     /// Switches disks to their overlays. If the answer is an error, the hypervisor's description decides.
-    fn switch_to(&self, tops: &[NewTop], place: &VolumeFiles, quiesce: bool) -> Result<()> {
+    fn switch_to(&self, tops: &[NewTop], files: &VolumeFiles, quiesce: bool) -> Result<()> {
         let hypervisor = &*self.hypervisor;
         let done =
             if quiesce { quiesced(hypervisor, tops, self.agent_timeout) } else { hypervisor.snapshot(tops, false) };
@@ -93,7 +93,7 @@ impl LiveExecutor {
         let Ok(description) = hypervisor.describe() else { return Err(uncertain(error)) };
         let is_written = |top: &NewTop| {
             let disk = description.disks.iter().find(|disk| disk.name == top.disk);
-            disk.and_then(|disk| disk.files.first()).is_some_and(|file| place.leads_to(&file.path, &top.file))
+            disk.and_then(|disk| disk.files.first()).is_some_and(|file| files.leads_to(&file.path, &top.file))
         };
         if tops.iter().any(is_written) {
             return Ok(());
@@ -115,17 +115,17 @@ impl LiveExecutor {
         context: &ExecutionContext<'_>,
         watch: &dyn Watch,
     ) -> Result<Merged> {
-        let place = context.place;
+        let files = context.files;
         let (top, base) = match found {
             // Only the base is left: the merge was done before. For the active file, the journal decides that.
-            (None, base) if !step.active => return merged(place, disk, base, step),
+            (None, base) if !step.active => return merged(files, disk, base, step),
             // The top is the active file exactly if the plan says so.
             (Some(top), base) if base == top + 1 && step.active == (top == 0) => (top, base),
             _ => {
                 let role = if step.active { "the active file" } else { "a read-only file" };
                 let found =
                     format!("the hypervisor does not have it as {role} above {} on disk {}", step.base, disk.name);
-                return Err(disagreement(place, &step.top, &found));
+                return Err(disagreement(files, &step.top, &found));
             }
         };
         let commit = Commit {
@@ -139,7 +139,7 @@ impl LiveExecutor {
         };
         let watcher = Watcher {
             hypervisor: &*self.hypervisor,
-            place,
+            files,
             commit: &commit,
             file: &step.base.path,
             timeout: self.timeout,
@@ -147,42 +147,50 @@ impl LiveExecutor {
             watch,
         };
         let done = watcher.run()?;
-        let mut merged = merged(place, &done.disk, done.base, step)?;
+        let mut merged = merged(files, &done.disk, done.base, step)?;
         merged.report.copied = done.moved;
         Ok(merged)
     }
 }
 
+impl sealed::Sealed for LiveExecutor {}
+
 impl Executor for LiveExecutor {
-    fn domain(&self, _vm: &str) -> Result<Domain> {
+    fn domain(&self, _vm: &str) -> Result<Option<Domain>> {
         let description = self.describe()?;
-        let mut domain = Domain { running: description.running, ..Domain::default() };
+        let mut domain = Domain::new(description.running);
         for disk in description.disks {
             domain.disks.insert(disk.name, disk.files.into_iter().map(|file| file.path).collect());
         }
-        Ok(domain)
+        Ok(Some(domain))
     }
 
-    fn create(&self, overlays: &[NewOverlay], quiesce: bool, context: &ExecutionContext<'_>) -> Result<()> {
-        let (place, description) = (context.place, self.describe()?);
+    fn create(
+        &self,
+        overlays: &[NewOverlay],
+        quiesce: bool,
+        context: &ExecutionContext<'_>,
+        log: &dyn CreationLog,
+    ) -> Result<()> {
+        let (files, description) = (context.files, self.describe()?);
         let mut tops = Vec::new();
         for overlay in overlays.iter().filter(|_| description.running) {
             // A volume that no disk has is detached from the VM: its overlay is created as offline.
-            let Some((disk, at)) = find(&description, &place.path(&overlay.backing.path), place)? else { continue };
+            let Some((disk, at)) = find(&description, &files.path(&overlay.backing.path), files)? else { continue };
             if at != 0 {
-                return Err(disagreement(place, &overlay.backing, &format!("disk {} only reads it", disk.name)));
+                return Err(disagreement(files, &overlay.backing, &format!("disk {} only reads it", disk.name)));
             }
-            tops.push(NewTop { disk: disk.name, file: absolute(&place.path(&overlay.file.path)) });
+            tops.push(NewTop { disk: disk.name, file: absolute(&files.path(&overlay.file.path)) });
         }
         // The overlays are created here, with the volume's geometry; the hypervisor only opens them.
-        OfflineExecutor.create(overlays, false, context)?;
-        if tops.is_empty() { Ok(()) } else { self.switch_to(&tops, place, quiesce) }
+        OfflineExecutor.create(overlays, false, context, log)?;
+        if tops.is_empty() { Ok(()) } else { self.switch_to(&tops, files, quiesce) }
     }
 
     fn merge(&self, step: &MergeStep, context: &ExecutionContext<'_>, watch: &dyn Watch) -> Result<Merged> {
-        let (place, description) = (context.place, self.describe()?);
+        let (files, description) = (context.files, self.describe()?);
         let find_open = |file: &FileRef| {
-            if description.running { find(&description, &place.path(&file.path), place) } else { Ok(None) }
+            if description.running { find(&description, &files.path(&file.path), files) } else { Ok(None) }
         };
         match (find_open(&step.top)?, find_open(&step.base)?) {
             (None, None) => OfflineExecutor.merge(step, context, watch),
@@ -191,29 +199,29 @@ impl Executor for LiveExecutor {
             }
             (Some((disk, _)), Some((other, _))) if disk.name != other.name => {
                 let found = format!("disk {} has it open, and disk {} has its base", disk.name, other.name);
-                Err(disagreement(place, &step.top, &found))
+                Err(disagreement(files, &step.top, &found))
             }
             (top, Some((disk, base))) => self.merge_live(&disk, (top.map(|(_, at)| at), base), step, context, watch),
             (Some((disk, _)), None) => {
-                Err(disagreement(place, &step.base, &format!("disk {} does not have it", disk.name)))
+                Err(disagreement(files, &step.base, &format!("disk {} does not have it", disk.name)))
             }
         }
     }
 
     fn relink(&self, file: &FileRef, from: &FileRef, to: &FileRef, context: &ExecutionContext<'_>) -> Result<()> {
-        if self.disk_with(context.place, file)?.is_none() {
+        if self.disk_with(context.files, file)?.is_none() {
             return OfflineExecutor.relink(file, from, to, context);
         }
         // The hypervisor changed the header together with the merge; a header that it has open must not be written here. The names
         // are compared, not the files: the old name may still lead to the same file, and is about to be removed.
-        if !context.place.is_named_by(file, to)? {
+        if !context.files.is_named_by(file, to)? {
             return Err(Refusal::Running { operation: "relink a file that the VM has open" }.into());
         }
-        context.place.check_head(file, std::slice::from_ref(to), Links::Exact)
+        context.files.check_head(file, std::slice::from_ref(to), Links::Exact)
     }
 
     fn resize(&self, file: &FileRef, below: &[FileRef], size: u64, context: &ExecutionContext<'_>) -> Result<()> {
-        let Some((disk, at)) = self.disk_with(context.place, file)? else {
+        let Some((disk, at)) = self.disk_with(context.files, file)? else {
             return OfflineExecutor.resize(file, below, size, context);
         };
         if at != 0 {
@@ -221,8 +229,8 @@ impl Executor for LiveExecutor {
         }
         let done = self.hypervisor.resize(&disk.name, size);
         // The image decides, since an answer may be lost.
-        if context.place.look(file)?.virtual_size == size {
-            return sync(context.place, &context.place.path(&file.path));
+        if context.files.look(file)?.virtual_size == size {
+            return sync(context.files, &context.files.path(&file.path));
         }
         let unchanged = || HypervisorError::new(FailureKind::Failed, "the disk kept its size");
         Err(failed("resizing a disk", done.err().unwrap_or_else(unchanged)))
@@ -230,8 +238,8 @@ impl Executor for LiveExecutor {
 }
 
 /// Creates the error for a file whose use by the hypervisor differs from the plan.
-fn disagreement(place: &VolumeFiles, file: &FileRef, found: &str) -> Error {
-    let what = format!("{}: the hypervisor and the catalogue disagree: {found}", place.path(&file.path).display());
+fn disagreement(files: &VolumeFiles, file: &FileRef, found: &str) -> Error {
+    let what = format!("{}: the hypervisor and the catalogue disagree: {found}", files.path(&file.path).display());
     Error::Hypervisor { what, source: None }
 }
 
@@ -239,8 +247,8 @@ fn disagreement(place: &VolumeFiles, file: &FileRef, found: &str) -> Error {
 ///
 /// # Errors
 /// [`Error::Hypervisor`]: more than one disk has the file. To merge, resize or remove it would change the other disk.
-fn find(description: &Description, path: &Path, place: &VolumeFiles) -> Result<Option<(Disk, usize)>> {
-    let mut users = description.disks.iter().filter_map(|disk| Some((disk, position(disk, path, place)?)));
+fn find(description: &Description, path: &Path, files: &VolumeFiles) -> Result<Option<(Disk, usize)>> {
+    let mut users = description.disks.iter().filter_map(|disk| Some((disk, position(disk, path, files)?)));
     let (first, second) = (users.next(), users.next());
     if let (Some((first, _)), Some((second, _))) = (first, second) {
         let what = format!("{}: the disks {} and {} of the VM share it", path.display(), first.name, second.name);
@@ -250,22 +258,22 @@ fn find(description: &Description, path: &Path, place: &VolumeFiles) -> Result<O
 }
 
 /// Returns the index of a file among a disk's files. Files are compared by identity.
-pub(super) fn position(disk: &Disk, path: &Path, place: &VolumeFiles) -> Option<usize> {
-    disk.files.iter().position(|file| place.leads_to(&file.path, path))
+pub(super) fn position(disk: &Disk, path: &Path, files: &VolumeFiles) -> Option<usize> {
+    disk.files.iter().position(|file| files.leads_to(&file.path, path))
 }
 
 /// Returns the result of a commit in the hypervisor, after making it durable: the VM's cache mode may omit syncs.
-fn merged(place: &VolumeFiles, disk: &Disk, base: usize, step: &MergeStep) -> Result<Merged> {
+fn merged(files: &VolumeFiles, disk: &Disk, base: usize, step: &MergeStep) -> Result<Merged> {
     let above = base.saturating_sub(1);
     for file in disk.files.iter().take(base + 1).skip(above) {
-        sync(place, &file.path)?; // barrier: the base's data and the link above it before the catalogue
+        sync(files, &file.path)?; // barrier: the base's data and the link above it before the catalogue
     }
-    let virtual_size = place.look(&step.base)?.virtual_size;
+    let virtual_size = files.look(&step.base)?.virtual_size;
     Ok(Merged { virtual_size, switched: step.active, ..Merged::default() })
 }
 
-fn sync(place: &VolumeFiles, path: &Path) -> Result<()> {
-    Ok(place.names().open(path, &Access::write().with_lock(LockMode::None))?.sync()?)
+fn sync(files: &VolumeFiles, path: &Path) -> Result<()> {
+    Ok(files.file_system().open(path, &Access::write().with_lock(LockMode::None))?.sync()?)
 }
 
 /// Makes a path absolute: the hypervisor is another process with another working directory.

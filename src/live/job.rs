@@ -29,7 +29,7 @@ const POLL_AFTER_END: Duration = Duration::from_millis(50);
 /// Runs one commit.
 pub(super) struct Watcher<'a> {
     pub(super) hypervisor: &'a dyn Hypervisor,
-    pub(super) place: &'a VolumeFiles,
+    pub(super) files: &'a VolumeFiles,
     pub(super) commit: &'a Commit,
     /// The base's recorded path, for progress reports.
     pub(super) file: &'a str,
@@ -131,7 +131,7 @@ impl Watcher<'_> {
         let kind = if self.commit.active { JobKind::ActiveCommit } else { JobKind::Commit };
         let disk = self.description_of_disk().map_err(|error| self.failed(error))?;
         let mirror = disk.and_then(|disk| disk.mirror);
-        let same_base = mirror.is_none_or(|mirror| self.place.leads_to(&mirror.path, &self.commit.base));
+        let same_base = mirror.is_none_or(|mirror| self.files.leads_to(&mirror.path, &self.commit.base));
         if job.kind == kind && same_base {
             self.watch.before_start()?;
             return self.unless_over(self.hypervisor.set_rate_limit(&self.commit.disk, self.commit.rate_limit));
@@ -149,9 +149,9 @@ impl Watcher<'_> {
     fn state(&self) -> Answer<Seen> {
         let Some(disk) = self.description_of_disk()? else { return Ok(Seen::Gone) };
         let Commit { top, base, .. } = self.commit;
-        Ok(match (position(&disk, top, self.place), position(&disk, base, self.place)) {
+        Ok(match (position(&disk, top, self.files), position(&disk, base, self.files)) {
             (Some(_), _) => {
-                let ready = disk.mirror.is_some_and(|mirror| mirror.ready && self.place.leads_to(&mirror.path, base));
+                let ready = disk.mirror.is_some_and(|mirror| mirror.ready && self.files.leads_to(&mirror.path, base));
                 Seen::Pending { ready }
             }
             (None, Some(base)) => Seen::Done(Box::new(disk), base),

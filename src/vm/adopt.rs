@@ -99,7 +99,9 @@ fn check_shape(spec: &VolumeSpec) -> Result<()> {
     }
     let problem = match ClusterBits::new(shape.cluster_bits) {
         None => format!("the cluster size of its overlays would be 2^{} bytes", shape.cluster_bits),
-        Some(_) => format!("extended L2 entries with clusters of {} bytes are not possible", 1_u64 << shape.cluster_bits),
+        Some(_) => {
+            format!("extended L2 entries with clusters of {} bytes are not possible", 1_u64 << shape.cluster_bits)
+        }
     };
     let remedy = "use 512 bytes to 2 MiB, and at least 16 KiB with extended L2 entries".to_owned();
     Err(Refusal::Obstacle { path: format!("volume {}", spec.name), problem, remedy }.into())
@@ -197,12 +199,7 @@ fn add_snapshot(model: &mut Model, adopted: &[Adopted<'_>], name: &str, depth: u
 }
 
 /// Returns a volume to attach to an existing set.
-pub(super) fn volume(
-    files: &VolumeFiles,
-    spec: &VolumeSpec,
-    model: &Model,
-    options: &AdoptOptions,
-) -> Result<Volume> {
+pub(super) fn volume(files: &VolumeFiles, spec: &VolumeSpec, model: &Model, options: &AdoptOptions) -> Result<Volume> {
     let volume = read(files, spec, options)?.volume(files, 0)?;
     let mut with = model.clone();
     with.volumes.push(volume.clone());
@@ -244,4 +241,3 @@ fn refuse_same_files(files: &VolumeFiles, model: &Model) -> Result<()> {
     }
     Ok(())
 }
-

@@ -17,7 +17,7 @@ use crate::format::HeaderCluster;
 use crate::image::{self, Image, OpenOptions, RawImage};
 use crate::storage::{self, Access, FileId, FileSystem, LockMode, MemoryStorage, Storage};
 
-pub(in crate::vm) use held::{Hold, HeldFiles};
+pub(in crate::vm) use held::{HeldFiles, Hold};
 
 /// The unit that a medium writes as a whole, in bytes.
 const SECTOR: usize = 512;

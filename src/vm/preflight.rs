@@ -14,6 +14,7 @@ mod overlays;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::Result;
 use super::execute::executor::Domain;
 use super::files::{Links, VolumeFiles};
 use super::model::identity::random_token;
@@ -23,7 +24,6 @@ use super::plan::planner::plan;
 use super::plan::request::{FileFacts, PlanOptions, Request};
 use super::plan::{Plan, Purpose};
 use super::set::{SnapshotSet, find_ready};
-use super::Result;
 
 /// An operation that was checked: no obstacle exists, and its files are locked.
 #[derive(Debug)]
@@ -65,16 +65,8 @@ impl Preflight {
         let known = set.executor.domain(&model.vm)?;
         let domain = known.clone().unwrap_or_default();
         let files = set.files.for_operation();
-        let mut checks = Checks {
-            set,
-            request,
-            options,
-            files,
-            model,
-            domain,
-            lost: Vec::new(),
-            facts: BTreeMap::new(),
-        };
+        let mut checks =
+            Checks { set, request, options, files, model, domain, lost: Vec::new(), facts: BTreeMap::new() };
         checks.refuse_wrong_disks()?;
         checks.inspect_active_files()?;
         let plan = checks.plan()?;

@@ -63,9 +63,9 @@ impl FakeHypervisor {
                 return Err(failed(format!("disk {} has an active block job", disk.name)));
             }
             let mut alone = super::FakeDisk::new(top.disk.clone(), top.file.clone());
-            alone.open(&self.place)?;
+            alone.open(&self.files)?;
             let beneath = alone.files.get(1).map(|file| file.path.clone()).unwrap_or_default();
-            if disk.position(&self.place, &beneath)? != 0 {
+            if disk.position(&self.files, &beneath)? != 0 {
                 return Err(failed(format!(
                     "{} is not backed by the active file of disk {}",
                     top.file.display(),
@@ -80,7 +80,7 @@ impl FakeHypervisor {
             if !forgets {
                 disk.defined.clone_from(&top.file);
             }
-            disk.hold(&self.place)?;
+            disk.hold(&self.files)?;
         }
         Ok(())
     }
@@ -124,7 +124,7 @@ impl FakeHypervisor {
             (disk.job, disk.switching) = (None, Some((polls, base)));
             return Ok(());
         }
-        disk.switch(&self.place, base)?;
+        disk.switch(&self.files, base)?;
         if !forgets {
             disk.defined = path;
         }
@@ -139,7 +139,7 @@ impl FakeHypervisor {
             return;
         }
         let switching = disk.switching.is_some();
-        if disk.advance(&self.place).is_err() {
+        if disk.advance(&self.files).is_err() {
             // An image failed.
             disk.job = None;
             disk.switching = None;
@@ -203,7 +203,7 @@ impl Hypervisor for FakeHypervisor {
 
     fn commit(&self, commit: &Commit) -> Result<()> {
         self.answer(Call::Commit, |state| {
-            state.running_disk(&commit.disk)?.start_job(&self.place, commit)?;
+            state.running_disk(&commit.disk)?.start_job(&self.files, commit)?;
             let vanishes = state.faults.takes(Fault::JobVanishes);
             let never_ends = state.faults.takes(Fault::JobNeverEnds);
             let stalls =
@@ -213,7 +213,7 @@ impl Hypervisor for FakeHypervisor {
             if let Some(job) = disk.job.as_mut() {
                 (job.vanishes, job.never_ends, job.stalls) = (vanishes, never_ends, stalls.unwrap_or_default());
             }
-            if swift { disk.complete(&self.place) } else { Ok(()) }
+            if swift { disk.complete(&self.files) } else { Ok(()) }
         })
     }
 
@@ -253,7 +253,7 @@ impl Hypervisor for FakeHypervisor {
     }
 
     fn resize(&self, disk: &str, size: u64) -> Result<()> {
-        self.answer(Call::Resize, |state| state.running_disk(disk)?.resize(&self.place, size))
+        self.answer(Call::Resize, |state| state.running_disk(disk)?.resize(&self.files, size))
     }
 
     fn wait(&self, disk: &str, at_most: Duration) -> Option<Event> {

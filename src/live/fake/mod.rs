@@ -49,7 +49,7 @@ pub use fault::{Call, Fault};
 /// A VM and its hypervisor. See the [module](self).
 #[derive(Debug)]
 pub struct FakeHypervisor {
-    place: VolumeFiles,
+    files: VolumeFiles,
     state: Mutex<State>,
 }
 
@@ -120,7 +120,7 @@ impl FakeHypervisor {
     ) -> Self {
         let disks = disks.into_iter().map(|(name, path)| FakeDisk::new(name.into(), path.into())).collect();
         let state = State { disks, connected: true, ..State::default() };
-        Self { place: VolumeFiles::new(names, ""), state: Mutex::new(state) }
+        Self { files: VolumeFiles::new(names, ""), state: Mutex::new(state) }
     }
 
     /// Adds a disk to a VM that is off.
@@ -149,7 +149,7 @@ impl FakeHypervisor {
         if state.running {
             return Err(failed("the domain is running already"));
         }
-        state.disks.iter_mut().try_for_each(|disk| disk.open(&self.place))?;
+        state.disks.iter_mut().try_for_each(|disk| disk.open(&self.files))?;
         state.running = true;
         Ok(())
     }
@@ -188,7 +188,7 @@ impl FakeHypervisor {
         let disk = state.disk(disk)?;
         (disk.job, disk.switching, disk.defined) = (None, None, path.into());
         disk.files.clear();
-        disk.open(&self.place)
+        disk.open(&self.files)
     }
 
     /// Refaults true if the VM is running.
@@ -234,7 +234,7 @@ impl FakeHypervisor {
         if state.agent.frozen {
             return Err(failed("the guest's file systems are frozen"));
         }
-        state.running_disk(disk)?.write(&self.place, offset, bytes)
+        state.running_disk(disk)?.write(&self.files, offset, bytes)
     }
 
     /// Reads from a disk as the guest does.
@@ -243,7 +243,7 @@ impl FakeHypervisor {
     /// - [`FailureKind::Gone`]: the VM is off.
     /// - [`FailureKind::Failed`]: the range exceeds the disk, or an image failed.
     pub fn read(&self, disk: &str, offset: u64, len: usize) -> Result<Vec<u8>> {
-        self.state().running_disk(disk)?.read(&self.place, offset, len)
+        self.state().running_disk(disk)?.read(&self.files, offset, len)
     }
 
     /// Refaults the size of a disk as the guest sees it, in bytes.
@@ -251,7 +251,7 @@ impl FakeHypervisor {
     /// # Errors
     /// As [`FakeHypervisor::read`].
     pub fn size(&self, disk: &str) -> Result<u64> {
-        Ok(self.state().running_disk(disk)?.chain(&self.place, 0)?.virtual_size())
+        Ok(self.state().running_disk(disk)?.chain(&self.files, 0)?.virtual_size())
     }
 
     /// Refaults true if the guest's file systems are frozen.

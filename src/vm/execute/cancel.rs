@@ -64,9 +64,11 @@ fn refuse_published(files: &VolumeFiles, journal: &Journal, plan: &Plan, model: 
     if let Some(volume) = journal.first_change() {
         return refused(format!("the merge of volume {volume} has changed a file; recover it"));
     }
-    let restores_ready = plan.stages.iter().flat_map(|stage| &stage.cancel).all(|edit| {
-        !matches!(edit, Edit::SetState { state, .. } if *state != State::Ready)
-    });
+    let restores_ready = plan
+        .stages
+        .iter()
+        .flat_map(|stage| &stage.cancel)
+        .all(|edit| !matches!(edit, Edit::SetState { state, .. } if *state != State::Ready));
     if !restores_ready {
         return refused("the merge is that of a hidden snapshot, which nothing but recovery can end".to_owned());
     }

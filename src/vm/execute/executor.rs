@@ -27,6 +27,12 @@ pub struct Domain {
 }
 
 impl Domain {
+    /// Creates the description of a VM without disks.
+    #[must_use]
+    pub fn new(running: bool) -> Self {
+        Self { running, ..Self::default() }
+    }
+
     /// Creates the description by a caller who states the files that the VM runs on, one for each disk.
     #[must_use]
     pub fn stated(files: impl IntoIterator<Item = PathBuf>) -> Self {

@@ -288,8 +288,9 @@ impl<'a> Run<'a> {
             Progressed::Done { switched: true } => Ok(true),
             // The VM was started after the merge and before the relinks: its hypervisor relinks with a merge of its own,
             // in which nothing is left to copy.
-            Progressed::Done { .. } => Ok(!step.active
-                && (step.direction == Direction::Pull || !self.tools.is_open_in_vm(&step.top.path))),
+            Progressed::Done { .. } => {
+                Ok(!step.active && (step.direction == Direction::Pull || !self.tools.is_open_in_vm(&step.top.path)))
+            }
             Progressed::Started | Progressed::Switching => {
                 if self.tools.domain.is_none() {
                     let what = format!(

@@ -11,8 +11,8 @@ use crate::image::{CreateOptions, Image, ResizeOptions};
 use crate::merge::{self, CommitOptions, Direction, PullOptions};
 use crate::storage::{Access, LockMode, Storage};
 use crate::vm::files::{Links, VolumeFiles, free_leaks};
-use crate::vm::model::{FileRef, OverlayShape};
 use crate::vm::model::catalogue::directory_of;
+use crate::vm::model::{FileRef, OverlayShape};
 use crate::vm::plan::{MergeStep, NewOverlay};
 use crate::vm::provider::OverlayRequest;
 use crate::vm::{Error, Refusal, Result};
@@ -36,7 +36,8 @@ impl Executor for OfflineExecutor {
         log: &dyn CreationLog,
     ) -> Result<()> {
         in_parallel(overlays, context.jobs, |overlay| create(overlay, context, log))?;
-        let directories = overlays.iter().map(|overlay| directory_of(&context.files.path(&overlay.file.path)).to_owned());
+        let directories =
+            overlays.iter().map(|overlay| directory_of(&context.files.path(&overlay.file.path)).to_owned());
         for directory in directories.collect::<BTreeSet<_>>() {
             // barrier: the names of the overlays before the catalogue names them
             context.files.file_system().sync_dir(&directory)?;
@@ -117,11 +118,7 @@ fn create(overlay: &NewOverlay, context: &ExecutionContext<'_>, log: &dyn Creati
     let files = context.files;
     let backing = files.backing_name(&overlay.file.path, &overlay.backing.path);
     let storage = container(overlay, context)?;
-    log.created(Created {
-        path: overlay.file.path.clone(),
-        identity: storage.file_id(),
-        provided: overlay.provided,
-    });
+    log.created(Created { path: overlay.file.path.clone(), identity: storage.file_id(), provided: overlay.provided });
     Ok(Image::create(storage, &overlay.options(backing))?.close()?)
 }
 
@@ -212,9 +209,8 @@ fn pull(step: &MergeStep, context: &ExecutionContext<'_>, progress: &dyn merge::
         return finish(&chain, 0, merge::Report::default(), context);
     }
     let chain = files.chain(&chain_of(step), 1, Links::Exact)?;
-    let mut options = PullOptions::default()
-        .with_rate_limit(context.rate_limit)
-        .with_allow_stale_snapshots(step.drop_internal);
+    let mut options =
+        PullOptions::default().with_rate_limit(context.rate_limit).with_allow_stale_snapshots(step.drop_internal);
     if let Some(onto) = step.below.first() {
         options = options.with_base(Some(2)).with_backing_file(files.backing_name(&step.top.path, &onto.path));
     }
@@ -223,12 +219,7 @@ fn pull(step: &MergeStep, context: &ExecutionContext<'_>, progress: &dyn merge::
 }
 
 /// Returns the result of a merge into the layer of this index.
-fn finish(
-    chain: &Chain,
-    into: usize,
-    report: merge::Report,
-    context: &ExecutionContext<'_>,
-) -> Result<Merged> {
+fn finish(chain: &Chain, into: usize, report: merge::Report, context: &ExecutionContext<'_>) -> Result<Merged> {
     let layer = chain.layers().get(into).unwrap_or(chain.top());
     if context.recovering && layer.node.as_qcow2().is_some() {
         free_leaks(&**layer.node.storage())?;

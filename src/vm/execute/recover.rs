@@ -19,7 +19,7 @@ use super::journal::{Found, Journal, clear};
 use super::progress::Progress;
 use super::report::{Released, Report};
 use crate::storage::Attributes;
-use crate::vm::files::{Hold, Links, VolumeFiles};
+use crate::vm::files::{Hold, VolumeFiles};
 use crate::vm::model::catalogue::directory_of;
 use crate::vm::model::{Model, SnapshotId};
 use crate::vm::options::MergeOptions;
@@ -115,8 +115,7 @@ impl SnapshotSet {
         let files = self.files.for_operation();
         // Once the catalogue records the creation, the overlays may be merged already.
         let created = journal.has_created(0);
-        let switched =
-            model.last_operation.id < plan.id && is_switched(&files, plan, created, domain.as_ref())?;
+        let switched = model.last_operation.id < plan.id && is_switched(&files, plan, created, domain.as_ref())?;
         hold_files(&files, plan, &model, domain.as_ref());
         let operation = Operation {
             files: &files,

@@ -12,11 +12,11 @@ use std::time::Duration;
 use super::executor::Created;
 use super::{Run, lock};
 use crate::storage::{self, Access, EntryKind, LockMode, Storage};
+use crate::vm::Result;
 use crate::vm::files::in_use;
 use crate::vm::model::catalogue::directory_of;
 use crate::vm::plan::{Leaving, Removal};
 use crate::vm::trace::event;
-use crate::vm::{Error, Refusal, Result};
 
 /// The number of attempts to lock a file that a hypervisor closes at present, and the pause between them.
 const LOCK_ATTEMPTS: u32 = 50;
@@ -116,9 +116,4 @@ impl Run<'_> {
         });
         self.leave(&Leaving { remove: remove.collect(), release: Vec::new() })
     }
-}
-
-/// Returns true if an error is a refusal because another program uses a file.
-pub(super) fn is_in_use(error: &Error) -> bool {
-    matches!(error, Error::Refused(Refusal::InUse { .. }))
 }

@@ -22,13 +22,7 @@ pub(super) struct Watching<'a> {
 }
 
 impl<'a> Watching<'a> {
-    pub(super) fn new(
-        run: &'a Run<'a>,
-        stage: usize,
-        step: usize,
-        merge: &MergeStep,
-        progress: OfVolume<'a>,
-    ) -> Self {
+    pub(super) fn new(run: &'a Run<'a>, stage: usize, step: usize, merge: &MergeStep, progress: OfVolume<'a>) -> Self {
         Self { run, stage, step, direction: merge.direction, progress, changing: Mutex::default() }
     }
 

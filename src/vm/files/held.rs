@@ -108,20 +108,6 @@ impl VolumeFiles {
         Ok(Hold::Shared(held))
     }
 
-    /// Holds a file that the operation only reads.
-    ///
-    /// # Errors
-    /// [`Refusal::InUse`]: another program writes it. Any error of opening it.
-    pub(in crate::vm) fn hold_reading(&self, recorded: &str) -> Result<()> {
-        let path = self.path(recorded);
-        if self.held.storage(&path).is_some() {
-            return Ok(());
-        }
-        let storage = self.file_system.open(&path, &Access::read()).map_err(in_use)?;
-        self.held.insert(&path, storage, false);
-        Ok(())
-    }
-
     /// Refuses a file that another program writes.
     pub(in crate::vm) fn refuse_writer(&self, recorded: &str) -> Result<()> {
         let path = self.path(recorded);

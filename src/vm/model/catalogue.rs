@@ -63,7 +63,10 @@ pub(in crate::vm) fn directory_of(path: &Path) -> &Path {
 pub(in crate::vm) fn read_all(storage: &dyn Storage, max: u64) -> Result<Vec<u8>> {
     let len = storage.len()?;
     if len > max {
-        return Err(Error::Catalogue { file: storage.name().to_owned(), why: format!("the file has {len} bytes, the limit is {max}") });
+        return Err(Error::Catalogue {
+            file: storage.name().to_owned(),
+            why: format!("the file has {len} bytes, the limit is {max}"),
+        });
     }
     let mut bytes = vec![0; usize::try_from(len).unwrap_or_default()];
     storage.read_at(&mut bytes, 0)?;
@@ -123,13 +126,19 @@ impl Catalogue {
             return Err(wrong(file, format!("the file is not a catalogue, its format is '{}'", preface.format)));
         }
         if preface.version != VERSION {
-            return Err(wrong(file, format!("the version of the catalogue is {}, supported is {VERSION}", preface.version)));
+            return Err(wrong(
+                file,
+                format!("the version of the catalogue is {}, supported is {VERSION}", preface.version),
+            ));
         }
         let document: Document<Model> = serde_json::from_slice(text).map_err(|error| wrong(file, error.to_string()))?;
         let model = document.model;
         let found = sum(&model).map_err(|error| wrong(file, error.to_string()))?;
         if found != document.crc32 {
-            return Err(wrong(file, format!("the checksum is {found}, recorded is {}: the file was damaged or edited", document.crc32)));
+            return Err(wrong(
+                file,
+                format!("the checksum is {found}, recorded is {}: the file was damaged or edited", document.crc32),
+            ));
         }
         let wrongs = model.contradictions();
         if wrongs.is_empty() { Ok(model) } else { Err(wrong(file, wrongs.join("; "))) }

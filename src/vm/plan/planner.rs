@@ -203,11 +203,8 @@ impl Planner<'_> {
             let volumes = lacking.iter().map(|volume| volume.name.clone()).collect();
             return Err(Refusal::LacksVolumes { snapshot: to.name.clone(), volumes });
         }
-        let on: Vec<(&Volume, &FileRecord)> = self
-            .model
-            .all_volumes()
-            .filter_map(|volume| Some((volume, to.files.get(&volume.name)?)))
-            .collect();
+        let on: Vec<(&Volume, &FileRecord)> =
+            self.model.all_volumes().filter_map(|volume| Some((volume, to.files.get(&volume.name)?))).collect();
         if on.is_empty() {
             return Err(Refusal::LacksVolumes { snapshot: to.name.clone(), volumes: Vec::new() });
         }

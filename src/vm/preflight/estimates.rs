@@ -29,13 +29,9 @@ impl Estimate {
     pub(super) fn cost(&self, plan: &Plan, volume: &str) -> Option<(String, Cost)> {
         let direction = plan.merges().find(|(name, _)| *name == volume).map(|(_, step)| step.direction)?;
         let cost = match self {
-            Self::Live(data) => Cost {
-                direction,
-                data: *data,
-                space_needed: *data,
-                space_free: None,
-                other_direction_data: None,
-            },
+            Self::Live(data) => {
+                Cost { direction, data: *data, space_needed: *data, space_free: None, other_direction_data: None }
+            }
             Self::Offline(estimate) => {
                 let (way, other) = match direction {
                     Direction::Commit => (&estimate.commit, &estimate.pull),

@@ -195,8 +195,7 @@ impl Checks<'_> {
         if files.is_empty() || !self.options.dependents.enabled {
             return Ok(());
         }
-        let own: Vec<PathBuf> =
-            self.model.records().map(|(_, _, record)| self.files.path(&record.file.path)).collect();
+        let own: Vec<PathBuf> = self.model.records().map(|(_, _, record)| self.files.path(&record.file.path)).collect();
         let searched: Vec<PathBuf> = files.keys().cloned().collect();
         let found = find_dependents(self.files.file_system(), &searched, &own, &self.options.dependents)?;
         for dependent in found {

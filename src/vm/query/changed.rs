@@ -4,7 +4,7 @@ use crate::chain::{self, Chain, ChainExtent, ChainExtents};
 use crate::image::ExtentKind;
 use crate::vm::Result;
 use crate::vm::model::{FileRef, Model, Volume};
-use crate::vm::set::{SnapshotSet, find_ready, find_volume};
+use crate::vm::set::{SnapshotSet, file_of, find_attached, find_ready, find_volume};
 
 /// A moment of a volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

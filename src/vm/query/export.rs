@@ -7,7 +7,7 @@ use crate::chain::Format;
 use crate::format::{ClusterBits, GuestOffset};
 use crate::image::{Backing, CreateOptions, Image, RawImage, Space};
 use crate::merge::Phase;
-use crate::storage::Storage;
+use crate::storage::{Attributes, Storage};
 use crate::vm::execute::progress::{Progress, VolumeStep};
 use crate::vm::query::changed::{ChangedRange, Changes};
 use crate::vm::set::SnapshotSet;

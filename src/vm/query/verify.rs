@@ -263,7 +263,8 @@ impl SnapshotSet {
         if let Err(Error::Refused(Refusal::InUse { .. })) = self.files.refuse_writer(path) {
             let active = model.volume(&volume.name).map(|volume| self.files.shown(&volume.active.file.path));
             let active = active.unwrap_or_else(|| "none".to_owned());
-            let what = format!("another program writes this file; the active file of volume {} is {active}", volume.name);
+            let what =
+                format!("another program writes this file; the active file of volume {} is {active}", volume.name);
             found.add(ProblemKind::WrongFile, Some(self.files.path(path)), what);
         }
     }
@@ -306,8 +307,7 @@ impl SnapshotSet {
     fn find_orphans(&self, model: &Model, found: &mut Verification) {
         let recorded: BTreeSet<PathBuf> =
             model.records().map(|(_, _, record)| self.files.path(&record.file.path)).collect();
-        let mut directories: BTreeSet<PathBuf> =
-            recorded.iter().map(|path| directory_of(path).to_owned()).collect();
+        let mut directories: BTreeSet<PathBuf> = recorded.iter().map(|path| directory_of(path).to_owned()).collect();
         let named = model.all_volumes().filter_map(|volume| volume.overlay_dir.as_ref());
         directories.extend(named.map(|directory| self.files.path(directory)));
         for directory in directories {
@@ -398,7 +398,8 @@ impl SnapshotSet {
             let of_name = || domain.disks.get(&volume.name).and_then(|files| files.first()).cloned();
             if let Some(written) = wrong.or_else(of_name) {
                 let active = self.files.shown(&volume.active.file.path);
-                let what = format!("the hypervisor writes this file; the active file of volume {} is {active}", volume.name);
+                let what =
+                    format!("the hypervisor writes this file; the active file of volume {} is {active}", volume.name);
                 found.add(ProblemKind::Domain, Some(written), what);
             }
         }

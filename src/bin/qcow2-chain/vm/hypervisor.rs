@@ -4,7 +4,7 @@ use std::path::Path;
 
 use qcow2_chain::vm::SnapshotSet;
 
-use super::telling::explain;
+use super::outcome::explain;
 use crate::failure::Failure;
 
 /// The options of verbs that reach a running VM.

@@ -125,7 +125,9 @@ impl Planner<'_> {
         // A hypervisor merges downwards only.
         if is_open {
             return commit.map(|()| Direction::Commit).map_err(|why| match why {
-                Refusal::Protected { .. } => Refusal::Running { operation: "merge into the file above a protected one" },
+                Refusal::Protected { .. } => {
+                    Refusal::Running { operation: "merge into the file above a protected one" }
+                }
                 why => why,
             });
         }
@@ -168,9 +170,7 @@ impl Planner<'_> {
         match facts.unwritable {
             _ if base.protected => Err(Refusal::Protected { path }),
             Some(reason) => Err(Refusal::Unwritable { path, reason }),
-            None if facts.in_use.is_some() => {
-                Err(Refusal::InUse { path, held: facts.in_use.unwrap_or_default() })
-            }
+            None if facts.in_use.is_some() => Err(Refusal::InUse { path, held: facts.in_use.unwrap_or_default() }),
             None if !facts.dependents.is_empty() => Err(Refusal::Dependents { path, images: facts.dependents }),
             None => Ok(()),
         }
