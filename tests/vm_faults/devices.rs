@@ -100,10 +100,8 @@ fn init_with_device_without_overlay_directory_is_refused() {
 fn init_with_overlay_directory_on_devtmpfs_is_refused() {
     let Some(world) = world() else { return };
     let Some(raw) = Device::new(&world, "raw", 8 * MIB) else { return };
-    let devtmpfs = Command::new("stat")
-        .args(["-f", "-c", "%T", "/dev"])
-        .output()
-        .is_ok_and(|out| String::from_utf8_lossy(&out.stdout).contains("tmpfs"));
+    let mounts = fs::read_to_string("/proc/mounts").unwrap_or_default();
+    let devtmpfs = mounts.lines().any(|line| line.starts_with("devtmpfs /dev devtmpfs"));
     if !devtmpfs {
         return say("SKIPPED: /dev is no devtmpfs");
     }

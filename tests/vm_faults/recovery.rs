@@ -4,7 +4,7 @@
 use std::fs;
 use std::time::Duration;
 
-use super::world::{NEW, OLD, SLOW, World};
+use super::world::{NEW, OLD, SLOW, World, can_trace, killed_if};
 
 #[test]
 fn recovery_with_missing_top_is_an_error() {
@@ -90,7 +90,11 @@ fn recovery_leaves_no_temporary_files() {
     // Killed after the new catalogue was written beside the old one, and before it replaced it.
     let strange = |world: &World| -> Vec<_> { world.tree().into_keys().filter(|path| !is_of_set(path)).collect() };
     let wanted = |world: &World| world.exists("web.json.journal") && !strange(world).is_empty();
-    let Some(world) = super::world::killed_when(build, &["snapshot", "web.json", "s1"], wanted) else { return };
+    if !can_trace() {
+        return;
+    }
+    // A program that leaves nothing wherever it is killed has nothing to remove.
+    let Some(world) = killed_if(build, &["snapshot", "web.json", "s1"], wanted) else { return };
     world.ok(&["recover", "web.json"]);
     let left = strange(&world);
     assert!(left.is_empty(), "recovery left {left:?}");
