@@ -1,8 +1,9 @@
 //! Images outside the set that read its files, and bases that were changed from outside.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 
-use super::world::{NEW, OLD, SIZE, World, assert_refused};
+use super::world::{NEW, OLD, SIZE, World, assert_refused, finish};
 
 /// A set with `s1`, and a stopped clone of its frozen file, in the directory of this name.
 fn with_clone(directory: &str) -> Option<World> {
@@ -51,6 +52,58 @@ fn delete_with_clone_in_directory_keeps_it() {
 fn delete_with_clone_in_named_directory_keeps_it() {
     let Some(world) = with_clone("clones") else { return };
     delete_keeps_clone(&world, "clones/clone.qcow2", &["--dependents-in", "clones"]);
+}
+
+#[test]
+fn delete_with_clone_by_any_name_keeps_it() {
+    for name in ["vda.qcow2", "./vda.qcow2", "sub/../vda.qcow2", "linked/vda.qcow2", "link.qcow2"] {
+        let Some(world) = World::with_snapshot() else { return };
+        fs::create_dir(world.path("sub")).unwrap();
+        symlink(".", world.path("linked")).unwrap();
+        symlink("vda.qcow2", world.path("link.qcow2")).unwrap();
+        world.overlay("clone.qcow2", name);
+        delete_keeps_clone(&world, "clone.qcow2", &[]);
+    }
+}
+
+#[test]
+fn delete_with_clone_beside_base_in_other_directory_keeps_it() {
+    let Some(world) = World::new() else { return };
+    for directory in ["catalogue", "pool"] {
+        fs::create_dir(world.path(directory)).unwrap();
+    }
+    world.image("pool/vda.qcow2", SIZE);
+    world.write("pool/vda.qcow2", OLD);
+    let run = |args: &[&str]| finish(world.command(args).current_dir(world.path("catalogue")));
+    for args in [&["init", "web.json", "--volume", "vda=../pool/vda.qcow2"][..], &["snapshot", "web.json", "s1"]] {
+        assert_eq!(run(args).code, 0, "{args:?}");
+    }
+    let active = world.active_of("catalogue/web.json", "vda");
+    world.write(&active, NEW);
+    world.overlay("pool/clone.qcow2", "vda.qcow2");
+    let before = world.node("pool/vda.qcow2");
+    let deleted = run(&["delete", "web.json", "s1"]);
+    assert!(deleted.code == 0 || deleted.code == 1, "{}", deleted.stderr);
+    assert!(world.exists("pool/vda.qcow2"), "the base of a clone was removed");
+    assert_eq!(world.node("pool/vda.qcow2"), before, "the base of a clone was changed: {}", deleted.stdout);
+    world.assert_reads("pool/clone.qcow2", "-P 0 8M 16M");
+}
+
+#[test]
+fn delete_with_clone_of_raw_base_keeps_it() {
+    for direction in ["commit", "pull"] {
+        let Some(world) = World::new() else { return };
+        fs::write(world.path("vda.img"), vec![1; 8 << 20]).unwrap();
+        world.ok(&["init", "web.json", "--volume", "vda=vda.img,format=raw"]);
+        world.ok(&["snapshot", "web.json", "s1"]);
+        world.write(&world.active("vda"), "-P 2 0 1M");
+        world.img(&["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "vda.img", "clone.qcow2"]);
+        let run = world.vm(&["delete", "web.json", "s1", "--direction", direction]);
+        assert!(run.code == 0 || run.code == 1, "{}", run.stderr);
+        let kept = world.exists("vda.img") && fs::read(world.path("vda.img")).unwrap() == vec![1; 8 << 20];
+        assert!(kept, "{direction} changed the base of a clone: {}", run.stdout);
+        world.assert_reads("clone.qcow2", "-P 1 0 8M");
+    }
 }
 
 #[test]

@@ -46,7 +46,7 @@ fn catalogue_save_keeps_strangers_file_with_suffix_new() {
     let Some(world) = World::with_volume() else { return };
     fs::write(world.path("web.json.new"), b"a stranger's notes").unwrap();
     let before = world.node("web.json.new");
-    // Whether or not the snapshot is refused.
+    // The snapshot may be refused.
     let run = world.vm(&["snapshot", "web.json", "s1"]);
     assert!(world.exists("web.json.new"), "the file was removed: {}{}", run.stdout, run.stderr);
     assert_eq!(world.node("web.json.new"), before, "the file was changed");

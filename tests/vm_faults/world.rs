@@ -345,7 +345,7 @@ fn node(path: &Path) -> Node {
     }
 }
 
-/// Returns `true` if strace can trace here; says so where it cannot.
+/// Returns `true` if strace can trace here. Prints a message otherwise.
 pub fn can_trace() -> bool {
     let run = Command::new("strace").args(["-qq", "-o", "/dev/null", "true"]).stderr(Stdio::null()).status();
     let traces = run.is_ok_and(|status| status.success());
@@ -355,7 +355,7 @@ pub fn can_trace() -> bool {
     traces
 }
 
-/// Returns `true` for root; says so where the tests run as another user.
+/// Returns `true` for root. Prints a message otherwise.
 pub fn is_root() -> bool {
     let root = fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0);
     if !root {

@@ -68,6 +68,16 @@ fn verify_with_frozen_file_written_reports_all_findings() {
 }
 
 #[test]
+fn snapshot_with_frozen_file_read_completes() {
+    // A backup that reads a snapshot's file is no VM on the wrong file.
+    let Some(world) = World::with_snapshot() else { return };
+    let held = Holder::open(&world.path("vda.qcow2"), &["-r"]);
+    world.ok(&["snapshot", "web.json", "s2"]);
+    world.ok(&["verify", "web.json"]);
+    drop(held);
+}
+
+#[test]
 fn verify_with_active_file_written_is_sound() {
     // The VM runs on the right file: that is no problem.
     let Some(world) = World::with_snapshot() else { return };
