@@ -54,6 +54,8 @@ mod tells;
 mod threads;
 #[cfg(feature = "vm")]
 mod vm;
+#[cfg(all(feature = "cli", target_os = "linux"))]
+mod vm_faults;
 #[cfg(feature = "vm")]
 mod vm_plan;
 #[cfg(all(feature = "cli", target_os = "linux"))]
