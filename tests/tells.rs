@@ -295,7 +295,7 @@ fn a_protected_file_stays_and_names_are_kept_where_asked() {
     let ways: Vec<_> = planned.merges().map(|(volume, step)| (volume, step.direction)).collect();
     assert_eq!(ways, [("vda", Direction::Pull), ("vdb", Direction::Commit)], "nothing is merged into a protected file");
 
-    let keep = MergeOptions::default().with_direction(Direction::Pull).with_keep_top_names(true);
+    let keep = MergeOptions::default().with_direction(Direction::Pull);
     set.delete("s1", &keep.with_rate_limit(Some(1 << 30)), &()).unwrap();
     assert_eq!(["vda", "vdb"].map(|volume| set.active_path(volume).unwrap()), overlays, "they keep their names");
     for volume in ["vda", "vdb"] {

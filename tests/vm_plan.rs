@@ -271,7 +271,7 @@ fn sequence(rng: &mut Rng, steps: u64) {
             vm.write(rng);
         }
         let request = vm.random_request(rng);
-        let mut options = PlanOptions::default().with_keep_top_names(rng.chance(1, 4));
+        let mut options = PlanOptions::default();
         for volume in &vm.model.volumes {
             options = options.with_direction(&volume.name, rng.pick(&[Direction::Commit, Direction::Pull]));
         }

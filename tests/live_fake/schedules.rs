@@ -424,7 +424,7 @@ impl Reach {
     fn note(&self, done: bool, recovery: &Recovery) {
         let counter = match recovery {
             Recovery::Completed(_) => &self.completed,
-            Recovery::Undone(_) => &self.undone,
+            Recovery::Undone { .. } => &self.undone,
             _ if done => &self.done,
             _ => &self.failed,
         };

@@ -12,8 +12,8 @@ use crate::size;
 use crate::zone::local_time;
 
 /// Draws all that a model knows.
-pub(super) fn draw(model: &Model, place: &VolumeFiles) -> String {
-    let mut drawing = Drawing { model, place, trunk: BTreeSet::new(), out: String::new() };
+pub(super) fn draw(model: &Model, files: &VolumeFiles) -> String {
+    let mut drawing = Drawing { model, files, trunk: BTreeSet::new(), out: String::new() };
     let mut next = model.current;
     while let Some(snapshot) = next.and_then(|id| model.snapshot(id)) {
         if !drawing.trunk.insert(snapshot.id) {
