@@ -102,6 +102,18 @@ pub trait FileSystem: Send + Sync + fmt::Debug {
     /// [`super::Error::Io`].
     fn list(&self, directory: &Path) -> Result<Vec<PathBuf>>;
 
+    /// Lists the files in a directory that [`FileSystem::open`] may open, without opening any, sorted.
+    ///
+    /// FIFOs, sockets and character devices are left out as far as their types are known: to open
+    /// one can have effects of its own. The default returns all of [`FileSystem::list`].
+    ///
+    /// # Errors
+    /// [`super::Error::Io`].
+    fn list_openable(&self, directory: &Path) -> Result<Vec<ListedFile>> {
+        let file = |path| ListedFile { path, link: false, block_device: false };
+        Ok(self.list(directory)?.into_iter().map(file).collect())
+    }
+
     /// Whether a name exists.
     ///
     /// # Errors
@@ -126,6 +138,17 @@ pub trait FileSystem: Send + Sync + fmt::Debug {
         }
         Ok(Resolved { path: plain, file: None })
     }
+}
+
+/// A file in a directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListedFile {
+    /// The directory as it was given, and the name.
+    pub path: PathBuf,
+    /// The name is a symbolic link.
+    pub link: bool,
+    /// The file, through links, is known to be a block device.
+    pub block_device: bool,
 }
 
 /// What a name stands for.
@@ -191,6 +214,34 @@ impl FileSystem for HostFileSystem {
             }
         }
         files.sort_unstable();
+        Ok(files)
+    }
+
+    fn list_openable(&self, directory: &Path) -> Result<Vec<ListedFile>> {
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(or_current(directory)).map_err(failed(directory, "list it"))? {
+            let entry = entry.map_err(failed(directory, "list it"))?;
+            let path = directory.join(entry.file_name());
+            let kind = match entry.file_type() {
+                Ok(kind) => kind,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(failed(&path, "look at it")(error)),
+            };
+            // The type of a regular file comes with its name; any other costs one more call.
+            let block_device = if kind.is_file() {
+                false
+            } else {
+                match std::fs::metadata(&path).map(|metadata| sys::kind(&metadata)) {
+                    Ok(sys::Kind::BlockDevice) => true,
+                    Ok(sys::Kind::Other(_)) => continue,
+                    // After an error, opening it will report the reason.
+                    Ok(sys::Kind::Regular) | Err(_) => false,
+                }
+            };
+            files.push(ListedFile { path, link: kind.is_symlink(), block_device });
+        }
+        // By letters, which is much cheaper than by components.
+        files.sort_unstable_by(|a, b| a.path.as_os_str().cmp(b.path.as_os_str()));
         Ok(files)
     }
 

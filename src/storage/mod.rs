@@ -107,7 +107,7 @@ use std::ops::Range;
 
 pub use error::{Error, Result};
 pub use file::FileStorage;
-pub use file_system::{Access, FileSystem, HostFileSystem, Resolved};
+pub use file_system::{Access, FileSystem, HostFileSystem, ListedFile, Resolved};
 pub use lock::{LockMode, Permission};
 pub use map::MappedStorage;
 pub use memory::MemoryStorage;
