@@ -15,6 +15,7 @@ mod crash_merge;
 mod crash_vm;
 mod create;
 mod deep;
+mod dependents;
 mod devices;
 mod faults;
 mod filesystems;
