@@ -10,11 +10,10 @@ use qcow2_chain::live::fake::{FakeHypervisor, Fault};
 use qcow2_chain::live::{
     Commit, Description, Event, Hypervisor, Job, LiveExecutor, NewTop, OnTimeout, Result as Answer,
 };
-use qcow2_chain::merge::Direction;
 use qcow2_chain::storage::MemoryFileSystem;
 use qcow2_chain::vm::{
-    self, Error, Executor, MergeOptions, OfflineExecutor, Progress, Purpose, Recovery, Refusal, SnapshotOptions,
-    SnapshotSet, VolumeStep,
+    self, Error, Executor, MergeOptions, MergePreference, OfflineExecutor, Progress, Purpose, Recovery, Refusal,
+    SnapshotOptions, SnapshotSet, VolumeStep,
 };
 
 use super::rig::{Rig, write};
@@ -232,7 +231,7 @@ impl World {
     fn run(&mut self, operation: &Operation) -> vm::Result<()> {
         let set = self.any_set();
         let rng = &mut self.rig.rng;
-        let direction = rng.pick(&[Direction::Auto, Direction::Commit, Direction::Pull]);
+        let direction = rng.pick(&[MergePreference::Auto, MergePreference::CommitElsePull, MergePreference::Pull]);
         let options = MergeOptions::default().with_direction(direction);
         let moody = Moody(Mutex::new(Rng::new(rng.next_u64())));
         let progress: &dyn Progress = if rng.chance(1, 4) { &moody } else { &() };

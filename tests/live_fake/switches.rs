@@ -85,7 +85,7 @@ fn recovery_without_hypervisor_is_uncertain() {
             let (error, ..) = incomplete(offline.recover(&()).unwrap_err());
             assert!(matches!(error, Error::Uncertain { source: None, .. }), "{error:?}");
         }
-        let domain = LiveExecutor::new(rig.fake.clone()).domain("vm").unwrap();
+        let domain = LiveExecutor::new(rig.fake.clone()).domain("vm").unwrap().expect("a hypervisor");
         let reconciled = offline.reconcile(Some(&domain), false, &()).unwrap();
         assert!(matches!(reconciled.recovery, Some(Recovery::Completed(_))), "{reconciled:?}");
         rig.define();

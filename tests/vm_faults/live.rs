@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use qcow2_chain::live::fake::{FakeHypervisor, Turn};
+use qcow2_chain::live::fake::{FakeHypervisor, Fault};
 use qcow2_chain::live::{Hypervisor as _, LiveExecutor, OnTimeout};
 use qcow2_chain::storage::{FileSystem, HostFileSystem};
 use qcow2_chain::vm::SnapshotSet;
@@ -35,10 +35,10 @@ fn set(world: &World, fake: &Arc<FakeHypervisor>) -> SnapshotSet {
 /// wrote 9.
 fn switched_by_hand() -> Option<World> {
     let (world, fake) = running()?;
-    fake.play(Turn::JobNeverEnds);
+    fake.inject(Fault::JobNeverEnds);
     let error = set(&world, &fake).delete("s1", &Default::default(), &()).expect_err("it times out");
     assert!(error.is_timed_out(), "{error:?}");
-    fake.behave();
+    fake.clear_faults();
     let switched = (0..1000).any(|_| {
         let _ = fake.wait("vda", Duration::from_secs(1));
         let _ = fake.job("vda");
@@ -85,7 +85,7 @@ fn recovery_of_live_merge_with_base_stated_keeps_its_data() {
 #[test]
 fn recovery_of_live_merge_with_top_stated_merges_it() {
     let Some((world, fake)) = running() else { return };
-    fake.play(Turn::JobNeverEnds);
+    fake.inject(Fault::JobNeverEnds);
     set(&world, &fake).delete("s1", &Default::default(), &()).expect_err("it times out");
     let top = world.active("vda");
     // The VM is off and was never switched.
