@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use qcow2_chain::storage::{Access, MemoryFileSystem, FileSystem, Resolved, Result, Storage};
+use qcow2_chain::storage::{Access, Attributes, EntryKind, FileSystem, MemoryFileSystem, Resolved, Result, Storage};
 
 /// Names in memory that note every path that was opened, and refuse to be changed.
 #[derive(Debug, Default)]
@@ -31,6 +31,14 @@ impl FileSystem for WatchedFileSystem {
         panic!("{} is created", path.display());
     }
 
+    fn create_new_like(&self, path: &Path, _model: &dyn Storage, _attributes: Attributes) -> Result<Arc<dyn Storage>> {
+        panic!("{} is created", path.display());
+    }
+
+    fn check_create_like(&self, directory: &Path, model: &dyn Storage) -> Result<()> {
+        self.files.check_create_like(directory, model)
+    }
+
     fn rename(&self, from: &Path, _to: &Path) -> Result<()> {
         panic!("{} is renamed", from.display());
     }
@@ -49,6 +57,14 @@ impl FileSystem for WatchedFileSystem {
 
     fn exists(&self, path: &Path) -> Result<bool> {
         self.files.exists(path)
+    }
+
+    fn entry(&self, path: &Path) -> Result<EntryKind> {
+        self.files.entry(path)
+    }
+
+    fn is_memory_backed(&self, directory: &Path) -> Result<bool> {
+        self.files.is_memory_backed(directory)
     }
 
     fn resolve(&self, path: &Path) -> Result<Resolved> {

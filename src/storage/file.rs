@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use super::sys::{self, Kind};
-use super::{Access, Error, FileId, LockMode, MAX_LEN, Result, Storage, beneath, lock, whole};
+use super::{Access, Error, FileId, FileStamp, LockMode, MAX_LEN, Result, Storage, beneath, lock, whole};
 
 /// What a write around the page cache is a multiple of, in place, length and memory. No medium's sectors are larger.
 const DIRECT_UNIT: usize = 4096;
@@ -59,8 +59,19 @@ impl FileStorage {
     /// As [`super::FileSystem::create_new`].
     pub fn create_new(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
+        Self::take_new(path, sys::create_new(path))
+    }
+
+    /// Creates a new file as [`FileStorage::create_new`] does, with mode 0600.
+    #[cfg(unix)]
+    pub(super) fn create_private(path: &Path) -> Result<Self> {
+        Self::take_new(path, sys::create_private(path))
+    }
+
+    /// Locks a file that was just created.
+    fn take_new(path: &Path, created: io::Result<File>) -> Result<Self> {
         let name = path.display().to_string();
-        let file = sys::create_new(path).map_err(|error| Error::io(&name, "create it", 0, error))?;
+        let file = created.map_err(|error| Error::io(&name, "create it", 0, error))?;
         let lock = if sys::HAS_IMAGE_LOCKS { LockMode::Write } else { LockMode::None };
         let created = Self::new(file, name, &Access::write().with_lock(lock));
         if created.as_ref().is_err_and(|error| !matches!(error, Error::Busy { .. })) {
@@ -237,6 +248,10 @@ impl Storage for FileStorage {
 
     fn file_id(&self) -> Option<FileId> {
         self.metadata().ok().and_then(|metadata| sys::file_id(&metadata))
+    }
+
+    fn stamp(&self) -> Result<Option<FileStamp>> {
+        Ok(sys::stamp(&self.metadata()?))
     }
 
     fn zero_range(&self, range: Range<u64>) -> Result<()> {

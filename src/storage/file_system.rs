@@ -5,6 +5,8 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
+#[cfg(unix)]
+use super::attributes;
 use super::{Error, FileId, FileStorage, LockMode, Result, Storage, sys};
 
 /// How a storage is opened by name.
@@ -224,6 +226,11 @@ fn or_current(directory: &Path) -> &Path {
     if directory.as_os_str().is_empty() { Path::new(".") } else { directory }
 }
 
+/// Checks for the errors of a name that does not exist.
+fn is_missing(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+}
+
 fn failed(path: &Path, action: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
     move |error| Error::io(&path.display().to_string(), action, 0, error)
 }
@@ -235,6 +242,20 @@ impl FileSystem for HostFileSystem {
 
     fn create_new(&self, path: &Path) -> Result<Arc<dyn Storage>> {
         Ok(Arc::new(FileStorage::create_new(path)?))
+    }
+
+    fn create_new_like(&self, path: &Path, model: &dyn Storage, attributes: Attributes) -> Result<Arc<dyn Storage>> {
+        #[cfg(unix)]
+        if let Some(model) = model.as_file() {
+            return Ok(Arc::new(attributes::create(path, model, attributes)?));
+        }
+        let _ = (model, attributes);
+        self.create_new(path)
+    }
+
+    #[cfg(unix)]
+    fn check_create_like(&self, directory: &Path, model: &dyn Storage) -> Result<()> {
+        attributes::check(or_current(directory), model.as_file())
     }
 
     fn rename(&self, from: &Path, to: &Path) -> Result<()> {
@@ -276,9 +297,22 @@ impl FileSystem for HostFileSystem {
         // A symbolic link that leads nowhere is a name that is taken.
         match std::fs::symlink_metadata(path) {
             Ok(_) => Ok(true),
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(false),
+            Err(error) if is_missing(&error) => Ok(false),
             Err(error) => Err(failed(path, "look for it")(error)),
         }
+    }
+
+    fn entry(&self, path: &Path) -> Result<EntryKind> {
+        match std::fs::symlink_metadata(path) {
+            Ok(metadata) => Ok(sys::entry(&metadata)),
+            Err(error) if is_missing(&error) => Ok(EntryKind::Missing),
+            Err(error) => Err(failed(path, "look for it")(error)),
+        }
+    }
+
+    fn is_memory_backed(&self, directory: &Path) -> Result<bool> {
+        let directory = or_current(directory);
+        sys::is_device_tree(directory).map_err(failed(directory, "find its file system"))
     }
 
     fn resolve(&self, path: &Path) -> Result<Resolved> {
@@ -291,6 +325,8 @@ impl FileSystem for HostFileSystem {
 #[cfg(test)]
 #[cfg(unix)]
 mod tests {
+    use std::os::unix::fs::FileTypeExt;
+
     use super::*;
 
     fn unlocked() -> Access {
@@ -318,6 +354,59 @@ mod tests {
         HostFileSystem.unlink(&a).unwrap();
         assert_eq!(HostFileSystem.open(&b, &unlocked()).unwrap().len().unwrap(), 5);
         HostFileSystem.sync_dir(Path::new("")).unwrap();
+    }
+
+    #[test]
+    fn entry_returns_the_kind_without_following_links() {
+        let (_root, top) = tree();
+        let entry = |path: PathBuf| HostFileSystem.entry(&path).unwrap();
+        std::os::unix::fs::symlink("nowhere", top.join("dangling")).unwrap();
+        for (name, kind) in [
+            ("a/b/image", EntryKind::File),
+            ("down/b/image", EntryKind::File),
+            ("leaf", EntryKind::Link),
+            ("dangling", EntryKind::Link),
+            ("a", EntryKind::Other),
+            ("none", EntryKind::Missing),
+            ("none/image", EntryKind::Missing),
+            ("a/b/image/below", EntryKind::Missing),
+        ] {
+            assert_eq!(entry(top.join(name)), kind, "{name}");
+        }
+        let socket = top.join("socket");
+        let _socket = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        assert_eq!((entry(socket), entry("/dev/null".into())), (EntryKind::Other, EntryKind::Other));
+        assert!(HostFileSystem.entry(&top.join("n".repeat(300))).is_err(), "neither there nor missing");
+        let devices = HostFileSystem.list(Path::new("/dev")).unwrap();
+        for device in devices {
+            let is_block = std::fs::symlink_metadata(&device).is_ok_and(|found| found.file_type().is_block_device());
+            assert_eq!(entry(device) == EntryKind::BlockDevice, is_block);
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn device_tree_is_in_memory_and_other_directories_are_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let in_memory = |path: &Path| HostFileSystem.is_memory_backed(path).unwrap();
+        std::os::unix::fs::symlink("/dev", directory.path().join("link")).unwrap();
+        assert!(in_memory(Path::new("/dev")) && in_memory(&directory.path().join("link")));
+        assert!(!in_memory(directory.path()) && !in_memory(Path::new("")));
+        // A mount of its own, whose content the administrator chose to keep in memory.
+        if std::fs::read_to_string("/proc/self/mounts").unwrap().contains(" /dev/shm ") {
+            assert!(!in_memory(Path::new("/dev/shm")));
+        }
+        assert!(HostFileSystem.is_memory_backed(&directory.path().join("none")).is_err());
+    }
+
+    /// Directories of `/proc` answer a sync with EINVAL, as some network file systems do.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn sync_dir_without_support_is_no_error() {
+        let refused = std::fs::File::open("/proc").unwrap().sync_all().unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
+        HostFileSystem.sync_dir(Path::new("/proc")).unwrap();
+        assert!(HostFileSystem.sync_dir(Path::new("/proc/none")).is_err());
     }
 
     #[test]

@@ -133,6 +133,7 @@ impl FileSystem for MemoryFileSystem {
 
 #[cfg(test)]
 mod tests {
+    use super::super::EntryKind;
     use super::*;
 
     #[test]
@@ -180,6 +181,8 @@ mod tests {
         names.insert("d/z", second);
         assert_eq!(names.list(Path::new("d")).unwrap(), [Path::new("d/z")]);
         names.sync_dir(Path::new("/d")).unwrap();
+        let kinds = [c, b, Path::new("/d/e")].map(|path| names.entry(path).unwrap());
+        assert_eq!(kinds, [EntryKind::File, EntryKind::Missing, EntryKind::Missing]);
         // A file may be renamed to itself.
         names.rename(c, c).unwrap();
         assert!(names.exists(c).unwrap());

@@ -86,6 +86,8 @@
 //! [`Error::Unsupported`], if the medium has none and they were asked for), and keeps [`Access::beneath`] or refuses.
 //! `rename` replaces its target in one step: after a crash the name leads to the old file or to the new one.
 
+#[cfg(unix)]
+mod attributes;
 mod beneath;
 #[cfg(feature = "test-utils")]
 pub mod crash;

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use qcow2_chain::storage::{Access, FileSystem, MemoryFileSystem, Resolved, Result, Storage};
+use qcow2_chain::storage::{Access, Attributes, EntryKind, FileSystem, MemoryFileSystem, Resolved, Result, Storage};
 
 /// What passed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -64,6 +64,14 @@ impl FileSystem for CountedFileSystem {
         self.count(path);
         Ok(self.counted(path, self.inner.create_new(path)?))
     }
+    fn create_new_like(&self, path: &Path, model: &dyn Storage, attributes: Attributes) -> Result<Arc<dyn Storage>> {
+        self.count(path);
+        Ok(self.counted(path, self.inner.create_new_like(path, model, attributes)?))
+    }
+    fn check_create_like(&self, directory: &Path, model: &dyn Storage) -> Result<()> {
+        self.count(directory);
+        self.inner.check_create_like(directory, model)
+    }
     fn rename(&self, from: &Path, to: &Path) -> Result<()> {
         self.count(to);
         self.inner.rename(from, to)
@@ -87,6 +95,14 @@ impl FileSystem for CountedFileSystem {
     fn exists(&self, path: &Path) -> Result<bool> {
         self.count(path);
         self.inner.exists(path)
+    }
+    fn entry(&self, path: &Path) -> Result<EntryKind> {
+        self.count(path);
+        self.inner.entry(path)
+    }
+    fn is_memory_backed(&self, directory: &Path) -> Result<bool> {
+        self.count(directory);
+        self.inner.is_memory_backed(directory)
     }
     fn resolve(&self, path: &Path) -> Result<Resolved> {
         self.count(path);

@@ -8,7 +8,8 @@ use super::log::{NameChange, Synced};
 use super::{Recorder, RecordingStorage, Tree};
 use crate::storage::memory_file_system::rooted;
 use crate::storage::{
-    Access, FileId, FileSystem, MemoryFileSystem, MemoryStorage, ReadOnlyStorage, Resolved, Result, Storage,
+    Access, Attributes, EntryKind, FileId, FileSystem, MemoryFileSystem, MemoryStorage, ReadOnlyStorage, Resolved,
+    Result, Storage,
 };
 
 /// A directory tree in memory, as [`MemoryFileSystem`], whose changes are recorded together with those of the files in it.
@@ -87,6 +88,15 @@ impl FileSystem for RecordingFileSystem {
         Ok(Arc::new(RecordingStorage::new(file, storage, Arc::clone(&self.recorder))))
     }
 
+    /// Files in memory have no access rights, so that the creation is all that is recorded.
+    fn create_new_like(&self, path: &Path, _model: &dyn Storage, _attributes: Attributes) -> Result<Arc<dyn Storage>> {
+        self.create_new(path)
+    }
+
+    fn check_create_like(&self, directory: &Path, model: &dyn Storage) -> Result<()> {
+        self.inner.check_create_like(directory, model)
+    }
+
     fn rename(&self, from: &Path, to: &Path) -> Result<()> {
         let file = self.recorder.record_name(|| {
             self.inner.rename(from, to)?;
@@ -127,6 +137,14 @@ impl FileSystem for RecordingFileSystem {
 
     fn exists(&self, path: &Path) -> Result<bool> {
         self.inner.exists(path)
+    }
+
+    fn entry(&self, path: &Path) -> Result<EntryKind> {
+        self.inner.entry(path)
+    }
+
+    fn is_memory_backed(&self, directory: &Path) -> Result<bool> {
+        self.inner.is_memory_backed(directory)
     }
 
     fn resolve(&self, path: &Path) -> Result<Resolved> {

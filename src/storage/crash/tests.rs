@@ -2,7 +2,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::*;
-use crate::storage::{Access, FileSystem, Storage};
+use crate::storage::{Access, Attributes, EntryKind, FileSystem, Storage};
 
 fn states(log: &Log) -> Vec<State> {
     let mut states = Vec::new();
@@ -246,4 +246,21 @@ fn a_device_keeps_its_length() {
     assert!(recorder.log().is_unchanged(), "what failed is not recorded");
     device.write_at(&[2; 2], 1022).unwrap();
     assert_eq!(names.tree()[path("/dev/disk")][1021..], [1, 2, 2]);
+}
+
+#[test]
+fn creation_like_a_model_is_recorded_as_a_creation() {
+    let recorder = Recorder::new();
+    let names = recorder.names(&Tree::new());
+    let model = recorder.storage("model", vec![1]);
+    names.check_create_like(path("/d"), &model).unwrap();
+    let created = names.create_new_like(path("/d/a"), &model, Attributes::Require).unwrap();
+    created.write_at(b"x", 0).unwrap();
+    created.sync().unwrap();
+    assert_eq!(trees(&recorder.log()), set(["", "/d/a=-", "/d/a=x"]));
+    names.sync_dir(path("/d")).unwrap();
+    assert_eq!(recorder.log().durable().tree()[path("/d/a")], b"x");
+    assert_eq!(names.entry(path("/d/a")).unwrap(), EntryKind::File);
+    assert!(!names.is_memory_backed(path("/d")).unwrap());
+    assert_eq!(created.stamp().unwrap(), None);
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Call, Faults, FaultyStorage, Reach};
-use crate::storage::{Access, FileSystem, Resolved, Result, Storage};
+use crate::storage::{Access, Attributes, EntryKind, FileSystem, Resolved, Result, Storage};
 
 /// Names that fail when their group's plan says so, and the storages opened by them too.
 ///
@@ -65,6 +65,16 @@ impl FileSystem for FaultyFileSystem {
         Ok(self.faulty(created))
     }
 
+    fn create_new_like(&self, path: &Path, model: &dyn Storage, attributes: Attributes) -> Result<Arc<dyn Storage>> {
+        let create = || self.inner.create_new_like(path, model, attributes);
+        Ok(self.faulty(self.change(path, "create it", Call::TakesRoom, create)?))
+    }
+
+    fn check_create_like(&self, directory: &Path, model: &dyn Storage) -> Result<()> {
+        self.check(directory, "create a file in it", Call::TakesRoom)?;
+        self.inner.check_create_like(directory, model)
+    }
+
     fn rename(&self, from: &Path, to: &Path) -> Result<()> {
         self.change(from, "rename it", Call::TakesRoom, || self.inner.rename(from, to))
     }
@@ -92,6 +102,16 @@ impl FileSystem for FaultyFileSystem {
         self.inner.exists(path)
     }
 
+    fn entry(&self, path: &Path) -> Result<EntryKind> {
+        self.check(path, "look for it", Call::Other)?;
+        self.inner.entry(path)
+    }
+
+    fn is_memory_backed(&self, directory: &Path) -> Result<bool> {
+        self.check(directory, "find its file system", Call::Other)?;
+        self.inner.is_memory_backed(directory)
+    }
+
     fn resolve(&self, path: &Path) -> Result<Resolved> {
         self.check(path, "look for it", Call::Other)?;
         self.inner.resolve(path)
@@ -102,7 +122,7 @@ impl FileSystem for FaultyFileSystem {
 mod tests {
     use super::super::Fault;
     use super::*;
-    use crate::storage::MemoryFileSystem;
+    use crate::storage::{MemoryFileSystem, MemoryStorage};
 
     fn with(plan: super::super::Plan) -> (Arc<MemoryFileSystem>, FaultyFileSystem, Arc<Faults>) {
         let faults = Faults::new(plan);
@@ -114,13 +134,18 @@ mod tests {
     /// All that can be done to names, in this order.
     fn results(names: &FaultyFileSystem) -> Vec<bool> {
         let [a, b] = ["/a", "/b"].map(Path::new);
-        let root = Path::new("/");
+        let [c, root] = ["/c", "/"].map(Path::new);
+        let model = MemoryStorage::new("model");
         vec![
             names.open(a, &Access::write()).is_ok(),
             names.create_new(b).is_ok(),
             names.list(root).is_ok(),
             names.exists(a).is_ok(),
             names.resolve(a).is_ok(),
+            names.check_create_like(root, &model).is_ok(),
+            names.create_new_like(c, &model, Attributes::Require).is_ok(),
+            names.entry(a).is_ok(),
+            names.is_memory_backed(root).is_ok(),
             names.rename(a, b).is_ok(),
             names.sync_dir(root).is_ok(),
             names.unlink(b).is_ok(),
@@ -129,16 +154,16 @@ mod tests {
 
     #[test]
     fn each_call_has_its_turn() {
-        for at in 0..8_usize {
+        for at in 0..12_usize {
             let (_, names, faults) = with(Fault::Io.at(at as u64).with_reach(Reach::All));
             let results = results(&names);
             assert_eq!(results.iter().position(|done| !done), Some(at), "{results:?}");
-            assert_eq!(faults.calls(), 8);
+            assert_eq!(faults.calls(), 12);
         }
-        let counted = [(Fault::Io, 8), (Fault::NoSpace, 2), (Fault::Interrupted, 7), (Fault::Sync, 1)];
+        let counted = [(Fault::Io, 12), (Fault::NoSpace, 4), (Fault::Interrupted, 11), (Fault::Sync, 1)];
         for (fault, calls) in counted {
             let (_, names, faults) = with(fault.at(100));
-            assert_eq!(results(&names), [true; 8]);
+            assert_eq!(results(&names), [true; 12]);
             assert_eq!(faults.calls(), calls, "{fault:?}");
         }
     }

@@ -280,3 +280,61 @@ fn bulk_writes_reach_a_file_that_was_renamed_or_removed() {
     assert_eq!(read(&file, 0, 4096), [5; 4096]);
     assert_eq!(std::fs::read(&path).unwrap(), b"somebody else's");
 }
+
+#[cfg(unix)]
+#[test]
+fn stamp_changes_with_content_metadata_and_identity() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::time::Duration;
+
+    let (directory, file) = new_file();
+    let path = directory.path().join("image");
+    file.write_at(b"hello", 0).unwrap();
+    // Times have the resolution of the kernel's clock tick, or of the file system.
+    let set_modified = |seconds| {
+        file.as_file().unwrap().set_modified(std::time::UNIX_EPOCH + Duration::new(seconds, 7)).unwrap();
+    };
+    set_modified(1_000);
+    let stamp = file.stamp().unwrap().unwrap();
+    assert_eq!((stamp.len, stamp.modified), (5, 1_000_000_000_007));
+    assert_eq!(stamp.inode, file.file_id().unwrap().inode);
+    assert!(stamp.changed > 1_000_000_000_007, "the change of the times is a change now");
+    let reader = FileStorage::open(&path, &Access::read().with_lock(LockMode::None)).unwrap();
+    read(&reader, 0, 5);
+    assert_eq!(reader.stamp().unwrap(), Some(stamp), "reading changes nothing");
+    let wrapped = crate::storage::ReadOnlyStorage::new(Arc::new(reader));
+    assert_eq!(wrapped.stamp().unwrap(), Some(stamp));
+
+    file.write_at(b"J", 0).unwrap();
+    let written = file.stamp().unwrap().unwrap();
+    assert!(written.modified > stamp.modified && written.len == 5);
+    set_modified(1_000);
+    std::thread::sleep(Duration::from_millis(20));
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let changed = file.stamp().unwrap().unwrap();
+    assert!(changed.modified == stamp.modified && changed.changed > stamp.changed);
+
+    let other = FileStorage::create_new(directory.path().join("other")).unwrap();
+    assert_ne!(other.stamp().unwrap().unwrap().inode, stamp.inode);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn descriptors_left_falls_with_every_open_file() {
+    const OPENED: u64 = 200;
+    let before = crate::storage::descriptors_left().unwrap();
+    let opened: Vec<_> = (0..OPENED).map_while(|_| File::open("/proc/self/stat").ok()).collect();
+    assert_eq!(opened.len() as u64, OPENED);
+    let after = crate::storage::descriptors_left().unwrap();
+    // Tests on other threads open and close files meanwhile.
+    assert!(before - after > OPENED / 2 && before - after < OPENED * 2, "{before} {after}");
+}
+
+#[cfg(feature = "json")]
+#[test]
+fn stamp_is_kept_in_json() {
+    let stamp = FileStamp { inode: u64::MAX, len: 5, modified: i64::MIN, changed: -1 };
+    let json = serde_json::to_string(&stamp).unwrap();
+    assert_eq!(json, r#"{"inode":18446744073709551615,"len":5,"modified":-9223372036854775808,"changed":-1}"#);
+    assert_eq!(serde_json::from_str::<FileStamp>(&json).unwrap(), stamp);
+}

@@ -1,9 +1,11 @@
 //! The calls that Linux alone has.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -14,8 +16,10 @@ use nix::fcntl::{
 };
 use nix::libc;
 use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::stat::{major, minor};
 use nix::sys::statfs::fstatfs;
 use nix::unistd::{Whence, lseek64};
+use rustix::fs::XattrFlags;
 
 use super::{retry, walk_beneath};
 
@@ -180,4 +184,99 @@ pub(in crate::storage) fn descriptors_left() -> Option<u64> {
     // The limit has 32 bits on some platforms.
     #[allow(clippy::useless_conversion, reason = "rlim_t is u64 on most platforms")]
     Some(u64::from(limit).saturating_sub(open as u64))
+}
+
+/// The largest value of an extended attribute, and the longest list of their names, in bytes.
+const XATTR_MAX: usize = 64 << 10;
+
+/// Checks for the answers of a file system that has no extended attributes of this kind, or not this one.
+fn lacks_xattr(error: rustix::io::Errno) -> bool {
+    use rustix::io::Errno;
+    matches!(error, Errno::NODATA | Errno::OPNOTSUPP | Errno::NOSYS)
+}
+
+/// Returns the names of the extended attributes that this process may see.
+pub(in crate::storage) fn xattr_names(file: &File) -> io::Result<Vec<OsString>> {
+    let mut names = vec![0; XATTR_MAX];
+    let len = match rustix::fs::flistxattr(file, names.as_mut_slice()) {
+        Ok(len) => len,
+        Err(error) if lacks_xattr(error) => 0,
+        Err(error) => return Err(error.into()),
+    };
+    names.truncate(len);
+    let names = names.split(|byte| *byte == 0).filter(|name| !name.is_empty());
+    Ok(names.map(|name| OsStr::from_bytes(name).to_owned()).collect())
+}
+
+/// Returns the value of an extended attribute, if the file has it.
+pub(in crate::storage) fn xattr(file: &File, name: &OsStr) -> io::Result<Option<Vec<u8>>> {
+    let mut value = vec![0; XATTR_MAX];
+    match rustix::fs::fgetxattr(file, name, value.as_mut_slice()) {
+        Ok(len) => {
+            value.truncate(len);
+            Ok(Some(value))
+        }
+        Err(error) if lacks_xattr(error) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Sets an extended attribute.
+pub(in crate::storage) fn set_xattr(file: &File, name: &OsStr, value: &[u8]) -> io::Result<()> {
+    Ok(rustix::fs::fsetxattr(file, name, value, XattrFlags::empty())?)
+}
+
+/// Removes an extended attribute, which may be missing.
+pub(in crate::storage) fn remove_xattr(file: &File, name: &OsStr) -> io::Result<()> {
+    match rustix::fs::fremovexattr(file, name) {
+        Err(error) if !lacks_xattr(error) => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Creates a file without a name in a directory, with mode 0600. `None` where the file system has no such files.
+pub(in crate::storage) fn open_unnamed(directory: &Path) -> io::Result<Option<File>> {
+    let flags = (OFlag::O_TMPFILE | OFlag::O_CLOEXEC).bits();
+    match OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(flags).open(directory) {
+        Ok(file) => Ok(Some(file)),
+        // Kernels that do not know the flag open the directory itself (EISDIR); some file systems answer ENOENT.
+        Err(error) => match error.raw_os_error() {
+            Some(libc::EOPNOTSUPP | libc::EISDIR | libc::ENOENT | libc::EINVAL) => Ok(None),
+            _ => Err(error),
+        },
+    }
+}
+
+/// Checks if a directory is on devtmpfs, or in `/dev` on the file system that is mounted there.
+pub(in crate::storage) fn is_device_tree(directory: &Path) -> io::Result<bool> {
+    let directory = directory.canonicalize()?;
+    let device = std::fs::metadata(&directory)?.dev();
+    if directory.starts_with("/dev") && std::fs::metadata("/dev")?.dev() == device {
+        return Ok(true);
+    }
+    // devtmpfs answers `statfs` as tmpfs does. The list of mounts has its name; without the list only /dev counts.
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    Ok(mounts.lines().any(|mount| is_devtmpfs(mount, device)))
+}
+
+/// Checks a line of `/proc/self/mountinfo`: `id parent major:minor root point options ... - type source options`.
+fn is_devtmpfs(mount: &str, device: u64) -> bool {
+    let number = format!("{}:{}", major(device), minor(device));
+    let kind = mount.split_once(" - ").and_then(|(_, rest)| rest.split(' ').next());
+    mount.split(' ').nth(2) == Some(&number) && kind == Some("devtmpfs")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devtmpfs_is_found_by_its_number_in_the_list_of_mounts() {
+        let line = "24 29 0:6 / /mnt/a\\040-\\040dev rw,nosuid shared:2 master:1 - devtmpfs udev rw,mode=755";
+        let device = nix::sys::stat::makedev(0, 6);
+        assert!(is_devtmpfs(line, device));
+        assert!(!is_devtmpfs(line, nix::sys::stat::makedev(6, 0)));
+        assert!(!is_devtmpfs(&line.replace("- devtmpfs", "- tmpfs"), device));
+        assert!(!is_devtmpfs("24 29 0:6", device) && !is_devtmpfs("", device));
+    }
 }

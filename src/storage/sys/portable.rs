@@ -1,8 +1,11 @@
 //! What answers where Linux's own calls do not exist.
 
+#[cfg(unix)]
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::path::Path;
 
 /// Whether QEMU's image locks exist here.
 pub(in crate::storage) const HAS_IMAGE_LOCKS: bool = false;
@@ -62,4 +65,41 @@ pub(in crate::storage) fn byte_is_locked(_file: &File, _byte: u64) -> io::Result
 /// No number of open descriptors is known.
 pub(in crate::storage) fn descriptors_left() -> Option<u64> {
     None
+}
+
+/// Extended attributes are read and written on Linux only.
+#[cfg(unix)]
+#[expect(clippy::unnecessary_wraps, reason = "the signature of the Linux call")]
+pub(in crate::storage) fn xattr_names(_file: &File) -> io::Result<Vec<OsString>> {
+    Ok(Vec::new())
+}
+
+#[cfg(unix)]
+#[expect(clippy::unnecessary_wraps, reason = "the signature of the Linux call")]
+pub(in crate::storage) fn xattr(_file: &File, _name: &OsStr) -> io::Result<Option<Vec<u8>>> {
+    Ok(None)
+}
+
+#[cfg(unix)]
+pub(in crate::storage) fn set_xattr(_file: &File, _name: &OsStr, _value: &[u8]) -> io::Result<()> {
+    unsupported()
+}
+
+#[cfg(unix)]
+#[expect(clippy::unnecessary_wraps, reason = "the signature of the Linux call")]
+pub(in crate::storage) fn remove_xattr(_file: &File, _name: &OsStr) -> io::Result<()> {
+    Ok(())
+}
+
+/// There are no files without a name.
+#[cfg(unix)]
+#[expect(clippy::unnecessary_wraps, reason = "the signature of the Linux call")]
+pub(in crate::storage) fn open_unnamed(_directory: &Path) -> io::Result<Option<File>> {
+    Ok(None)
+}
+
+/// No directory is known to be in memory.
+#[expect(clippy::unnecessary_wraps, reason = "the signature of the Linux call")]
+pub(in crate::storage) fn is_device_tree(_directory: &Path) -> io::Result<bool> {
+    Ok(false)
 }

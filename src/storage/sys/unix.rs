@@ -6,11 +6,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path};
 
-use nix::fcntl::{OFlag, openat};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat};
+use nix::libc;
 use nix::sys::stat::Mode;
+use nix::unistd::{AccessFlags, faccessat};
 
 use super::Kind;
-use crate::storage::FileId;
+use crate::storage::{EntryKind, FileId, FileStamp};
 
 /// Reads once; 0 at the end.
 pub(in crate::storage) fn read_some_at(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
@@ -37,6 +39,38 @@ pub(in crate::storage) fn create_new(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create_new(true).mode(0o644).open(path)
 }
 
+/// Creates a file that must not exist, for its owner only.
+pub(in crate::storage) fn create_private(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)
+}
+
+/// Checks if the effective user of this process may create entries in a directory.
+pub(in crate::storage) fn check_writable(directory: &Path) -> io::Result<()> {
+    let wanted = AccessFlags::W_OK | AccessFlags::X_OK;
+    Ok(faccessat(AT_FDCWD, directory, wanted, AtFlags::AT_EACCESS)?)
+}
+
+/// Returns the stamp of a regular file.
+pub(in crate::storage) fn stamp(metadata: &Metadata) -> Option<FileStamp> {
+    let nanoseconds = |seconds: i64, rest: i64| seconds.saturating_mul(1_000_000_000).saturating_add(rest);
+    (kind(metadata) == Kind::Regular).then(|| FileStamp {
+        inode: metadata.ino(),
+        len: metadata.len(),
+        modified: nanoseconds(metadata.mtime(), metadata.mtime_nsec()),
+        changed: nanoseconds(metadata.ctime(), metadata.ctime_nsec()),
+    })
+}
+
+/// Returns the kind of a directory entry from metadata that follow no link.
+pub(in crate::storage) fn entry(metadata: &Metadata) -> EntryKind {
+    match kind(metadata) {
+        Kind::Regular => EntryKind::File,
+        Kind::BlockDevice => EntryKind::BlockDevice,
+        Kind::Other(_) if metadata.file_type().is_symlink() => EntryKind::Link,
+        Kind::Other(_) => EntryKind::Other,
+    }
+}
+
 /// What an open file is.
 pub(in crate::storage) fn kind(metadata: &Metadata) -> Kind {
     let kind = metadata.file_type();
@@ -58,8 +92,8 @@ pub(in crate::storage) fn kind(metadata: &Metadata) -> Kind {
 /// What an open that failed says about the file's kind.
 pub(in crate::storage) fn refused_kind(error: &io::Error) -> Option<&'static str> {
     match error.raw_os_error() {
-        Some(nix::libc::EISDIR) => Some("a directory"),
-        Some(nix::libc::ENXIO) => Some("a socket, or a device with nothing behind it"),
+        Some(libc::EISDIR) => Some("a directory"),
+        Some(libc::ENXIO) => Some("a socket, or a device with nothing behind it"),
         _ => None,
     }
 }
@@ -92,7 +126,13 @@ pub(in crate::storage) fn free_space(file: &File) -> io::Result<Option<u64>> {
 /// Makes the names in a directory durable.
 pub(in crate::storage) fn sync_dir(directory: &Path) -> io::Result<()> {
     let flags = OFlag::O_CLOEXEC | OFlag::O_DIRECTORY;
-    OpenOptions::new().read(true).custom_flags(flags.bits()).open(directory)?.sync_all()
+    let opened = OpenOptions::new().read(true).custom_flags(flags.bits()).open(directory)?;
+    match opened.sync_all() {
+        // Some CIFS and FUSE file systems have no sync of a directory. Their names are as durable as the server or the
+        // file system makes them, and no other call can improve that.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => Ok(()),
+        done => done,
+    }
 }
 
 /// Opens a directory to resolve names beneath it.
@@ -136,9 +176,9 @@ pub(in crate::storage) fn walk_beneath(directory: &OwnedFd, rest: &Path, write: 
 /// Why an open beneath a directory was refused, if that is what the error says.
 pub(in crate::storage) fn refused_beneath(error: &io::Error) -> Option<&'static str> {
     match error.raw_os_error() {
-        Some(nix::libc::EXDEV) => Some("leads out of its directory"),
+        Some(libc::EXDEV) => Some("leads out of its directory"),
         // A link in the middle of a walk answers as something that is no directory.
-        Some(nix::libc::ELOOP) => Some("leads through a symbolic link"),
+        Some(libc::ELOOP) => Some("leads through a symbolic link"),
         _ => None,
     }
 }
