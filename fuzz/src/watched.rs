@@ -1,11 +1,11 @@
-//! Names that remember what was opened.
+//! A file system that records the paths that are opened.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use qcow2_chain::storage::{Access, Attributes, EntryKind, FileSystem, MemoryFileSystem, Resolved, Result, Storage};
 
-/// Names in memory that note every path that was opened, and refuse to be changed.
+/// A file system in memory that records every opened path and refuses changes.
 #[derive(Debug, Default)]
 pub struct WatchedFileSystem {
     /// The files.
@@ -14,7 +14,7 @@ pub struct WatchedFileSystem {
 }
 
 impl WatchedFileSystem {
-    /// What was opened so far, as it was asked for.
+    /// Returns the paths that were opened, as they were given.
     pub fn opened(&self) -> Vec<PathBuf> {
         self.opened.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }

@@ -1,20 +1,22 @@
-//! Access rights of new files: owner, group, permissions, ACL, extended attributes and security label of a model.
+//! Access rights of new files: owner, group, permissions, ACL, extended attributes and security
+//! label of a model.
 //!
 //! # Order
 //! A new file must never be more accessible than its model, not even for an instant:
 //!
-//! 1. It is created with mode 0600. A default ACL of the directory is inherited with an empty mask, so that its entries
-//!    have no effect, and no umask can add a permission.
+//! 1. It is created with mode 0600. A default ACL of the directory is inherited with an empty mask,
+//!    so that its entries have no effect, and no umask can add a permission.
 //! 2. Group and owner are set. Mode 0600 gives the group nothing.
 //! 3. Extended attributes and the security label are set.
-//! 4. The inherited ACL is removed, or the model's ACL is set. From here on the ACL is in effect, for the right owner
-//!    and group, and under the right label.
+//! 4. The inherited ACL is removed, or the model's ACL is set. From here on the ACL is in effect,
+//!    for the right owner and group, and under the right label.
 //! 5. The permissions are set.
 //!
 //! # Best effort
 //! With [`Attributes::BestEffort`] an attribute that cannot be set is skipped. [`without_acl`] and
-//! [`reduced`] then lower the permissions. A security label that cannot be set has no such substitute: the new file keeps the label that the
-//! system's policy gives to new files in its directory.
+//! [`reduced`] then lower the permissions. A security label that cannot be set has no such
+//! substitute: the new file keeps the label that the system's policy gives to new files in its
+//! directory.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Permissions};
@@ -26,7 +28,8 @@ use std::path::Path;
 use super::sys::{self, Kind};
 use super::{Attributes, Error, FileStorage, Result, Storage};
 
-/// The extended attribute with the POSIX ACL, which Linux keeps in step with the group's permissions.
+/// The extended attribute with the POSIX ACL, which Linux keeps in step with the group's
+/// permissions.
 const ACL: &str = "system.posix_acl_access";
 
 const ACL_USER: u16 = 0x02;
@@ -35,11 +38,13 @@ const ACL_GROUP: u16 = 0x08;
 const ACL_MASK: u16 = 0x10;
 const ACL_OTHER: u16 = 0x20;
 
-/// The namespaces whose attributes describe the content or its protection. Those of the file systems themselves
-/// (`btrfs.`, `lustre.`, `system.`) describe how a file is stored, or repeat its permissions.
+/// The namespaces whose attributes describe the content or its protection. Those of the file
+/// systems themselves (`btrfs.`, `lustre.`, `system.`) describe how a file is stored, or repeat its
+/// permissions.
 const NAMESPACES: [&[u8]; 3] = [b"user.", b"security.", b"trusted."];
 
-/// Attributes that are bound to one file's content, or privileges of a program, or private to overlayfs.
+/// Attributes that are bound to one file's content, or privileges of a program, or private to
+/// overlayfs.
 const NOT_COPIED: [&[u8]; 4] = [b"security.ima", b"security.evm", b"security.capability", b"trusted.overlay."];
 
 /// The attributes of a model, as a new file gets them.
@@ -47,7 +52,8 @@ const NOT_COPIED: [&[u8]; 4] = [b"security.ima", b"security.evm", b"security.cap
 struct Model {
     uid: u32,
     gid: u32,
-    /// The permissions of owner, group and others. With an ACL, those of the group are the ACL's mask.
+    /// The permissions of owner, group and others. With an ACL, those of the group are the ACL's
+    /// mask.
     mode: u32,
     /// The permissions for a file without the ACL.
     mode_without_acl: u32,
@@ -109,7 +115,8 @@ fn remove(path: &Path, created: &FileStorage) {
     }
 }
 
-/// Checks if an attribute is copied from a model of this kind. Of a device only the security label is.
+/// Checks if an attribute is copied from a model of this kind. Of a device only the security label
+/// is.
 fn is_copied(name: &OsStr, device: bool) -> bool {
     let name = name.as_bytes();
     let namespaces = if device { &NAMESPACES[1..2] } else { &NAMESPACES[..] };
@@ -118,7 +125,8 @@ fn is_copied(name: &OsStr, device: bool) -> bool {
 }
 
 impl Model {
-    /// Reads the attributes. With [`Attributes::BestEffort`], extended attributes that cannot be read are left out.
+    /// Reads the attributes. With [`Attributes::BestEffort`], extended attributes that cannot be
+    /// read are left out.
     fn read(file: &File, new: &Path, attributes: Attributes) -> Result<Self> {
         let failed =
             |attribute: String| move |source| Error::Attribute { name: new.display().to_string(), attribute, source };
@@ -157,12 +165,15 @@ fn described(name: &OsStr) -> String {
     format!("{kind} {}", name.display())
 }
 
-/// Returns the permissions that express as much of an ACL as a mode can, without giving anyone more.
+/// Returns the permissions that express as much of an ACL as a mode can, without giving anyone
+/// more.
 ///
-/// A user with an entry of his own, or in a group with an entry, is in the group or among the others of a file without
-/// the ACL. Both get only what every such entry permits. An ACL of another version permits nothing.
+/// A user with an entry of his own, or in a group with an entry, is in the group or among the
+/// others of a file without the ACL. Both get only what every such entry permits. An ACL of another
+/// version permits nothing.
 ///
-/// The value is a little-endian version (4 bytes, 2) and entries of 8 bytes: tag (2), permissions (2), id (4).
+/// The value is a little-endian version (4 bytes, 2) and entries of 8 bytes: tag (2), permissions
+/// (2), id (4).
 fn without_acl(mode: u32, acl: &[u8]) -> u32 {
     let entries = acl.strip_prefix(&[2, 0, 0, 0]).unwrap_or_default();
     let (mut group, mut others, mut mask, mut named) = (0, 0, 7, None);
@@ -184,12 +195,12 @@ fn without_acl(mode: u32, acl: &[u8]) -> u32 {
 ///
 /// Each class of users (group, others) gets only what every one of its users has on the model:
 ///
-/// - With another group, the members of the new group are in the model's group or among its others, and so are the new
-///   others.
+/// - With another group, the members of the new group are in the model's group or among its others,
+///   and so are the new others.
 /// - With another owner, the model's owner is in the new group or among the new others.
 ///
-/// The owner's permissions stay. Another owner than the model's is the user of this process, which has the file open and
-/// may change its permissions anyway.
+/// The owner's permissions stay. Another owner than the model's is the user of this process, which
+/// has the file open and may change its permissions anyway.
 fn reduced(mode: u32, same_owner: bool, same_group: bool) -> u32 {
     let [owner, mut group, mut others] = [mode >> 6 & 7, mode >> 3 & 7, mode & 7];
     if !same_group {
@@ -243,7 +254,8 @@ impl New<'_> {
         }
     }
 
-    /// Sets the group before the owner: a process without privileges cannot change the group of a file of others.
+    /// Sets the group before the owner: a process without privileges cannot change the group of a
+    /// file of others.
     fn set_group(&self, gid: u32) -> Result<bool> {
         let set = || {
             if self.file.metadata()?.gid() != gid {
@@ -271,10 +283,11 @@ impl New<'_> {
         self.settled(set.map(|()| true), || described(name))
     }
 
-    /// Sets the model's ACL, or removes the inherited one. Returns the permissions that are right with the ACL that the
-    /// new file has then.
+    /// Sets the model's ACL, or removes the inherited one. Returns the permissions that are right
+    /// with the ACL that the new file has then.
     ///
-    /// An ACL has entries for the owner and the group of its file, so that it is set only where these are the model's.
+    /// An ACL has entries for the owner and the group of its file, so that it is set only where
+    /// these are the model's.
     fn set_acl(&self, model: &Model, is_owned: bool) -> Result<u32> {
         let name = OsStr::new(ACL);
         if let Some(value) = &model.acl
@@ -291,8 +304,8 @@ impl New<'_> {
         Ok(model.mode_without_acl & 0o707)
     }
 
-    /// Sets the permissions last. Fails in both modes where the file system shows permissions for group or others that
-    /// were not asked for, because it keeps none of its own.
+    /// Sets the permissions last. Fails in both modes where the file system shows permissions for
+    /// group or others that were not asked for, because it keeps none of its own.
     fn set_permissions(&self, mode: u32) -> Result<()> {
         let current = || Ok::<_, io::Error>(self.file.metadata()?.mode() & 0o777);
         let set = || {

@@ -1,11 +1,12 @@
 //! QEMU's image locks: open-file-description byte locks, as its `file-posix` driver takes them.
 //!
-//! Every lock is shared and says one thing: byte 100 + i "I use permission i", byte 200 + i "I do not share permission
-//! i". A program first takes all of its own bytes, then asks whether another open file holds the opposite byte of any:
-//! so of two that come at once, at least one sees the other. A program that is refused must not have read anything.
+//! Every lock is shared and says one thing: byte 100 + i "I use permission i", byte 200 + i "I do
+//! not share permission i". A program first takes all of its own bytes, then asks whether another
+//! open file holds the opposite byte of any: so of two that come at once, at least one sees the
+//! other. A program that is refused must not have read anything.
 //!
-//! The locks are advisory: they bind QEMU (unless told `locking=off`), its tools and this crate. They end with the open
-//! file, also where a process is killed.
+//! The locks are advisory: they bind QEMU (unless told `locking=off`), its tools and this crate.
+//! They end with the open file, also where a process is killed.
 
 use std::fs::File;
 use std::io;
@@ -55,10 +56,12 @@ impl Permission {
 pub enum LockMode {
     /// None, as with `qemu-img -U` or `locking=off`: for looking at an image whose owner is gone.
     None,
-    /// What QEMU takes on a read-only image and on every backing file: uses consistent reads, shares no writes.
+    /// What QEMU takes on a read-only image and on every backing file: uses consistent reads,
+    /// shares no writes.
     #[default]
     Read,
-    /// What QEMU takes on a disk in use: uses consistent reads, writes and resize, shares no writes.
+    /// What QEMU takes on a disk in use: uses consistent reads, writes and resize, shares no
+    /// writes.
     Write,
 }
 
@@ -94,7 +97,8 @@ impl LockMode {
     }
 }
 
-/// Goes from the locks of `held` to those of `wanted`, or fails with those of `held` still in place.
+/// Goes from the locks of `held` to those of `wanted`, or fails with those of `held` still in
+/// place.
 pub(super) fn change(file: &File, name: &str, held: LockMode, wanted: LockMode) -> Result<()> {
     let more = wanted.bytes_beyond(held);
     if let Err(error) = take(file, name, &more).and_then(|()| refuse_conflicts(file, name, wanted)) {
@@ -108,7 +112,8 @@ pub(super) fn change(file: &File, name: &str, held: LockMode, wanted: LockMode) 
 fn failed(name: &str, byte: u64, error: io::Error) -> Error {
     match error.kind() {
         io::ErrorKind::Unsupported => Error::unsupported(name, "QEMU's image locking"),
-        // None of QEMU's own locks does this, as they are all shared: somebody else's exclusive lock.
+        // None of QEMU's own locks does this, as they are all shared: somebody else's exclusive
+        // lock.
         io::ErrorKind::WouldBlock => Error::Busy { name: name.to_owned(), held: format!("failed to lock byte {byte}") },
         _ => Error::io(name, format!("lock byte {byte}"), 0, error),
     }
@@ -118,7 +123,8 @@ fn take(file: &File, name: &str, bytes: &[u64]) -> Result<()> {
     bytes.iter().try_for_each(|byte| sys::lock_byte(file, *byte).map_err(|error| failed(name, *byte, error)))
 }
 
-/// To unlock cannot fail on a file where a lock was taken; if it did, the lock would end with the handle.
+/// To unlock cannot fail on a file where a lock was taken; if it did, the lock would end with the
+/// handle.
 fn release(file: &File, bytes: &[u64]) {
     for byte in bytes {
         let _ = sys::unlock_byte(file, *byte);
@@ -203,7 +209,8 @@ mod tests {
         let other = open(&path, LockMode::Read).unwrap();
         assert_eq!(held(one.set_lock(LockMode::Write)), "failed to get \"write\" lock");
         assert_eq!(one.lock_mode(), LockMode::Read);
-        // Nothing of the attempt is left: another reader still gets in, and another writer still does not.
+        // Nothing of the attempt is left: another reader still gets in, and another writer still
+        // does not.
         let third = open(&path, LockMode::Read).unwrap();
         drop((other, third));
         assert!(open(&path, LockMode::Write).is_err());

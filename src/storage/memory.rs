@@ -14,11 +14,12 @@ const CHUNK_BYTES: usize = 4096;
 /// What [`FileId::device`] says of memory; no device has this number.
 const MEMORY_DEVICE: u64 = u64::MAX;
 
-/// Bytes in memory, sparse: what was never written, or was punched, costs nothing, so that a storage of 2^63 - 1 bytes is
-/// as cheap as an empty one.
+/// Bytes in memory, sparse: what was never written, or was punched, costs nothing, so that a
+/// storage of 2^63 - 1 bytes is as cheap as an empty one.
 ///
-/// It grows without end ([`MemoryStorage::new`]), lies on a medium of a given size ([`MemoryStorage::with_capacity_limit`]),
-/// or has a fixed length as a block device has ([`MemoryStorage::fixed`]).
+/// It grows without end ([`MemoryStorage::new`]), lies on a medium of a given size
+/// ([`MemoryStorage::with_capacity_limit`]), or has a fixed length as a block device has
+/// ([`MemoryStorage::fixed`]).
 #[derive(Debug)]
 pub struct MemoryStorage {
     name: String,
@@ -136,15 +137,15 @@ impl MemoryStorage {
         storage
     }
 
-    /// An empty storage on a medium of `limit` bytes: [`Error::NoSpace`] when it is full. Space is taken in units of
-    /// 4096 bytes.
+    /// An empty storage on a medium of `limit` bytes: [`Error::NoSpace`] when it is full. Space is
+    /// taken in units of 4096 bytes.
     #[must_use]
     pub fn with_capacity_limit(name: impl Into<String>, limit: u64) -> Self {
         Self { limit, ..Self::new(name) }
     }
 
-    /// A storage of fixed length, as a block device or a volume is: it reads as zeroes, does not grow, and knows no holes.
-    /// A length over 2^63 - 1 is taken as that.
+    /// A storage of fixed length, as a block device or a volume is: it reads as zeroes, does not
+    /// grow, and knows no holes. A length over 2^63 - 1 is taken as that.
     #[must_use]
     pub fn fixed(name: impl Into<String>, len: u64) -> Self {
         let storage = Self { fixed: true, ..Self::new(name) };
@@ -152,7 +153,8 @@ impl MemoryStorage {
         storage
     }
 
-    /// A copy of the content, holes as zeroes. For contents that fit into memory: see [`Storage::len`].
+    /// A copy of the content, holes as zeroes. For contents that fit into memory: see
+    /// [`Storage::len`].
     #[must_use]
     pub fn to_vec(&self) -> Vec<u8> {
         let bytes = self.bytes();

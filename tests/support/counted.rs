@@ -1,5 +1,5 @@
-//! Names in memory that count what passes the images: calls, and bytes read and written. The catalogue, the journal and the
-//! lock (`*.json*`) are counted by themselves.
+//! A file system in memory that counts calls, and bytes read and written. The catalogue, the
+//! journal and the lock (`*.json*`) are counted apart from the images.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -7,21 +7,21 @@ use std::sync::{Arc, Mutex};
 
 use qcow2_chain::storage::{Access, Attributes, EntryKind, FileSystem, MemoryFileSystem, Resolved, Result, Storage};
 
-/// What passed.
+/// Calls and bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Work {
     pub calls: u64,
     pub bytes: u64,
 }
 
-/// What passed the images, and what passed the catalogue and the files beside it.
+/// The work on the images, and on the catalogue and the files beside it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Passed {
     pub images: Work,
     pub records: Work,
 }
 
-/// Names that count.
+/// A file system that counts.
 #[derive(Debug, Default)]
 pub struct CountedFileSystem {
     inner: MemoryFileSystem,
@@ -29,7 +29,7 @@ pub struct CountedFileSystem {
 }
 
 impl CountedFileSystem {
-    /// What passed since this was asked last.
+    /// Returns the work since the last call.
     pub fn take(&self) -> Passed {
         std::mem::take(&mut self.passed.lock().unwrap())
     }

@@ -24,7 +24,8 @@ fn is_root() -> bool {
     root
 }
 
-/// Runs on a thread with its own umask, and as another user without privileges over files if one is given.
+/// Runs on a thread with its own umask, and as another user without privileges over files if one is
+/// given.
 fn on_thread<T: Send>(mask: u32, user: Option<u32>, run: impl FnOnce() -> T + Send) -> T {
     let run = || {
         unshare(CloneFlags::CLONE_FS).unwrap();
@@ -52,7 +53,8 @@ fn model(directory: &TempDir, owner: u32, group: u32, mode: u32) -> File {
     file
 }
 
-/// The value of an ACL with these entries (tag, permissions, id), which must be in the order of their tags.
+/// The value of an ACL with these entries (tag, permissions, id), which must be in the order of
+/// their tags.
 fn acl(entries: &[(u16, u16, u32)]) -> Vec<u8> {
     let mut value = vec![2, 0, 0, 0];
     for (tag, permissions, id) in entries {
@@ -179,8 +181,8 @@ fn default_acl_of_the_directory_does_not_widen_access() {
     assert_eq!(get(created.as_file().unwrap(), ACL), Some(other));
 }
 
-/// After every step: no access for group and others before owner, group and label are right, and never more than the
-/// model permits. The directory's default ACL grants more than the model.
+/// After every step: no access for group and others before owner, group and label are right, and
+/// never more than the model permits. The directory's default ACL grants more than the model.
 #[test]
 fn no_step_permits_more_than_the_model() {
     if !is_root() {
@@ -373,7 +375,8 @@ fn reduced_modes_permit_nobody_more_for_all_modes() {
     }
 }
 
-/// POSIX 1003.1e: the first entry that applies decides. A user of several groups with entries has their union.
+/// POSIX 1003.1e: the first entry that applies decides. A user of several groups with entries has
+/// their union.
 #[test]
 fn modes_without_an_acl_permit_nobody_more() {
     for bits in 0..1_u32 << 15 {

@@ -1,4 +1,4 @@
-//! Recorded names.
+//! The recording file system.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,12 +12,13 @@ use crate::storage::{
     Result, Storage,
 };
 
-/// A directory tree in memory, as [`MemoryFileSystem`], whose changes are recorded together with those of the files in it.
+/// A directory tree in memory, like [`MemoryFileSystem`], that records its changes together with
+/// those of its files.
 #[derive(Debug)]
 pub struct RecordingFileSystem {
     recorder: Arc<Recorder>,
     inner: MemoryFileSystem,
-    /// The members of the group by their identity, which a rename leaves alone.
+    /// The numbers of the files in the log by identity, which a rename does not change.
     numbers: Mutex<BTreeMap<FileId, usize>>,
 }
 
@@ -35,7 +36,7 @@ impl RecordingFileSystem {
         names
     }
 
-    /// All files as they are now, durable or not.
+    /// Returns all files with their present content, durable or not.
     #[must_use]
     pub fn tree(&self) -> Tree {
         self.recorder.log().last().tree()
@@ -55,7 +56,7 @@ impl RecordingFileSystem {
         self.numbers().get(&storage.file_id()?).copied()
     }
 
-    /// A file that once had a name by which it tears does so from then on.
+    /// Marks a file as one that tears if its new path is listed so. It keeps the mark.
     fn tear(&self, number: usize, path: &Path) {
         if self.recorder.tears(path) {
             self.recorder.recorded().torn[number] = true;
@@ -63,7 +64,7 @@ impl RecordingFileSystem {
     }
 }
 
-/// The path by which the log knows a name that the tree knows too.
+/// Returns the path of a name in the log.
 fn key(path: &Path) -> PathBuf {
     rooted(path).unwrap_or_else(|| path.to_path_buf())
 }
@@ -111,7 +112,7 @@ impl FileSystem for RecordingFileSystem {
         let file = self.recorder.record_name(|| {
             self.inner.link(from, to)?;
             let file = self.inner.get(to).and_then(|storage| self.number(&storage)).unwrap_or_default();
-            // A name that comes to be, whatever it leads to.
+            // To the log a second name is a creation.
             Ok((NameChange::Create { path: key(to), file }, file))
         })?;
         self.tear(file, to);

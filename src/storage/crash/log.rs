@@ -70,11 +70,13 @@ pub(super) struct Medium {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct State {
-    /// Its number among the states of one log, seed and number of samples, counted from 0: the same state again.
+    /// Its number among the states of one log, seed and number of samples, counted from 0: the same
+    /// state again.
     pub number: usize,
     /// How many marks ([`super::Recorder::mark`]) were made before the crash.
     pub marks: usize,
-    /// The contents of all files of the group in the order in which they joined it, those that lost their name included.
+    /// The contents of all files of the group in the order in which they joined it, those that lost
+    /// their name included.
     pub files: CrashState,
     names: BTreeMap<PathBuf, usize>,
 }
@@ -132,8 +134,8 @@ impl Log {
         barriers.map(barrier).collect()
     }
 
-    /// The same without those syncs of whose number `dropped` says so, as if the code under test had left them out. A test
-    /// that still passes then does not prove that barrier.
+    /// The same without those syncs of whose number `dropped` says so, as if the code under test
+    /// had left them out. A test that still passes then does not prove that barrier.
     #[must_use]
     pub fn without(&self, dropped: impl Fn(usize) -> bool) -> Self {
         let kept = |event: &&Event| !matches!(event, Event::Sync { number, .. } if dropped(*number));
@@ -144,9 +146,10 @@ impl Log {
         }
     }
 
-    /// Calls `look` with every state that a crash could have left. Where these are too many between two syncs (more than 8
-    /// pieces), with every prefix, every state that lacks one piece or has only one (of more than 96 pieces, with every
-    /// second, third, ... of these), and `samples` random subsets, drawn from `seed`. Returns how many states there were.
+    /// Calls `look` with every state that a crash could have left. Where these are too many between
+    /// two syncs (more than 8 pieces), with every prefix, every state that lacks one piece or has
+    /// only one (of more than 96 pieces, with every second, third, ... of these), and `samples`
+    /// random subsets, drawn from `seed`. Returns how many states there were.
     ///
     /// # Errors
     /// The first error of `look`.
@@ -185,7 +188,8 @@ impl Log {
         Ok(count)
     }
 
-    /// What had happened when the mark with this number was made, counted from 0; all of it where there is no such mark.
+    /// What had happened when the mark with this number was made, counted from 0; all of it where
+    /// there is no such mark.
     #[must_use]
     pub fn up_to(&self, mark: usize) -> Self {
         let mut left = mark + 1;
@@ -197,7 +201,8 @@ impl Log {
         Self { start: self.start.clone(), torn: self.torn.clone(), events }
     }
 
-    /// The state in which nothing survived but what was synced: what a promise of durability is measured by.
+    /// The state in which nothing survived but what was synced: what a promise of durability is
+    /// measured by.
     #[must_use]
     pub fn durable(&self) -> State {
         let mut marks = 0;
@@ -238,8 +243,9 @@ struct Window {
 
 struct Pending {
     change: Change,
-    /// The directories that have yet to be synced. A change of names whose directories all are is durable, but stays in its
-    /// place as long as one before it is not: what a name stands for depends on the order.
+    /// The directories that have yet to be synced. A change of names whose directories all are is
+    /// durable, but stays in its place as long as one before it is not: what a name stands for
+    /// depends on the order.
     waits: Vec<PathBuf>,
 }
 

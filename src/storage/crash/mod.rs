@@ -1,20 +1,23 @@
-//! Storages and names that record what happens to them, and every state in which a power failure could have left them.
+//! Storages and names that record what happens to them, and every state in which a power failure
+//! could have left them.
 //!
-//! Feature `test-utils`. A program that puts images on a storage of its own can test itself with this too: let the operation
-//! run on [`RecordingStorage`]s, or on the [`RecordingFileSystem`], of one [`Recorder`], then look at every state that
-//! [`Log::each_state`] makes.
+//! Feature `test-utils`. A program that puts images on a storage of its own can test itself with
+//! this too: let the operation run on [`RecordingStorage`]s, or on the [`RecordingFileSystem`], of
+//! one [`Recorder`], then look at every state that [`Log::each_state`] makes.
 //!
 //! The model:
 //!
-//! - After a successful sync of a file all that was written to it before is durable. What was written since may have reached
-//!   the medium in any order, or not at all, by aligned sectors of 512 bytes that are old or new, never mixed. Changes of
-//!   length, holes and zeroed ranges are pieces of their own. Files that are said to tear
-//!   ([`RecorderOptions::with_torn`]) break anywhere.
-//! - After a successful [`FileSystem::sync_dir`](crate::storage::FileSystem::sync_dir) all names that were made, moved or taken away in
-//!   that directory are durable. Until then any of these changes may be lost whatever became of the others; a rename, which
-//!   is done or not, waits for both its directories.
-//! - The sync of a file says nothing of its name, and that of a directory nothing of the bytes in it. Bytes of a new file
-//!   survive under a name that survives only.
+//! - After a successful sync of a file all that was written to it before is durable. What was
+//!   written since may have reached the medium in any order, or not at all, by aligned sectors of
+//!   512 bytes that are old or new, never mixed. Changes of length, holes and zeroed ranges are
+//!   pieces of their own. Files that are said to tear ([`RecorderOptions::with_torn`]) break
+//!   anywhere.
+//! - After a successful [`FileSystem::sync_dir`](crate::storage::FileSystem::sync_dir) all names
+//!   that were made, moved or taken away in that directory are durable. Until then any of these
+//!   changes may be lost whatever became of the others; a rename, which is done or not, waits for
+//!   both its directories.
+//! - The sync of a file says nothing of its name, and that of a directory nothing of the bytes in
+//!   it. Bytes of a new file survive under a name that survives only.
 //!
 //! ```
 //! use std::path::Path;
@@ -73,7 +76,8 @@ pub type Tree = BTreeMap<PathBuf, Vec<u8>>;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RecorderOptions {
-    /// Whether the storages zero, reserve and copy ranges by themselves, as files do, or leave that to their callers.
+    /// Whether the storages zero, reserve and copy ranges by themselves, as files do, or leave that
+    /// to their callers.
     pub in_kernel: bool,
     /// Whether it is noted who calls for each sync, which takes its time: see [`Barrier::site`].
     pub sites: bool,
@@ -150,8 +154,9 @@ impl Recorder {
         Arc::new(Self { options, ..Self::default() })
     }
 
-    /// A recorder that overhears the sync with this number, counted from 0 over all files and directories, as if the code
-    /// under test had left it out. A crash test that still passes then does not prove that barrier.
+    /// A recorder that overhears the sync with this number, counted from 0 over all files and
+    /// directories, as if the code under test had left it out. A crash test that still passes then
+    /// does not prove that barrier.
     ///
     /// [`Log::without`] does the same to what was recorded already.
     #[must_use]
@@ -165,8 +170,8 @@ impl Recorder {
         self.recorded().syncs
     }
 
-    /// A file of this content, which counts as durable. It joins the group as its next member and has no name that could be
-    /// lost: `name` is for messages.
+    /// A file of this content, which counts as durable. It joins the group as its next member and
+    /// has no name that could be lost: `name` is for messages.
     #[must_use]
     pub fn storage(self: &Arc<Self>, name: &str, bytes: Vec<u8>) -> RecordingStorage {
         let inner = self.memory(name, &bytes);
@@ -174,15 +179,16 @@ impl Recorder {
         RecordingStorage::new(number, inner, Arc::clone(self))
     }
 
-    /// Names of these files, names and bytes being durable. A crash state's [`State::tree`] can be given, so that what
-    /// recovers from it is recorded in its turn.
+    /// Names of these files, names and bytes being durable. A crash state's [`State::tree`] can be
+    /// given, so that what recovers from it is recorded in its turn.
     #[must_use]
     pub fn names(self: &Arc<Self>, tree: &Tree) -> RecordingFileSystem {
         RecordingFileSystem::new(Arc::clone(self), tree)
     }
 
-    /// Notes that something has been promised: the caller was told `Ok` of a flush, say. Every state tells how many marks it
-    /// is behind ([`State::marks`]), and [`Log::up_to`] what was durable when it was made.
+    /// Notes that something has been promised: the caller was told `Ok` of a flush, say. Every
+    /// state tells how many marks it is behind ([`State::marks`]), and [`Log::up_to`] what was
+    /// durable when it was made.
     pub fn mark(&self) {
         self.recorded().events.push(Event::Mark);
     }
@@ -194,8 +200,9 @@ impl Recorder {
         Log { start: recorded.start.clone(), torn: recorded.torn.clone(), events: recorded.events.clone() }
     }
 
-    /// Calls `look` with the contents of the files in every state that a crash could have left: [`Log::each_state`] for
-    /// those to whom names do not matter. Returns how many states there were.
+    /// Calls `look` with the contents of the files in every state that a crash could have left:
+    /// [`Log::each_state`] for those to whom names do not matter. Returns how many states there
+    /// were.
     ///
     /// # Errors
     /// The first error of `look`.
@@ -208,7 +215,8 @@ impl Recorder {
         self.log().each_state(seed, samples, |state| look(&state.files))
     }
 
-    /// The contents of the files where nothing survived but what was synced: what a promise of durability is measured by.
+    /// The contents of the files where nothing survived but what was synced: what a promise of
+    /// durability is measured by.
     #[must_use]
     pub fn durable(&self) -> CrashState {
         self.log().durable().files

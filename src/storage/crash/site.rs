@@ -15,8 +15,8 @@ pub struct Frame {
     pub line: u32,
 }
 
-/// The way that led to a sync, the caller first; storages that only pass the call on are left out, and so is the standard
-/// library. Without debug information (at least line tables) it is empty.
+/// The way that led to a sync, the caller first; storages that only pass the call on are left out,
+/// and so is the standard library. Without debug information (at least line tables) it is empty.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub struct Site {

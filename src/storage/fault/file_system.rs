@@ -1,4 +1,4 @@
-//! Names that fail.
+//! The failing file system.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -6,7 +6,8 @@ use std::sync::Arc;
 use super::{Call, Faults, FaultyStorage, Reach};
 use crate::storage::{Access, Attributes, EntryKind, FileSystem, Resolved, Result, Storage};
 
-/// Names that fail when their group's plan says so, and the storages opened by them too.
+/// A file system that fails as the plan of its group requires, and so do the storages that it
+/// opens.
 ///
 /// ```
 /// use std::path::Path;
@@ -28,13 +29,13 @@ pub struct FaultyFileSystem {
 }
 
 impl FaultyFileSystem {
-    /// Names over others, in this group.
+    /// Wraps a file system as a member of a group.
     #[must_use]
     pub fn new(inner: Arc<dyn FileSystem>, faults: &Arc<Faults>) -> Self {
         Self { inner, faults: Arc::clone(faults) }
     }
 
-    /// Changes a name, or fails with the change done or not.
+    /// Performs a change, or fails before or after it.
     fn change<T>(&self, path: &Path, action: &str, call: Call, change: impl FnOnce() -> Result<T>) -> Result<T> {
         if !self.faults.strikes(call) {
             return change();
@@ -131,7 +132,7 @@ mod tests {
         (inner.clone(), FaultyFileSystem::new(inner, &faults), faults)
     }
 
-    /// All that can be done to names, in this order.
+    /// Calls every operation in this order and returns the successes.
     fn results(names: &FaultyFileSystem) -> Vec<bool> {
         let [a, b] = ["/a", "/b"].map(Path::new);
         let [c, root] = ["/c", "/"].map(Path::new);
@@ -153,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn each_call_has_its_turn() {
+    fn every_operation_is_a_failing_point() {
         for at in 0..12_usize {
             let (_, names, faults) = with(Fault::Io.at(at as u64).with_reach(Reach::All));
             let results = results(&names);
@@ -169,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_rename_was_done_or_not() {
+    fn failed_rename_may_have_been_done() {
         for (reach, moved) in [(Reach::Nothing, false), (Reach::Half, false), (Reach::All, true)] {
             let (inner, names, faults) = with(Fault::Io.at(0).with_reach(reach).ever_after());
             assert!(names.rename(Path::new("/a"), Path::new("/b")).is_err());
@@ -180,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_opened_fails_with_its_names() {
+    fn opened_storage_fails_by_the_same_plan() {
         let (_, names, _) = with(Fault::Io.at(1));
         let file = names.open(Path::new("/a"), &Access::write()).unwrap();
         assert!(file.write_at(b"x", 0).is_err());

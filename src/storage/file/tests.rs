@@ -237,7 +237,8 @@ impl Aligned {
     }
 }
 
-/// Aligned or not, in the file, over its end and behind it: the reader sees what was written last, by whichever way.
+/// Aligned or not, in the file, over its end and behind it: the reader sees what was written last,
+/// by whichever way.
 #[test]
 fn bulk_writes_are_writes() {
     let (directory, file) = new_file();

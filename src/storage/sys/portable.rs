@@ -1,4 +1,4 @@
-//! What answers where Linux's own calls do not exist.
+//! Replacements on platforms without the calls of Linux.
 
 #[cfg(unix)]
 use std::ffi::{OsStr, OsString};
@@ -7,7 +7,7 @@ use std::io;
 use std::ops::Range;
 use std::path::Path;
 
-/// Whether QEMU's image locks exist here.
+/// The platform does not have the locks that QEMU takes on images.
 pub(in crate::storage) const HAS_IMAGE_LOCKS: bool = false;
 
 fn unsupported<T>() -> io::Result<T> {
@@ -40,13 +40,13 @@ pub(in crate::storage) fn reopen_direct(_file: &File) -> Option<File> {
 
 pub(in crate::storage) fn will_not_need(_file: &File, _range: &Range<u64>) {}
 
-/// All is data.
+/// Returns all that follows as data.
 #[expect(clippy::unnecessary_wraps, reason = "the signature of the Linux call")]
 pub(in crate::storage) fn next_data(_file: &File, at: u64, len: u64) -> io::Result<Option<Range<u64>>> {
     Ok((at < len).then_some(at..len))
 }
 
-/// Opens a name beneath a directory, component by component.
+/// Opens a path beneath a directory, one component at a time.
 #[cfg(unix)]
 pub(in crate::storage) use super::walk_beneath as open_beneath;
 
@@ -62,7 +62,7 @@ pub(in crate::storage) fn byte_is_locked(_file: &File, _byte: u64) -> io::Result
     unsupported()
 }
 
-/// No number of open descriptors is known.
+/// The number of open descriptors is unknown.
 pub(in crate::storage) fn descriptors_left() -> Option<u64> {
     None
 }

@@ -8,7 +8,7 @@ use std::path::Path;
 use super::Kind;
 use crate::storage::{EntryKind, FileId, FileStamp};
 
-/// What a directory's handle must be asked for with.
+/// The flag that opening a directory requires.
 const FILE_FLAG_BACKUP_SEMANTICS: u32 = 0x0200_0000;
 
 pub(in crate::storage) fn read_some_at(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
@@ -41,7 +41,7 @@ pub(in crate::storage) fn refused_kind(_error: &io::Error) -> Option<&'static st
     None
 }
 
-/// The standard library does not tell it on Windows.
+/// The standard library does not return it on Windows.
 pub(in crate::storage) fn file_id(_metadata: &Metadata) -> Option<FileId> {
     None
 }

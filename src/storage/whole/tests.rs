@@ -1,4 +1,5 @@
-//! Every sequence of what the system may answer, up to some calls: all, a part, a signal, the end, an error.
+//! Every sequence of what the system may answer, up to some calls: all, a part, a signal, the end,
+//! an error.
 
 use super::*;
 
