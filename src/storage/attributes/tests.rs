@@ -410,3 +410,25 @@ fn modes_without_an_acl_permit_nobody_more() {
     assert_eq!(without_acl(0o644, &[3, 0, 0, 0]), 0o600, "an unknown version");
     assert_eq!(without_acl(0o644, &plain[..plain.len() - 3]), 0o640, "a value that is cut off");
 }
+
+/// The mode permits reading to all; an entry of the ACL denies it to one user.
+#[test]
+fn best_effort_without_the_acl_keeps_its_denials() {
+    if !is_root() {
+        return;
+    }
+    let directory = directory();
+    let model = model(&directory, USER, GROUP, 0o644);
+    let denial = acl(&[
+        (0x01, 6, NO_ID),
+        (ACL_USER, 0, 1234),
+        (ACL_GROUP_OBJ, 4, NO_ID),
+        (ACL_MASK, 4, NO_ID),
+        (ACL_OTHER, 4, NO_ID),
+    ]);
+    set(&model, ACL, &denial);
+    assert_eq!(rights(&model).2, 0o644);
+    let new = directory.path().join("new");
+    let created = on_thread(0, Some(7777), || create(&new, &model, Attributes::BestEffort)).unwrap();
+    assert_eq!(rights(created.as_file().unwrap()), (7777, 7777, 0o600));
+}
