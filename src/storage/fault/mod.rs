@@ -113,7 +113,7 @@ impl Plan {
     }
 }
 
-/// The calls to a group of storages and names, and which of them fail.
+/// The calls to a group of storages and file systems, and the plan of their faults.
 #[derive(Debug)]
 pub struct Faults {
     plan: Plan,
@@ -122,7 +122,7 @@ pub struct Faults {
 }
 
 impl Faults {
-    /// A group with this plan.
+    /// Returns a group with this plan.
     #[must_use]
     pub fn new(plan: Plan) -> Arc<Self> {
         Arc::new(Self { plan, calls: AtomicU64::new(0), healed: AtomicBool::new(false) })

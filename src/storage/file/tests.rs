@@ -21,7 +21,7 @@ fn read(storage: &dyn Storage, offset: u64, len: usize) -> Vec<u8> {
 }
 
 #[test]
-fn reads_what_was_written_and_zeroes_behind_the_end() {
+fn file_reads_written_data_and_zeroes_past_the_end() {
     let (_directory, file) = new_file();
     assert!(file.is_empty().unwrap());
     file.write_at(b"hello", 1000).unwrap();
@@ -37,7 +37,7 @@ fn reads_what_was_written_and_zeroes_behind_the_end() {
 }
 
 #[test]
-fn length_is_set_both_ways() {
+fn set_len_truncates_and_extends() {
     let (_directory, file) = new_file();
     file.write_at(&[7; 100], 0).unwrap();
     file.set_len(10).unwrap();
@@ -49,7 +49,7 @@ fn length_is_set_both_ways() {
 }
 
 #[test]
-fn errors_tell_path_and_action_and_keep_their_source() {
+fn errors_name_path_and_action_and_keep_the_source() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("none");
     let error = FileStorage::open(&path, &Access::read()).unwrap_err();
@@ -64,7 +64,7 @@ fn errors_tell_path_and_action_and_keep_their_source() {
 }
 
 #[test]
-fn a_reader_changes_nothing() {
+fn read_only_file_refuses_changes() {
     let (directory, file) = new_file();
     file.write_at(b"data", 0).unwrap();
     drop(file);
@@ -86,7 +86,7 @@ fn a_reader_changes_nothing() {
 }
 
 #[test]
-fn a_failed_sync_is_the_end() {
+fn failed_sync_poisons_the_handle() {
     let (_directory, file) = new_file();
     file.write_at(b"data", 0).unwrap();
     file.poisoned.store(true, Ordering::Release);
@@ -115,7 +115,7 @@ fn only_files_and_block_devices_are_opened() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn blocks_are_reserved_zeroed_and_given_back() {
+fn ranges_are_reserved_zeroed_and_released() {
     // A disk's file system, as a rule, and one of memory, which can do less.
     for parent in [&std::env::temp_dir(), Path::new("/dev/shm")].into_iter().filter(|parent| parent.is_dir()) {
         serves_ranges(&new_file_in(parent).1);
@@ -130,7 +130,7 @@ fn serves_ranges(file: &FileStorage) {
     let full = file.allocated_len().unwrap().unwrap();
     assert!(full >= 4 * MIB);
 
-    // What the file system can do it must have done; what it cannot, it must say.
+    // A supported operation takes effect. Others return that they are unsupported.
     match file.punch_range(MIB..2 * MIB) {
         Ok(()) => {
             assert_eq!(file.len().unwrap(), 4 * MIB);
@@ -161,7 +161,7 @@ fn serves_ranges(file: &FileStorage) {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn copies_within_the_kernel() {
+fn copy_from_copies_within_the_kernel() {
     let (directory, source) = new_file();
     let target = FileStorage::create_new(directory.path().join("target")).unwrap();
     let bytes: Vec<u8> = (0..100_000_u32).flat_map(u32::to_le_bytes).collect();
@@ -183,7 +183,7 @@ fn copies_within_the_kernel() {
 
 #[cfg(unix)]
 #[test]
-fn a_file_is_the_same_under_all_its_names() {
+fn file_id_is_equal_under_all_names() {
     let (directory, file) = new_file();
     let [link, other] = ["link", "other"].map(|name| directory.path().join(name));
     std::fs::hard_link(directory.path().join("image"), &link).unwrap();
@@ -196,7 +196,7 @@ fn a_file_is_the_same_under_all_its_names() {
 }
 
 #[test]
-fn many_threads_share_one_handle() {
+fn threads_share_one_handle() {
     let (_directory, file) = new_file();
     let file = Arc::new(file);
     std::thread::scope(|scope| {
@@ -240,7 +240,7 @@ impl Aligned {
 /// Aligned or not, in the file, over its end and behind it: the reader sees what was written last,
 /// by whichever way.
 #[test]
-fn bulk_writes_are_writes() {
+fn bulk_write_equals_write() {
     let (directory, file) = new_file();
     let reader = FileStorage::open(directory.path().join("image"), &Access::read().with_lock(LockMode::None)).unwrap();
     let mut model = vec![1; 100_000];
@@ -272,7 +272,7 @@ fn bulk_writes_are_writes() {
 
 /// The file is found by its descriptor, whatever has become of its name.
 #[test]
-fn bulk_writes_reach_a_file_that_was_renamed_or_removed() {
+fn bulk_write_reaches_renamed_or_removed_file() {
     let (directory, file) = new_file();
     let path = directory.path().join("image");
     std::fs::remove_file(&path).unwrap();
