@@ -16,6 +16,8 @@ mod crash_vm;
 mod create;
 mod deep;
 mod devices;
+#[cfg(all(feature = "cli", target_os = "linux"))]
+mod environment;
 mod faults;
 mod filesystems;
 mod foreign;
