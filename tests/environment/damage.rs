@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use qcow2_chain::chain::Format;
 
 use super::images;
-use super::oracle::{Listing, Tree, expectations};
+use super::oracle::{Listing, Tree};
 use super::world::World;
 use crate::support::rng::Rng;
 use crate::support::victim::{Damage, Victim};
@@ -112,14 +112,21 @@ impl Harm {
 }
 
 impl World<'_> {
-    /// An older catalogue is restored from a backup and something is done with it. Whatever becomes of that, the present
-    /// volumes and snapshots must read as before by their paths. The case ends with this.
-    pub fn restore_catalogue(&mut self, backup: &[u8], rng: &mut Rng) -> &'static str {
+    /// An older catalogue is restored from a backup, and something is done with it. Whatever becomes of that, the present
+    /// volumes and every snapshot must read as before. Returns a column of the table and ends the case; `None` if the
+    /// older catalogue names an active file of the present.
+    pub fn restore_catalogue(&mut self, backup: &[u8], rng: &mut Rng) -> Option<&'static str> {
         let listing = self.list(rng);
         let present = std::fs::read(&self.catalogue).expect("the catalogue");
         std::fs::write(&self.catalogue, backup).expect("the backup is restored");
         let old = self.list(rng);
-        let names: Vec<String> = old.snapshots.iter().filter(|s| s.1 == "ready").map(|s| s.0.clone()).collect();
+        if old.active.values().any(|path| listing.active.values().any(|active| active == path)) {
+            std::fs::write(&self.catalogue, present).expect("the catalogue is returned");
+            return None;
+        }
+        let ready =
+            |listing: &Listing| listing.snapshots.iter().filter(|s| s.1 == "ready").map(|s| s.0.clone()).collect();
+        let names: Vec<String> = ready(&old);
         let (verb, name) = match rng.within(0..4) {
             0 | 1 if !names.is_empty() => ("delete", rng.pick(&names)),
             2 if !names.is_empty() => ("revert", rng.pick(&names)),
@@ -133,18 +140,21 @@ impl World<'_> {
         if !run.done() {
             before.assert_unchanged(&Tree::read(&self.watched), &what);
         }
-        // The deleted snapshot is the one loss that was asked for.
-        let gone = listing.snapshots.iter().find(|s| verb == "delete" && s.0 == name).map(|s| &s.2);
-        let expected = expectations(&listing, &self.state).expect("the state was compared before");
-        for (path, content) in expected {
-            let asked_for = gone.is_some_and(|files| files.values().any(|file| *file == path));
-            if !asked_for {
-                images::compare(&path, content).unwrap_or_else(|wrong| panic!("{what}: {wrong}"));
+        let now = self.list(rng);
+        for (volume, content) in &self.state.now {
+            images::compare(&listing.active[volume], content).unwrap_or_else(|wrong| panic!("{what}: {wrong}"));
+        }
+        // A merge may have moved a snapshot that the older catalogue has too: that catalogue says where it is.
+        let kept: Vec<String> = ready(&now);
+        for (snapshot, contents) in self.state.taken.iter().filter(|(s, _)| verb != "delete" || **s != name) {
+            for (volume, content) in contents {
+                let path = if kept.contains(snapshot) { now.frozen(snapshot, volume) } else { None };
+                let path = path.or_else(|| listing.frozen(snapshot, volume)).expect("a file of the snapshot");
+                images::compare(path, content).unwrap_or_else(|wrong| panic!("{what}: {snapshot}: {wrong}"));
             }
         }
         self.judge_neighbours(&what);
-        std::fs::write(&self.catalogue, present).expect("the catalogue is returned");
-        if run.done() { "backup used" } else { "backup refused" }
+        Some(if run.done() { "backup used" } else { "backup refused" })
     }
 
     /// A journal of an earlier operation is put beside the catalogue: no recovery may act on it.

@@ -384,7 +384,7 @@ impl Life<'_> {
     fn stale_catalogue(&mut self, rng: &mut Rng) {
         let present = std::fs::read(&self.world.catalogue).expect("the catalogue");
         let Some(backup) = self.backup.take().filter(|backup| *backup != present) else { return };
-        let column = self.world.restore_catalogue(&backup, rng);
+        let Some(column) = self.world.restore_catalogue(&backup, rng) else { return };
         self.count(column, true);
         self.over = true;
     }

@@ -356,7 +356,7 @@ fn starts_with(path: &std::ffi::OsStr, prefix: &std::ffi::OsStr) -> bool {
 ///
 /// # Errors
 /// A message if the volumes or snapshots are not those of the state.
-pub fn expectations<'s>(listing: &Listing, state: &'s State) -> Result<Vec<(PathBuf, &'s Vec<u8>)>, String> {
+fn expectations<'s>(listing: &Listing, state: &'s State) -> Result<Vec<(PathBuf, &'s Vec<u8>)>, String> {
     let mut expected = Vec::new();
     let volumes: Vec<_> = listing.active.keys().collect();
     if volumes != state.now.keys().collect::<Vec<_>>() {
