@@ -67,7 +67,7 @@ impl Harm {
         }
         let sound = std::fs::read(path).expect("an image of the set");
         let mut victim = Victim { bytes: sound.clone() };
-        victim.damage(rng.pick(&[Damage::L1PastEnd, Damage::L1Unaligned, Damage::DataPastEnd]), rng);
+        victim.damage(rng.pick(&[Damage::L1PastEnd, Damage::L1Unaligned, Damage::DataUnaligned]), rng);
         let first = sound.iter().zip(&victim.bytes).position(|(a, b)| a != b)?;
         let first = first / 8 * 8;
         let (sound, damaged) = (sound[first..first + 8].to_vec(), victim.bytes[first..first + 8].to_vec());

@@ -106,6 +106,9 @@ pub fn compare(path: &Path, expected: &[u8]) -> Result<(), String> {
     if found.len() != expected.len() {
         return Err(format!("{}: {} bytes instead of {}", path.display(), found.len(), expected.len()));
     }
+    if found == expected {
+        return Ok(());
+    }
     match found.iter().zip(expected).position(|(found, expected)| found != expected) {
         None => Ok(()),
         Some(at) => Err(format!("{}: byte {at} is {:#x} instead of {:#x}", path.display(), found[at], expected[at])),
