@@ -13,7 +13,7 @@ pub const HYPERVISOR: (u32, u32) = (64055, 108);
 /// The name of the extended attribute of a world.
 const ATTRIBUTE: &str = "user.qcow2-chain-test";
 
-/// Who owns the images of a world, and who runs the program.
+/// The owner of the images of a world, and the user of the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// The user of the test; mode 0644.

@@ -91,6 +91,7 @@ impl VolumeGroup {
             say("SKIPPED: logical volumes need lvm2, the device mapper and root");
             return None;
         }
+        std::fs::create_dir_all(directory).expect("a directory");
         let device = Loop::new(&directory.join("physical"), 32 << 20)?;
         let name = format!("qcow2chain{}", std::process::id());
         let made = lvm("pvcreate", &["-qq".as_ref(), device.path.as_os_str()])

@@ -150,7 +150,7 @@ impl Life<'_> {
         self.recover(&before, &candidates, delay, rng);
     }
 
-    /// Whatever was interrupted, every volume reads as before or as after.
+    /// After any interruption every volume reads as before or as after.
     fn can_start(&mut self, after: &[State], rng: &mut Rng) {
         let listing = self.world.list(rng);
         let reads = |now: &super::world::Contents| -> Result<(), String> {

@@ -1,4 +1,4 @@
-//! Random surroundings of VMs combined with every operation, with kills, damage and other programs, judged by one oracle.
+//! Random surroundings of VMs combined with every operation, with kills, damage and other programs.
 //!
 //! A case builds a world from a seed: directories, names, owners, links, neighbours. It takes a VM in and lets a random
 //! life happen to it. After every operation the oracle holds the files against a model: each snapshot and each volume
@@ -6,6 +6,7 @@
 //! readable than its source, and every image is sound.
 
 mod access;
+mod block;
 mod damage;
 mod devices;
 mod directed;
@@ -26,7 +27,7 @@ use crate::support::rng::{cases, count};
 
 #[test]
 fn random_worlds_lose_no_byte() {
-    let Some(grounds) = Grounds::new() else { return };
+    let Some(grounds) = Grounds::with_second_file_system() else { return };
     let worlds = count("QCOW2_CHAIN_WORLDS", 300);
     let table = Table::default();
     cases("worlds", worlds, |rng| live(&grounds, &table, rng));

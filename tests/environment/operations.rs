@@ -75,7 +75,7 @@ impl Op {
         let volumes: Vec<String> = world.state.now.keys().cloned().collect();
         match rng.within(0..16) {
             0..5 if !names.is_empty() => Self::delete(&names, rng),
-            5..8 if !names.is_empty() => Self::Revert { name: rng.pick(&names), more: Vec::new() },
+            5..8 if !names.is_empty() => Self::revert(world, &names, rng),
             8 | 9 => {
                 let volume = rng.pick(&volumes);
                 let size = rng.within(16..300) * 4096;
@@ -100,6 +100,15 @@ impl Op {
     fn delete(names: &[String], rng: &mut Rng) -> Self {
         let direction = rng.pick(&[None, None, Some("commit"), Some("pull"), Some("pull"), Some("auto")]);
         Self::Delete { name: rng.pick(names), direction }
+    }
+
+    /// A revert, sometimes with the consent to detach volumes that the snapshot lacks.
+    fn revert(world: &World<'_>, names: &[String], rng: &mut Rng) -> Self {
+        let name = rng.pick(names);
+        let lacks = lacks_a_volume(&world.state, &name);
+        let consents = lacks && world.grounds.verbs.detach_missing && rng.chance(1, 2);
+        let more = if consents { vec!["--detach-missing"] } else { Vec::new() };
+        Self::Revert { name, more }
     }
 
     fn snapshot(world: &mut World<'_>, rng: &mut Rng) -> Self {
@@ -180,11 +189,17 @@ impl Op {
         let state = &world.state;
         let same_volumes = state.taken.values().all(|contents| contents.keys().eq(state.now.keys()));
         match self {
+            Self::Revert { name, more } if lacks_a_volume(state, name) && more.is_empty() => Expect::Refused,
             Self::Delete { .. } | Self::Revert { .. } if !same_volumes || world.has_clones() => Expect::Either,
             Self::Resize { .. } if world.has_clones() => Expect::Either,
             _ => Expect::Done,
         }
     }
+}
+
+/// Returns `true` if a volume of the present is missing in a snapshot.
+fn lacks_a_volume(state: &State, snapshot: &str) -> bool {
+    state.now.keys().any(|volume| !state.taken[snapshot].contains_key(volume))
 }
 
 impl Display for Op {

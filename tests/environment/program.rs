@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 /// The longest that any command may take.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// How the program is started.
+/// The conditions under which the program is started.
 #[derive(Clone, Debug)]
 pub struct Caller {
     pub binary: PathBuf,

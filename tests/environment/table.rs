@@ -8,7 +8,7 @@ use super::operations::Verbs;
 use super::world::Grounds;
 use crate::support::say;
 
-/// How often something was done and refused.
+/// The numbers of operations that were done and refused.
 type Count = (usize, usize);
 
 /// Counts by row (kind of world) and column (operation).
@@ -37,7 +37,9 @@ impl Table {
         let rows: BTreeSet<_> = counts.keys().map(|(row, _)| row).collect();
         let columns: BTreeSet<_> = counts.keys().map(|(_, column)| *column).collect();
         let mut text = format!("{:28}", "done/refused");
-        columns.iter().for_each(|column| drop(write!(text, "{column:>15}")));
+        for column in &columns {
+            let _ = write!(text, "{column:>15}");
+        }
         for row in rows {
             let _ = write!(text, "\n{row:28}");
             for column in &columns {

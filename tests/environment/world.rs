@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Once, OnceLock};
 use std::time::Duration;
 
 use super::access::{ACCESSES, Access, HYPERVISOR, has_attributes};
@@ -23,14 +24,17 @@ pub type Contents = BTreeMap<String, Vec<u8>>;
 /// The virtual sizes of volumes, in bytes.
 pub const SIZES: [u64; 4] = [256 << 10, 320 << 10, 512 << 10, 1 << 20];
 
-/// What the snapshots and the volumes of the VM must read as.
+/// The content that the snapshots and the volumes of the VM must have.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct State {
     pub taken: BTreeMap<String, Contents>,
     pub now: Contents,
 }
 
-/// What all worlds of a test share.
+/// The program.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_qcow2-chain");
+
+/// The directories, tools and rights that all worlds of a test share.
 pub struct Grounds {
     pub qemu: Qemu,
     pub verbs: Verbs,
@@ -38,34 +42,44 @@ pub struct Grounds {
     pub attributes: bool,
     /// A second file system.
     pub other: Option<PathBuf>,
-    binary: PathBuf,
+    /// A copy of the program that other users can reach.
+    open_binary: OnceLock<PathBuf>,
     // Unmounted before its directory is removed.
     _mount: Option<Mount>,
     dir: tempfile::TempDir,
 }
 
 impl Grounds {
-    /// Prepares directories and a second file system; `None` without QEMU's tools.
+    /// Prepares a directory; `None` without QEMU's tools.
     pub fn new() -> Option<Self> {
+        Self::prepare(false)
+    }
+
+    /// Prepares a directory and, as root, a second file system; `None` without QEMU's tools.
+    pub fn with_second_file_system() -> Option<Self> {
+        Self::prepare(true)
+    }
+
+    fn prepare(second: bool) -> Option<Self> {
+        static SAID: Once = Once::new();
         let qemu = Qemu::find()?;
         let dir = ram::dir();
         // Another user must reach the program and the worlds.
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(dir.path(), mode).expect("the mode is changed");
-        let binary = dir.path().join("program");
-        std::fs::copy(env!("CARGO_BIN_EXE_qcow2-chain"), &binary).expect("the program is copied");
-        let root = is_root();
-        if !root {
-            say("SKIPPED: foreign owners, other users, a second file system and devices need root");
-        }
-        let mount = if root { Mount::new(dir.path()) } else { None };
-        let attributes = has_attributes(dir.path());
-        if !attributes {
-            say("SKIPPED: extended attributes need setfattr, getfattr and a file system that has them");
-        }
+        let (root, attributes) = (is_root(), has_attributes(dir.path()));
+        SAID.call_once(|| {
+            if !root {
+                say("SKIPPED: foreign owners, other users, a second file system and devices need root");
+            }
+            if !attributes {
+                say("SKIPPED: extended attributes need setfattr, getfattr and a file system that has them");
+            }
+        });
+        let mount = if root && second { Mount::new(dir.path()) } else { None };
         let other = mount.as_ref().map(|mount| mount.path().to_owned());
-        let verbs = Verbs::of(&binary);
-        Some(Self { qemu, verbs, root, attributes, other, binary, _mount: mount, dir })
+        let verbs = Verbs::of(Path::new(PROGRAM));
+        Some(Self { qemu, verbs, root, attributes, other, open_binary: OnceLock::new(), _mount: mount, dir })
     }
 
     /// A path in memory that no other world uses.
@@ -74,9 +88,18 @@ impl Grounds {
         self.dir.path().join(format!("{kind}{}", NEXT.fetch_add(1, Ordering::Relaxed)))
     }
 
-    /// A way to start the program in a directory.
-    pub fn caller(&self, cwd: &Path) -> Caller {
-        Caller { binary: self.binary.clone(), cwd: cwd.to_owned(), user: None }
+    /// A way to start the program in a directory, as another user if one is named.
+    pub fn caller(&self, cwd: &Path, user: Option<(u32, u32)>) -> Caller {
+        let binary = if user.is_some() { self.open_binary() } else { Path::new(PROGRAM) };
+        Caller { binary: binary.to_owned(), cwd: cwd.to_owned(), user }
+    }
+
+    fn open_binary(&self) -> &Path {
+        self.open_binary.get_or_init(|| {
+            let copy = self.dir.path().join("program");
+            std::fs::copy(PROGRAM, &copy).expect("the program is copied");
+            copy
+        })
     }
 }
 
@@ -102,7 +125,7 @@ pub enum Link {
     Hard,
 }
 
-/// How the catalogue is named on the command line.
+/// The path of the catalogue on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Call {
     Absolute,
@@ -126,7 +149,7 @@ pub struct Recipe {
     pub device: bool,
     pub raw: bool,
     pub volumes: usize,
-    /// How many files beneath the active ones are taken in as snapshots.
+    /// The number of files beneath each active one that are taken in as snapshots.
     pub adopted: usize,
     pub absolute_names: bool,
     pub catalogue_above: bool,
@@ -237,13 +260,13 @@ impl Recipe {
         labels
     }
 
-    /// Whether `vm init` may refuse this world by the rules of a set.
+    /// Returns `true` if `vm init` may refuse this world by the rules of a set.
     pub fn may_refuse_init(&self) -> bool {
         // A colon and other bytes than UTF-8 are supported or refused; so is a second name of an image.
         matches!(self.naming, Naming::Colon | Naming::Bytes | Naming::ByteDirectory) || self.link == Link::Hard
     }
 
-    /// Whether the directory of the world can be moved and copied: no path in it is absolute.
+    /// Returns `true` if the directory of the world can be moved: no path in it is absolute.
     pub fn movable(&self) -> bool {
         let above = self.catalogue_above || (self.layout == Layout::One && !self.template);
         self.layout != Layout::TwoFileSystems
@@ -275,7 +298,7 @@ pub struct World<'a> {
     pub device: Option<Loop>,
     /// The name of the VM, the first part of its overlays' names.
     pub vm: String,
-    /// What was done so far, for the message of a failure.
+    /// The events so far, for the message of a failure.
     pub log: Vec<String>,
     /// The time that operations take here.
     pub pace: Duration,
@@ -325,7 +348,7 @@ impl<'a> World<'a> {
         let number = scratch.file_name().expect("a name").to_string_lossy().into_owned();
         let vm = if recipe.device { format!("web{}{number}", std::process::id()) } else { "web".to_owned() };
         let mut world = Self {
-            caller: Caller { user: recipe.access.user(), ..grounds.caller(Path::new("/")) },
+            caller: grounds.caller(Path::new("/"), recipe.access.user()),
             catalogue: home.join(name),
             state: State::default(),
             neighbours: Vec::new(),
