@@ -92,7 +92,8 @@ pub struct Holder {
 }
 
 impl Holder {
-    /// Opens an image for reading or for writing and returns when the locks are held; `None` if QEMU cannot open it.
+    /// Opens an image for reading or for writing and returns when the locks are held; `None` if
+    /// QEMU cannot open it.
     pub fn open(path: &Path, format: &str, writes: bool) -> Option<Self> {
         let mut command = Command::new("qemu-io");
         command.args(if writes { &[][..] } else { &["-r"] }).args(["-f", format]).arg(path);

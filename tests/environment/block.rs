@@ -131,7 +131,8 @@ fn chain_of_devices_is_released_and_not_removed() {
     }
 }
 
-/// Sizes: a device that is too small is refused before anything is recorded; a larger one is accepted.
+/// Sizes: a device that is too small is refused before anything is recorded; a larger one is
+/// accepted.
 #[test]
 fn device_too_small_is_refused_and_a_larger_one_accepted() {
     let Some(grounds) = Grounds::new() else { return };

@@ -1,4 +1,5 @@
-//! Files that are missing or damaged for a while, catalogues from a backup, and journals that were left behind.
+//! Files that are missing or damaged for a while, catalogues from a backup, and journals that were
+//! left behind.
 
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -112,9 +113,10 @@ impl Harm {
 }
 
 impl World<'_> {
-    /// An older catalogue is restored from a backup, and something is done with it. Whatever becomes of that, the present
-    /// volumes and every snapshot must read as before. Returns a column of the table and ends the case; `None` if the
-    /// older catalogue names an active file of the present.
+    /// An older catalogue is restored from a backup, and something is done with it. Whatever
+    /// becomes of that, the present volumes and every snapshot must read as before. Returns a
+    /// column of the table and ends the case; `None` if the older catalogue names an active file of
+    /// the present.
     pub fn restore_catalogue(&mut self, backup: &[u8], rng: &mut Rng) -> Option<&'static str> {
         let listing = self.list(rng);
         let present = std::fs::read(&self.catalogue).expect("the catalogue");
@@ -144,7 +146,8 @@ impl World<'_> {
         for (volume, content) in &self.state.now {
             images::compare(&listing.active[volume], content).unwrap_or_else(|wrong| panic!("{what}: {wrong}"));
         }
-        // A merge may have moved a snapshot that the older catalogue has too: that catalogue says where it is.
+        // A merge may have moved a snapshot that the older catalogue has too: that catalogue says
+        // where it is.
         let kept: Vec<String> = ready(&now);
         for (snapshot, contents) in self.state.taken.iter().filter(|(s, _)| verb != "delete" || **s != name) {
             for (volume, content) in contents {

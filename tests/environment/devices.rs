@@ -1,4 +1,5 @@
-//! Loop devices, logical volumes and mounted file systems, which are given back when they are dropped.
+//! Loop devices, logical volumes and mounted file systems, which are given back when they are
+//! dropped.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -15,7 +16,8 @@ pub struct Loop {
 }
 
 impl Loop {
-    /// Attaches a device over a new file of `len` bytes, or returns `None` where that is not possible.
+    /// Attaches a device over a new file of `len` bytes, or returns `None` where that is not
+    /// possible.
     pub fn new(backing: &Path, len: u64) -> Option<Self> {
         let file = std::fs::File::create(backing).expect("a file for a device");
         file.set_len(len).expect("there is room");
@@ -48,7 +50,8 @@ impl Drop for Loop {
 pub struct Mount(PathBuf);
 
 impl Mount {
-    /// Mounts a new ext4 of 64 MiB in a file, or a tmpfs where ext4 is not available; `None` without root.
+    /// Mounts a new ext4 of 64 MiB in a file, or a tmpfs where ext4 is not available; `None`
+    /// without root.
     pub fn new(directory: &Path) -> Option<Self> {
         let (file, point) = (directory.join("other.ext4"), directory.join("other"));
         std::fs::create_dir(&point).expect("a mount point");

@@ -39,7 +39,8 @@ impl<'a> Scene<'a> {
         self.dir.join(name)
     }
 
-    /// Creates a qcow2 image of 1 MiB with one byte everywhere, on another one if `backing` names it.
+    /// Creates a qcow2 image of 1 MiB with one byte everywhere, on another one if `backing` names
+    /// it.
     pub fn image(&self, name: &str, backing: Option<&str>, byte: u8) -> PathBuf {
         let path = self.path(name);
         images::create(&path, false, MIB, backing.map(|backing| (backing.as_bytes().to_vec(), "qcow2")));
@@ -90,7 +91,8 @@ pub fn whole(byte: u8) -> Write {
     (0, MIB, byte)
 }
 
-/// Interrupts `vm delete` by SIGINT, slowed down by a rate limit, so that nothing has been published.
+/// Interrupts `vm delete` by SIGINT, slowed down by a rate limit, so that nothing has been
+/// published.
 fn interrupted(scene: &Scene<'_>, words: &str) {
     let words = format!("vm {words} --rate-limit 64k");
     let mut child = Command::new(&scene.caller.binary);
@@ -382,7 +384,8 @@ fn owner_that_cannot_be_set_is_refused() {
     scene.reads(&scene.active("web.json", "vda"), 1);
 }
 
-/// Fault 18: overlays of an image that is named by a link are beside the image, and a merge keeps the link.
+/// Fault 18: overlays of an image that is named by a link are beside the image, and a merge keeps
+/// the link.
 #[test]
 fn link_to_the_active_file_stays_a_link() {
     let Some(grounds) = Grounds::new() else { return };

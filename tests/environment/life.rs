@@ -1,4 +1,5 @@
-//! The life of a VM in a world: random operations, kills, moves, damage, and the judgement after each.
+//! The life of a VM in a world: random operations, kills, moves, damage, and the judgement after
+//! each.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -135,16 +136,18 @@ impl Life<'_> {
             Op::Resize { .. } => "kill resize",
             Op::Detach { .. } => "kill detach",
         };
-        self.count(column, true);
+        let journal = std::fs::read(self.world.journal()).ok();
+        self.count(column, journal.is_some());
+        self.journal = journal.or(self.journal.take());
         self.world.judge_killed(&before, "killed");
         let after = op.after(&self.world.state);
         self.can_start(&after, rng);
-        if let Ok(journal) = std::fs::read(self.world.journal()) {
-            self.journal = Some(journal);
-        }
         let mut candidates = after;
         if matches!(op, Op::Delete { .. }) && self.world.grounds.verbs.cancel && rng.chance(1, 3) {
-            self.cancel(&mut candidates, rng);
+            let called_off = self.cancel(rng);
+            if called_off {
+                candidates.clear();
+            }
         }
         candidates.push(self.world.state.clone());
         self.recover(&before, &candidates, delay, rng);
@@ -165,21 +168,21 @@ impl Life<'_> {
         assert!(starts, "the VM cannot be started: {}", wrong.unwrap_or_default());
     }
 
-    /// Calls a killed deletion off. If that is refused, nothing may have changed.
-    fn cancel(&mut self, candidates: &mut Vec<State>, rng: &mut Rng) {
+    /// Calls a killed deletion off. If that is refused, nothing may have changed. Returns `true` if
+    /// the deletion was under way, so that its snapshot must be there again.
+    fn cancel(&mut self, rng: &mut Rng) -> bool {
+        let merging = self.world.list(rng).snapshots.iter().any(|(_, state, _)| state == "merging");
         let before = Tree::read(&self.world.watched);
         let args = self.world.verb("cancel", &[], rng);
         let run = self.world.caller.run(&args);
-        self.world.log.push(format!("cancel -> {:?} {}", run.code, run.stderr));
-        self.count("cancel", run.done());
-        if run.done() {
-            // The deletion may have been complete, or called off.
-            let listing = self.world.list(rng);
-            let ready = |state: &State| reads_as(&listing, state).is_ok();
-            assert!(ready(&self.world.state) || candidates.iter().any(ready), "cancel: a snapshot is lost");
-        } else {
+        self.world.log.push(format!("cancel, merging: {merging} -> {:?} {}", run.code, run.stderr));
+        if merging {
+            self.count("cancel", run.done());
+        }
+        if !run.done() {
             before.assert_unchanged(&Tree::read(&self.world.watched), "cancel");
         }
+        merging && run.done()
     }
 
     /// Recovers, sometimes killed at first; the VM is then in one of the states.
@@ -389,7 +392,8 @@ impl Life<'_> {
         self.over = true;
     }
 
-    /// Nothing is wrong in an undamaged world. Files that look like overlays of the VM may be reported.
+    /// Nothing is wrong in an undamaged world. Files that look like overlays of the VM may be
+    /// reported.
     fn verify(&mut self, rng: &mut Rng) {
         let args = self.world.verb("verify", &["--deep".into()], rng);
         let run = self.world.caller.run(&args);

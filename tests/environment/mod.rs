@@ -1,9 +1,10 @@
 //! Random surroundings of VMs combined with every operation, with kills, damage and other programs.
 //!
-//! A case builds a world from a seed: directories, names, owners, links, neighbours. It takes a VM in and lets a random
-//! life happen to it. After every operation the oracle holds the files against a model: each snapshot and each volume
-//! reads as the model says, no file of anyone else changed, a refused operation changed nothing, no new image is more
-//! readable than its source, and every image is sound.
+//! A case builds a world from a seed: directories, names, owners, links, neighbours. It takes a VM
+//! in and lets a random life happen to it. After every operation the oracle holds the files against
+//! a model: each snapshot and each volume reads as the model says, no file of anyone else changed,
+//! a refused operation changed nothing, no new image is more readable than its source, and every
+//! image is sound.
 
 mod access;
 mod block;

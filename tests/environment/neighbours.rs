@@ -1,4 +1,5 @@
-//! Files in the directories of a VM that do not belong to it: templates, other VMs, clones and bystanders.
+//! Files in the directories of a VM that do not belong to it: templates, other VMs, clones and
+//! bystanders.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -106,7 +107,8 @@ impl Twin {
     }
 }
 
-/// Creates files that a careless program takes for its own, or that stop a careless search of the directory.
+/// Creates files that a careless program takes for its own, or that stop a careless search of the
+/// directory.
 pub fn bystanders(pool: &Path, rng: &mut Rng) {
     for name in ["vda.qcow2.new", "vda-0.qcow2.new", "web-vda.1.qcow2", "web-vdb.2.qcow2", "web-vda.3.qcow2", "notes"] {
         std::fs::write(pool.join(name), rng.bytes(3000)).expect("there is room");

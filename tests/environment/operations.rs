@@ -184,7 +184,8 @@ impl Op {
         vec![after]
     }
 
-    /// The outcome that the rules of a set require in an undamaged world where no other program holds a file.
+    /// The outcome that the rules of a set require in an undamaged world where no other program
+    /// holds a file.
     pub fn expect(&self, world: &World<'_>) -> Expect {
         let state = &world.state;
         let same_volumes = state.taken.values().all(|contents| contents.keys().eq(state.now.keys()));

@@ -197,8 +197,8 @@ impl World<'_> {
         self.judge_neighbours(what);
     }
 
-    /// Judges an operation that was done, or that was recovered: the VM must read as one of the `candidates`, which
-    /// becomes the state of the world. Returns its number.
+    /// Judges an operation that was done, or that was recovered: the VM must read as one of the
+    /// `candidates`, which becomes the state of the world. Returns its number.
     pub fn judge_done(&mut self, before: &Before, run: &Run, candidates: &[State], rng: &mut Rng) -> usize {
         let what = &self.log.last().cloned().unwrap_or_default();
         let listing = self.list(rng);
@@ -282,7 +282,8 @@ impl World<'_> {
         }
     }
 
-    /// After a kill: foreign files are as before, and no new file is readable by more users than the set's files.
+    /// After a kill: foreign files are as before, and no new file is readable by more users than
+    /// the set's files.
     pub fn judge_killed(&self, before: &Before, what: &str) {
         let tree = Tree::read(&self.watched);
         let old = before.listing.files();
@@ -331,7 +332,8 @@ impl World<'_> {
         }
     }
 
-    /// At the end of a case QEMU judges: every image is clean, and every volume and snapshot reads as it must.
+    /// At the end of a case QEMU judges: every image is clean, and every volume and snapshot reads
+    /// as it must.
     pub fn judge_by_qemu(&mut self, rng: &mut Rng) {
         let listing = self.list(rng);
         let qemu = self.grounds.qemu;

@@ -86,7 +86,8 @@ impl Run {
     }
 }
 
-/// Waits for a child; ends it after `kill_after`. A child that exceeds the time limit fails the test.
+/// Waits for a child; ends it after `kill_after`. A child that exceeds the time limit fails the
+/// test.
 fn wait(child: &mut Child, begun: Instant, kill_after: Option<Duration>, args: &[OsString]) -> ExitStatus {
     if let Some(delay) = kill_after {
         std::thread::sleep(delay.saturating_sub(begun.elapsed()));

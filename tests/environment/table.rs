@@ -1,4 +1,5 @@
-//! Counts of what was done and refused in which kind of world. A run that only ever saw refusals would prove nothing.
+//! Counts of what was done and refused in which kind of world. A run that only ever saw refusals
+//! would prove nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -50,7 +51,8 @@ impl Table {
         say(&text);
     }
 
-    /// Fails the test unless every operation succeeded in every kind of world that does not exclude it.
+    /// Fails the test unless every operation succeeded in every kind of world that does not exclude
+    /// it.
     pub fn assert_covered(&self, grounds: &Grounds) {
         let counts = self.0.lock().expect("no test fails within this lock");
         let done = |row: &str, column| counts.get(&(row.to_owned(), column)).is_some_and(|(done, _)| *done > 0);

@@ -262,7 +262,8 @@ impl Recipe {
 
     /// Returns `true` if `vm init` may refuse this world by the rules of a set.
     pub fn may_refuse_init(&self) -> bool {
-        // A colon and other bytes than UTF-8 are supported or refused; so is a second name of an image.
+        // A colon and other bytes than UTF-8 are supported or refused; so is a second name of an
+        // image.
         matches!(self.naming, Naming::Colon | Naming::Bytes | Naming::ByteDirectory) || self.link == Link::Hard
     }
 
@@ -320,7 +321,8 @@ impl Drop for World<'_> {
 }
 
 impl<'a> World<'a> {
-    /// Builds the files of a world. The VM is not taken in yet; the result has the arguments of `vm init`.
+    /// Builds the files of a world. The VM is not taken in yet; the result has the arguments of `vm
+    /// init`.
     pub fn build(grounds: &'a Grounds, recipe: Recipe, rng: &mut Rng) -> (Self, Vec<OsString>) {
         let (root, scratch) = (grounds.fresh("world"), grounds.fresh("scratch"));
         std::fs::create_dir(&scratch).expect("a directory");
@@ -412,7 +414,8 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Creates the files of a volume, from the oldest to the active one, and returns its argument for `vm init`.
+    /// Creates the files of a volume, from the oldest to the active one, and returns its argument
+    /// for `vm init`.
     fn volume(&mut self, name: &str, rng: &mut Rng) -> OsString {
         let number = self.state.now.len();
         let size = rng.pick(&SIZES);
@@ -511,7 +514,8 @@ impl<'a> World<'a> {
         volume_argument(name, &named, &[("format", format.as_ref()), ("overlay_dir", overlays)])
     }
 
-    /// A `vm` verb with the catalogue as this world names it, from the directory that this world uses.
+    /// A `vm` verb with the catalogue as this world names it, from the directory that this world
+    /// uses.
     pub fn verb(&mut self, verb: &str, more: &[OsString], rng: &mut Rng) -> Vec<OsString> {
         let link = self.root.join("links").join("catalogue.json");
         let mut named = self.catalogue.clone();
