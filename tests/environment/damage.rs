@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use qcow2_chain::chain::Format;
 
 use super::images;
-use super::oracle::{Listing, Tree};
+use super::oracle::{Listing, Tree, reads_as};
 use super::world::World;
 use crate::support::rng::Rng;
 use crate::support::victim::{Damage, Victim};
@@ -176,6 +176,8 @@ impl World<'_> {
         let catalogue = |path: &Path| run.done() && path == self.catalogue;
         let changes = before.changes(&Tree::read(&self.watched), |path| left(path) || catalogue(path));
         assert!(changes.is_empty(), "recovery by an old journal: {}", changes.join("\n"));
+        let listing = self.list(rng);
+        reads_as(&listing, &self.state).unwrap_or_else(|wrong| panic!("recovery by an old journal: {wrong}"));
     }
 
     /// The path of the catalogue's journal.

@@ -4,16 +4,17 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::access::Holder;
+use super::access::{Access, HYPERVISOR, Holder};
 use super::damage::Harm;
 use super::images;
 use super::names::Naming;
 use super::neighbours::Neighbour;
 use super::operations::{Expect, Op};
 use super::oracle::{Before, Tree, reads_as};
-use super::program::{Run, render, tool};
+use super::program::{Run, give, render, tool};
+use super::recipe::Recipe;
 use super::table::Table;
-use super::world::{Grounds, Recipe, State, World};
+use super::world::{Grounds, State, World};
 use crate::support::rng::{Rng, trace};
 
 /// Builds a random world, takes its VM in and lets it live.
@@ -71,6 +72,9 @@ impl Life<'_> {
         let catalogue = self.world.catalogue.as_os_str().as_encoded_bytes();
         let changes = before.changes(&now, |path| path.as_os_str().as_encoded_bytes().starts_with(catalogue));
         assert!(changes.is_empty(), "init: {}", changes.join("\n"));
+        if matches!(self.world.recipe.access, Access::Owned | Access::OwnedByGroup) {
+            give(&self.world.catalogue, HYPERVISOR, 0o640);
+        }
         self.world.recipe.naming != Naming::Bytes
     }
 
@@ -98,7 +102,7 @@ impl Life<'_> {
     }
 
     fn operate(&mut self, rng: &mut Rng) {
-        let op = Op::random(&mut self.world, rng);
+        let op = self.random_operation(rng);
         let expect = op.expect(&self.world);
         let before = self.world.before(rng);
         let run = self.world.act(&op, rng);
@@ -106,11 +110,23 @@ impl Life<'_> {
         self.count(op.column(), run.done());
     }
 
+    fn random_operation(&mut self, rng: &mut Rng) -> Op {
+        let op = Op::random(&mut self.world, rng);
+        if matches!(op, Op::Resize { .. }) {
+            self.world.drop_clones_of_active();
+        }
+        op
+    }
+
     fn judge(&mut self, op: &Op, before: &Before, run: &Run, expect: Expect, rng: &mut Rng) {
         if run.done() {
             assert!(expect != Expect::Refused, "{op}: done, and should be refused: {}", run.stdout);
             let after = op.after(&self.world.state);
             self.world.judge_done(before, run, &after, rng);
+            if matches!(op, Op::Snapshot { .. }) {
+                // The active file is frozen now: its clones keep their base.
+                self.world.neighbours.iter_mut().for_each(|neighbour| neighbour.on_active = false);
+            }
         } else {
             self.world.judge_refused(before, &op.to_string());
             assert!(expect != Expect::Done, "{op}: refused: {}", run.stderr);
@@ -119,11 +135,11 @@ impl Life<'_> {
 
     /// An operation is killed; the VM can start, and recovery ends before or after the operation.
     fn kill(&mut self, rng: &mut Rng) {
-        let op = Op::random(&mut self.world, rng);
+        let op = self.random_operation(rng);
         let expect = op.expect(&self.world);
         let before = self.world.before(rng);
         let args = self.world.command(&op, rng);
-        let delay = self.world.pace.mul_f64(rng.within(0..1100) as f64 / 1000.0);
+        let delay = self.world.pace.mul_f64(rng.within(200..1100) as f64 / 1000.0);
         let run = self.world.caller.run_killed(&args, delay);
         self.world.log.push(format!("{op} killed after {delay:?} -> {:?} {}", run.code, run.stderr));
         if run.code.is_some() {
@@ -284,9 +300,10 @@ impl Life<'_> {
             let after = op.after(&self.world.state);
             self.world.judge_done(&before, &run, &after, rng);
         } else {
-            self.world.judge_refused(&before, &op.to_string());
+            before.tree.assert_unchanged(&Tree::read(&self.world.watched), &op.to_string());
             assert!(expect != Expect::Done, "{op}: refused: {}", run.stderr);
             harm.undo(true);
+            self.world.judge_neighbours(&op.to_string());
             let listing = self.world.list(rng);
             reads_as(&listing, &self.world.state).unwrap_or_else(|wrong| panic!("{op}: {wrong}"));
         }

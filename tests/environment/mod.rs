@@ -18,6 +18,7 @@ mod neighbours;
 mod operations;
 mod oracle;
 mod program;
+mod recipe;
 mod table;
 mod world;
 

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use super::images;
 use super::names::{backing_name, volume_argument};
 use super::program::{Caller, args};
-use super::world::{Recipe, SIZES};
+use super::recipe::Recipe;
+use super::world::SIZES;
 use crate::support::rng::Rng;
 
 /// An image of someone else, and what its guest reads.

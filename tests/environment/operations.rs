@@ -265,12 +265,17 @@ impl World<'_> {
         }
     }
 
-    /// The guest writes to its volumes, by QEMU.
-    pub fn guest_writes(&mut self, listing: &Listing, rng: &mut Rng) {
-        // The clone of an active file loses its base by the next write, whoever manages the images.
+    /// Removes the clones of active files: they lose their base by the next write, whoever manages
+    /// the images.
+    pub fn drop_clones_of_active(&mut self) {
         for clone in self.neighbours.extract_if(.., |neighbour| neighbour.on_active) {
             std::fs::remove_file(clone.path).expect("the clone is there");
         }
+    }
+
+    /// The guest writes to its volumes, by QEMU.
+    pub fn guest_writes(&mut self, listing: &Listing, rng: &mut Rng) {
+        self.drop_clones_of_active();
         for (volume, path) in &listing.active {
             let content = self.state.now.get_mut(volume).expect("a volume of the model");
             let writes = images::writes(content.len() as u64, rng);

@@ -242,6 +242,9 @@ impl World<'_> {
                 assert!(change.is_none(), "{what}: {}, which was released, {change:?}", path.display());
             }
         }
+        let catalogue =
+            [&before.tree, tree].map(|tree| tree.0.get(&self.catalogue).map(|entry| (entry.mode, entry.owner)));
+        assert_eq!(catalogue[0], catalogue[1], "{what}: mode and owner of the catalogue");
         for path in new.iter().filter(|path| !self.is_device(path)) {
             let known = self.watched.iter().any(|directory| path.starts_with(directory));
             assert!(known && path.exists(), "{what}: {} is in the catalogue", path.display());

@@ -61,7 +61,9 @@ impl Table {
         let excused = ["names: colon", "names: directory not UTF-8", "names: image not UTF-8", "link: Hard"];
         let rows: BTreeSet<_> = counts.keys().map(|(row, _)| row.as_str()).collect();
         for row in rows.iter().filter(|row| !excused.contains(row)) {
-            let columns = EVERYWHERE.iter().filter(|column| !done(row, column));
+            // Files that look like overlays of the VM may be reported as orphans.
+            let orphans = ["VM of the same name", "bystanders", "clones"].contains(row);
+            let columns = EVERYWHERE.iter().filter(|column| !done(row, column) && (**column != "verify" || !orphans));
             missing.extend(columns.map(|column| format!("{column} in {row}")));
         }
         let Verbs { cancel, attach, discard_lost, .. } = grounds.verbs;
