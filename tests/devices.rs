@@ -19,11 +19,11 @@ use crate::support::stack::content;
 const MIB: u64 = 1 << 20;
 
 /// A loop device that is given back when this is dropped.
-struct Loop(PathBuf);
+pub(crate) struct Loop(pub(crate) PathBuf);
 
 impl Loop {
     /// A device over a file, or `None` with a loud word where this machine or user may not make one.
-    fn over(file: &Path) -> Option<Self> {
+    pub(crate) fn over(file: &Path) -> Option<Self> {
         let made = Command::new("losetup").args(["--find", "--show"]).arg(file).output();
         match made {
             Ok(made) if made.status.success() => {

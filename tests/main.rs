@@ -15,6 +15,7 @@ mod crash_merge;
 mod crash_vm;
 mod create;
 mod deep;
+mod dependents;
 mod devices;
 #[cfg(all(feature = "cli", target_os = "linux"))]
 mod environment;
@@ -44,6 +45,8 @@ mod rebase;
 mod review;
 #[cfg(all(feature = "vm", unix))]
 mod scenarios;
+#[cfg(all(feature = "cli", target_os = "linux"))]
+mod signals;
 mod sparse;
 mod stress;
 mod support;
@@ -53,6 +56,8 @@ mod tells;
 mod threads;
 #[cfg(feature = "vm")]
 mod vm;
+#[cfg(all(feature = "cli", target_os = "linux"))]
+mod vm_faults;
 #[cfg(feature = "vm")]
 mod vm_plan;
 #[cfg(all(feature = "cli", target_os = "linux"))]

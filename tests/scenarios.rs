@@ -269,7 +269,7 @@ fn x4_killed_at_each_point() {
         lab.can_start(&now).unwrap_or_else(|wrong| panic!("killed at call {call}: {wrong}"));
         match lab.set.recover(&()).unwrap_or_else(|error| panic!("killed at call {call}: {error}")) {
             Recovery::Clean => clean += 1,
-            Recovery::Undone(_) => undone += 1,
+            Recovery::Undone { .. } => undone += 1,
             _ => completed += 1,
         }
         if lab.model().find("s3").is_none() {

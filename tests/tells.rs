@@ -11,8 +11,8 @@ use qcow2_chain::image::{self, CreateOptions, Image};
 use qcow2_chain::merge::{self, AfterCommit, CommitOptions, Direction, Onto, PullOptions, RebaseOptions};
 use qcow2_chain::storage::{Access, FileSystem, HostFileSystem, MemoryFileSystem};
 use qcow2_chain::vm::{
-    AdoptOptions, Base, Error, Fingerprint, MergeOptions, Model, PlanOptions, ProblemKind, Progress, Refusal, Request,
-    SnapshotId, SnapshotOptions, SnapshotSet, State, VerifyOptions, VolumeSpec, VolumeStep, plan,
+    AdoptOptions, Base, Error, Fingerprint, MergeOptions, MergePreference, Model, PlanOptions, ProblemKind, Progress,
+    Refusal, Request, SnapshotId, SnapshotOptions, SnapshotSet, State, VerifyOptions, VolumeSpec, VolumeStep, plan,
 };
 
 use crate::support::lab::{Lab, LabShape, read};
@@ -69,17 +69,19 @@ fn a_listing_passes_over_what_is_hidden() {
 fn plans_of_a_vm_in_words() {
     let mut rng = Rng::new(seed());
     let mut lab = lab(&mut rng);
-    let told = |lab: &Lab, request: &Request, direction| {
+    let told = |lab: &Lab, request: &Request, direction: MergePreference| {
         let planned = lab.set.plan(request, &MergeOptions::default().with_direction(direction)).unwrap();
-        let outcome: Vec<_> = planned.vanishing().collect();
+        let outcome: Vec<_> = planned.removals().map(|file| file.path.clone()).collect();
         (planned.to_string(), outcome)
     };
     let before = lab.model();
     let file = |model: &Model, volume: &str| model.volume(volume).unwrap().active.file.to_string();
-    let (text, vanishing) = told(&lab, &create("s1"), Direction::Auto);
+    let (text, vanishing) = told(&lab, &create("s1"), MergePreference::Auto);
     lab.create("s1");
     let lines: Vec<String> = ["vda", "vdb"]
-        .map(|name| format!("  {name}: create {} on {}, 24576 bytes", file(&lab.model(), name), file(&before, name)))
+        .map(|name| {
+            format!("  {name}: create {} backed by {}, 24576 bytes", file(&lab.model(), name), file(&before, name))
+        })
         .into();
     assert_eq!(text.lines().collect::<Vec<_>>(), [&["create snapshot s1".to_owned()], &lines[..]].concat());
     assert!(vanishing.is_empty());
@@ -87,24 +89,25 @@ fn plans_of_a_vm_in_words() {
     lab.write_all(&mut rng);
     let (top, base) = (file(&lab.model(), "vda"), file(&before, "vda"));
     let delete = Request::Delete { name: "s1".into() };
-    let (text, vanishing) = told(&lab, &delete, Direction::Commit);
+    let (text, vanishing) = told(&lab, &delete, MergePreference::Commit);
     assert!(text.starts_with(&format!("delete snapshot s1\n  vda: commit {top} into {base} (")), "{text}");
     assert!(text.contains(&format!("  vda: remove {top}\n")), "{text}");
     assert!(vanishing.contains(&top) && !vanishing.contains(&base), "{vanishing:?}");
-    let (text, _) = told(&lab, &delete, Direction::Pull);
-    assert!(text.contains(&format!("  vda: pull {base} up into {top} (")), "{text}");
-    assert!(text.contains(&format!("  vda: let {top} take the name {base}\n")), "{text}");
+    let (text, _) = told(&lab, &delete, MergePreference::Pull);
+    assert!(text.contains(&format!("  vda: pull {base} into {top} (")), "{text}");
+    assert!(text.contains(&format!("  vda: remove {base}\n")), "{text}");
     let planned = lab.set.plan(&delete, &MergeOptions::default()).unwrap();
     assert_eq!(planned.merged().collect::<Vec<_>>(), [lab.model().find("s1").unwrap().id]);
 
     let resize = Request::Resize { volume: "vda".into(), size: 32 << 10, shrink: false };
-    let (text, _) = told(&lab, &resize, Direction::Auto);
+    let (text, _) = told(&lab, &resize, MergePreference::Auto);
     assert!(
         text.starts_with(&format!("resize volume vda to 32768 bytes\n  vda: resize {top} to 32768 bytes")),
         "{text}"
     );
     assert!(text.contains("  vda: size 24576 -> 32768 bytes\n"), "{text}");
-    let (text, vanishing) = told(&lab, &Request::Revert { name: "s1".into() }, Direction::Auto);
+    let (text, vanishing) =
+        told(&lab, &Request::Revert { name: "s1".into(), detach_missing: false }, MergePreference::Auto);
     assert!(text.starts_with("revert to snapshot s1\n"), "{text}");
     assert!(text.contains(&format!("  remove {top}\n")), "{text}");
     assert!(vanishing.contains(&top));
@@ -112,7 +115,7 @@ fn plans_of_a_vm_in_words() {
     lab.revert("s1");
     lab.create("s2");
     lab.revert("s1");
-    let (text, _) = told(&lab, &delete, Direction::Auto);
+    let (text, _) = told(&lab, &delete, MergePreference::Auto);
     assert_eq!(text, "delete snapshot s1\n  catalogue only\n");
 }
 
@@ -142,7 +145,7 @@ fn every_contradiction_is_told() {
     let first = sound.volumes[0].active.clone();
     let twice = told(&|m| snapshot(m, s2, &|s| *s.files.get_mut("vda").unwrap() = first.clone()));
     assert_eq!(twice, format!("{} is recorded twice", first.file));
-    let base = Base { file: first.file.clone(), fingerprint: Fingerprint { len: 0, header: 0, l1: 0 } };
+    let base = Base { file: first.file.clone(), fingerprint: Fingerprint { len: 0, header: 0, l1: 0, stamp: None } };
     assert_eq!(told(&|m| m.volumes[1].bases.push(base.clone())), format!("{} is a base and is not", first.file));
     assert_eq!(told(&|m| m.next_snapshot = s3.0), "snapshot s3 has a number that was not given yet");
     assert_eq!(told(&|m| snapshot(m, s3, &|s| s.name = String::new())), "a snapshot's name has 0 bytes");
@@ -157,7 +160,8 @@ fn every_contradiction_is_told() {
 fn the_planner_refuses_what_the_records_do_not_allow() {
     let lab = branches(&mut Rng::new(seed()));
     let sound = lab.model();
-    let [revert, delete] = [Request::Revert { name: "s2".into() }, Request::Delete { name: "s2".into() }];
+    let [revert, delete] =
+        [Request::Revert { name: "s2".into(), detach_missing: false }, Request::Delete { name: "s2".into() }];
     let refused = |request: &Request, options: &PlanOptions, damage: &dyn Fn(&mut Model)| {
         let mut model = sound.clone();
         damage(&mut model);
@@ -295,7 +299,7 @@ fn a_protected_file_stays_and_names_are_kept_where_asked() {
     let ways: Vec<_> = planned.merges().map(|(volume, step)| (volume, step.direction)).collect();
     assert_eq!(ways, [("vda", Direction::Pull), ("vdb", Direction::Commit)], "nothing is merged into a protected file");
 
-    let keep = MergeOptions::default().with_direction(Direction::Pull).with_keep_top_names(true);
+    let keep = MergeOptions::default().with_direction(Direction::Pull);
     set.delete("s1", &keep.with_rate_limit(Some(1 << 30)), &()).unwrap();
     assert_eq!(["vda", "vdb"].map(|volume| set.active_path(volume).unwrap()), overlays, "they keep their names");
     for volume in ["vda", "vdb"] {
@@ -481,7 +485,7 @@ fn merges_that_make_no_sense_are_refused() {
     assert_eq!(merge::plan(&chain, 3).unwrap_err().to_string(), "/top: there is no such layer to merge");
     let json = serde_json::to_value(merge::plan(&chain, 2).unwrap()).unwrap();
     assert_eq!(json["commit"]["unreachable"], serde_json::json!(["/top", "/middle"]));
-    assert_eq!(format!("{:>6}", Direction::Auto), "  auto");
+    assert_eq!(format!("{:>6}", Direction::Pull), "  pull");
 
     let small = CreateOptions::new(1 << 20).with_cluster_bits(ClusterBits::new(12).unwrap()).with_extended_l2(true);
     let measured = merge::Measurement::of_qcow2(&small, []).unwrap_err().to_string();

@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use qcow2_chain::chain::Format;
 use qcow2_chain::merge::Direction;
 use qcow2_chain::vm::{
-    Base, Edit, FileRecord, FileRef, Fingerprint, Model, OverlayShape, Plan, PlanOptions, Refusal, Request, SnapshotId,
-    State, Step, Volume, plan,
+    Base, Edit, FileRecord, FileRef, Fingerprint, MergePreference, Model, Plan, PlanOptions, Refusal,
+    Request, SnapshotId, State, Step, Volume, plan,
 };
 
 use crate::support::rng::{Rng, cases, count};
@@ -77,10 +77,6 @@ impl Disk {
                 self.resize(base, top.size);
                 self.0.get_mut(base).unwrap().blocks.extend(top.blocks);
             }
-            Step::TakeName { from, to } => {
-                let file = self.0[from].clone();
-                self.0.insert(to.clone(), file);
-            }
             Step::Relink { file, from, to } => {
                 assert_eq!(self.0[&file.path].backing.as_ref(), Some(&from.path));
                 assert_eq!(self.content(&from.path), self.content(&to.path), "a relink changes nothing");
@@ -110,7 +106,7 @@ struct Vm {
 
 fn record(path: &str, format: Format, blocks: u64) -> FileRecord {
     let file = FileRef { path: path.to_owned(), format };
-    FileRecord { file, virtual_size: blocks * BLOCK, bytes_on_disk: None, protected: false }
+    FileRecord::new(file, blocks * BLOCK)
 }
 
 impl Vm {
@@ -133,10 +129,12 @@ impl Vm {
                 );
                 file.backing = Some(base.path.clone());
                 file.blocks.retain(|block, _| block % 2 == 0);
-                bases.push(Base { file: base, fingerprint: Fingerprint { len: 0, header: 0, l1: 0 } });
+                bases.push(Base { file: base, fingerprint: Fingerprint { len: 0, header: 0, l1: 0, stamp: None } });
             }
             disk.0.insert(path, file);
-            volumes.push(Volume { name, active, bases, overlay: OverlayShape::default() });
+            let mut volume = Volume::new(name, active);
+            volume.bases = bases;
+            volumes.push(volume);
         }
         let model = Model::new("vm", volumes);
         let now = model.volumes.iter().map(|v| (v.name.clone(), disk.content(&v.active.file.path))).collect();
@@ -170,7 +168,7 @@ impl Vm {
                 let (name, description) = (format!("s{}", self.names), String::new());
                 Request::Create { name, description, created: 0, quiesce: false, max_depth: 256 }
             }
-            4..6 if !known.is_empty() => Request::Revert { name: rng.pick(&known) },
+            4..6 if !known.is_empty() => Request::Revert { name: rng.pick(&known), detach_missing: false },
             6..9 if !known.is_empty() => Request::Delete { name: rng.pick(&known) },
             _ => {
                 let volume = rng.pick(&self.model.volumes);
@@ -190,10 +188,10 @@ impl Vm {
             for work in &stage.work {
                 work.steps.iter().for_each(|step| self.disk.step(step));
                 Edit::apply_all(&work.edits, &mut self.model);
-                work.unlink.iter().for_each(|path| self.disk.unlink(path));
+                work.leaving.remove.iter().for_each(|file| self.disk.unlink(&file.path));
             }
             Edit::apply_all(&stage.end, &mut self.model);
-            stage.unlink.iter().for_each(|path| self.disk.unlink(path));
+            stage.leaving.remove.iter().for_each(|file| self.disk.unlink(&file.path));
         }
         self.model.last_operation.id = plan.id;
         self.model.last_operation.stages = plan.stages.len();
@@ -207,7 +205,7 @@ impl Vm {
                 assert_eq!(self.model.current, Some(id));
                 self.taken.insert(id, self.now.clone());
             }
-            Request::Revert { name } => {
+            Request::Revert { name, .. } => {
                 let id = before.find(name).unwrap().id;
                 assert_eq!(self.model.current, self.model.find(name).map(|s| s.id));
                 self.now = self.taken[&id].clone();
@@ -271,9 +269,12 @@ fn sequence(rng: &mut Rng, steps: u64) {
             vm.write(rng);
         }
         let request = vm.random_request(rng);
-        let mut options = PlanOptions::default().with_keep_top_names(rng.chance(1, 4));
+        let mut options = PlanOptions::default().with_token("5eed");
         for volume in &vm.model.volumes {
-            options = options.with_direction(&volume.name, rng.pick(&[Direction::Commit, Direction::Pull]));
+            options = options.with_direction(
+                &volume.name,
+                rng.pick(&[MergePreference::CommitElsePull, MergePreference::PullElseCommit, MergePreference::Auto]),
+            );
         }
         let before = vm.model.clone();
         let plan = match plan(&vm.model, &request, &options) {

@@ -255,7 +255,7 @@ fn every_refusal_changes_nothing() {
     assert!(matches!(refused(create("s2")), Refusal::NameTaken { .. }));
     assert!(matches!(refused(create("")), Refusal::NameLength { .. }));
     assert!(matches!(refused(create(&"x".repeat(256))), Refusal::NameLength { .. }));
-    assert!(matches!(refused(create("a\nb")), Refusal::NameControl));
+    assert!(matches!(refused(create("a\nb")), Refusal::NameControl { .. }));
     let shallow = lab.set.create("deep", &SnapshotOptions::default().with_max_depth(2)).map(|_| ());
     assert!(matches!(refused(shallow), Refusal::Depth { depth: 3, max: 2, .. }));
     // A hidden snapshot is not to be found.
@@ -265,9 +265,9 @@ fn every_refusal_changes_nothing() {
     assert!(matches!(refused(lab.set.resize("vdz", 512, false).map(|_| ())), Refusal::UnknownVolume { .. }));
     assert!(matches!(refused(lab.set.resize("vda", 512, false).map(|_| ())), Refusal::Shrinks { .. }));
     assert!(matches!(refused(lab.set.resize("vda", 511, true).map(|_| ())), Refusal::Size { .. }));
-    assert!(matches!(refused(lab.set.detach("vda")), Refusal::HasSnapshots));
-    let spec = VolumeSpec::new("vdc", directory.path().join("vda.img"));
-    assert!(matches!(refused(lab.set.attach(&spec, &AdoptOptions::default())), Refusal::HasSnapshots));
+    assert!(matches!(refused(lab.set.detach("vdz").map(|_| ())), Refusal::UnknownVolume { .. }));
+    let spec = VolumeSpec::new("vda", directory.path().join("vda.img"));
+    assert!(matches!(refused(lab.set.attach(&spec, &AdoptOptions::default())), Refusal::VolumeName { .. }));
 
     // A running VM holds its active files.
     let active = lab.names.open(&lab.set.active_path("vdb").unwrap(), &Access::write()).unwrap();
@@ -302,7 +302,7 @@ fn a_read_only_file_is_no_target_of_a_merge() {
     mode(0o444);
     let commit = MergeOptions::default().with_direction(qcow2_chain::merge::Direction::Commit);
     match lab.set.delete("s1", &commit, &()) {
-        Err(Error::Refused(Refusal::ReadOnly { path })) => assert_eq!(path, base.display().to_string()),
+        Err(Error::Refused(Refusal::Unwritable { path, .. })) => assert_eq!(path, base.display().to_string()),
         other => panic!("{other:?}"),
     }
     assert_eq!(lab.model(), model);
@@ -469,7 +469,8 @@ fn reports_tell_what_changed() {
     lab.taken.insert("s1".into(), lab.now.clone());
     lab.resize("vdb", 48 << 10);
     lab.write_all(&mut rng);
-    let plan = lab.set.plan(&Request::Revert { name: "s1".into() }, &MergeOptions::default()).unwrap();
+    let plan =
+        lab.set.plan(&Request::Revert { name: "s1".into(), detach_missing: false }, &MergeOptions::default()).unwrap();
     let report = lab.set.revert("s1", &MergeOptions::default(), &()).unwrap();
     let sizes: Vec<_> = report.resized.iter().map(|change| (change.volume.as_str(), change.old, change.new)).collect();
     assert_eq!(sizes, [("vdb", 48 << 10, 24 << 10)], "one change, of the right volume");

@@ -102,6 +102,30 @@ pub enum Error {
         /// The virtual size.
         size: u64,
     },
+    /// A file or directory cannot be examined in the search for dependents.
+    #[error(
+        "{file}: cannot be examined, so it is not known if it depends on a file of this operation; make it readable, \
+         or switch the search for dependents off (commit: no --dependents-in; vm: --no-dependents)"
+    )]
+    DependentsUnknown {
+        /// The file or directory: one in a searched directory, or one that an image there names.
+        file: String,
+        /// Why it cannot be examined.
+        source: storage::Error,
+    },
+    /// The search for dependents would read more files than allowed; it has read none.
+    #[error(
+        "{directory}: the search for dependents would read {found} files, the limit is {limit}; raise the limit, \
+         search fewer directories, or switch the search off (commit: no --dependents-in; vm: --no-dependents)"
+    )]
+    DependentsLimit {
+        /// The directory whose files exceed the limit.
+        directory: String,
+        /// The number of files in this directory and in those before it.
+        found: usize,
+        /// The largest number allowed.
+        limit: usize,
+    },
     /// The caller asked to stop.
     #[error("cancelled")]
     Cancelled,
@@ -116,6 +140,9 @@ impl From<Error> for io::Error {
             Error::Loop { .. } | Error::Depth { .. } => io::ErrorKind::InvalidData,
             Error::UnknownFormat { .. } | Error::PastEnd { .. } => io::ErrorKind::InvalidInput,
             Error::UnsupportedFormat { .. } => io::ErrorKind::Unsupported,
+            Error::DependentsUnknown { source: storage::Error::Io { ref source, .. }, .. } => source.kind(),
+            Error::DependentsUnknown { .. } => io::ErrorKind::Other,
+            Error::DependentsLimit { .. } => io::ErrorKind::QuotaExceeded,
             Error::Cancelled => io::ErrorKind::Interrupted,
         };
         Self::new(kind, error)

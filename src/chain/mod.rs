@@ -4,6 +4,7 @@
 //! name are followed, and by formats that are told, never guessed. It is then read and written like one image
 //! ([`Chain::read_at`], [`Chain::write_at`], [`ChainReader`]), asked which layer decides what ([`Chain::extents`]),
 //! described ([`Chain::describe`]) and compared ([`compare`](compare()), [`differences`](differences())).
+//! [`find_dependents`] finds other images that are backed by some files.
 //!
 //! A layer that is shorter than the one above it reads as zeroes beyond its end: what deeper layers hold there stays
 //! hidden. A longer one is cut.
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use crate::storage::FileSystem;
 
 mod compare;
+mod dependents;
 mod describe;
 mod differences;
 mod digest;
@@ -26,6 +28,8 @@ mod read;
 mod reader;
 
 pub use compare::{CompareOptions, Comparison, compare, compare_with_progress};
+pub use dependents::{DependentSearch, ExternalDependent, find_dependents};
+pub(crate) use dependents::{Identity, Sought, search_directories};
 pub(crate) use describe::Bytes;
 pub use describe::{BackingDescription, Description, Flags, Held, LayerDescription};
 pub use differences::differences;

@@ -92,13 +92,13 @@ fn has_protocol(name: &[u8]) -> bool {
 
 #[cfg(unix)]
 #[expect(clippy::unnecessary_wraps, reason = "other systems refuse names that are not Unicode")]
-fn path_from_bytes(name: &[u8]) -> Option<&Path> {
+pub(super) fn path_from_bytes(name: &[u8]) -> Option<&Path> {
     use std::os::unix::ffi::OsStrExt;
     Some(Path::new(std::ffi::OsStr::from_bytes(name)))
 }
 
 #[cfg(not(unix))]
-fn path_from_bytes(name: &[u8]) -> Option<&Path> {
+pub(super) fn path_from_bytes(name: &[u8]) -> Option<&Path> {
     std::str::from_utf8(name).ok().map(Path::new)
 }
 

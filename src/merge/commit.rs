@@ -123,10 +123,16 @@ pub fn commit(chain: &Chain, options: &CommitOptions, progress: &dyn Progress) -
     let _reserved = reserve(&chain.layers()[..=options.base])?;
     let merge = Absorb::survey(chain, &target, options.base, |_| true, progress)?;
     let bitmaps = Bitmaps::of(&chain.layers()[..=options.base])?;
+    if target.is_smaller_than(chain.virtual_size()) {
+        progress.before_change()?;
+    }
     target.grow_to(chain.virtual_size())?;
     let spent = if options.after == AfterCommit::Keep { 0 } else { options.base };
     let mut report = merge.run(options.rate_limit, spent, progress)?; // barriers: see there
     if options.shrink_base {
+        if target.is_larger_than(chain.virtual_size()) {
+            progress.before_change()?;
+        }
         target.shrink_to(chain.virtual_size())?; // after all is durable: the top does not show what is cut off
     }
     // After the base is durable: until here the top still covered it.

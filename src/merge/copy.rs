@@ -84,6 +84,7 @@ impl<'a> Copier<'a> {
             rate: Rate::default(),
             told: 0,
             told_before: 0,
+            changed: false,
         };
         Self {
             chain,
@@ -144,6 +145,7 @@ impl<'a> Copier<'a> {
 
     /// Makes a range of the target zero.
     pub(super) fn zero(&mut self, offset: GuestOffset, len: u64) -> Result<()> {
+        self.course.before_change()?;
         self.target.zero(offset, len)?;
         self.report.zeroed += len;
         Ok(())
@@ -163,6 +165,7 @@ impl<'a> Copier<'a> {
             let size = usize::try_from(len - at).unwrap_or(usize::MAX).min(BUFFER);
             let position = offset.saturating_add(at);
             self.chain.read_at(&mut self.buffer[..size], position)?;
+            self.course.before_change()?;
             self.target.write(&self.buffer[..size], position)?;
             self.report.copied += size as u64;
             at += size as u64;
@@ -199,6 +202,9 @@ impl<'a> Copier<'a> {
         let mut runs: Vec<Run> = Vec::with_capacity(moves.len());
         let carried = Carried::default();
         let placed = self.place(&moves, &mut placements, &mut runs).and_then(|()| self.reserve(&runs));
+        // What is mapped already is overwritten in place by the transfer.
+        let in_place = runs.iter().any(|run| !run.fresh);
+        let placed = placed.and_then(|()| if in_place { self.course.before_change() } else { Ok(()) });
         let done = placed.and_then(|()| self.transfer.carry(&runs, &mut self.course, &carried));
         let (copied, in_kernel) = carried.bytes();
         self.report.copied += copied;
@@ -207,6 +213,7 @@ impl<'a> Copier<'a> {
             self.give_back(&placements, &runs);
             return Err(error);
         }
+        self.course.before_change()?;
         self.target.publish(&placements)?;
         self.course.settle(&carried)
     }
@@ -280,9 +287,20 @@ struct Course<'a> {
     told: u64,
     /// What comes once more and has been told of before.
     told_before: u64,
+    /// Set once the guest-visible content of the target may have changed.
+    changed: bool,
 }
 
 impl Course<'_> {
+    /// Announces the first change of the target's guest-visible content.
+    fn before_change(&mut self) -> Result<()> {
+        if !self.changed {
+            self.progress.before_change()?;
+            self.changed = true;
+        }
+        Ok(())
+    }
+
     fn advance(&mut self, len: u64) -> Result<()> {
         let again = self.told_before.min(len);
         self.told_before -= again;

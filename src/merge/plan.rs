@@ -12,17 +12,16 @@ use super::refuse::{snapshots_of, valid_bitmaps};
 use super::target::Target;
 use super::{Error, Result};
 
-/// Which of two layers takes in the other.
+/// The direction of a merge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 #[cfg_attr(feature = "json", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "lowercase"))]
 pub enum Direction {
-    /// The base takes in what is above it.
+    /// Writes the data of the layers above into the base.
     #[default]
     Commit,
-    /// The top takes in what is beneath it, down to and with the base, and then stands on what is beneath the base.
+    /// Writes the data of the layers beneath the top, down to the base, into the top. The layer beneath the base then
+    /// backs the top.
     Pull,
-    /// Whichever moves less data.
-    Auto,
 }
 
 /// One way to merge the same layers.
@@ -79,7 +78,6 @@ impl MergePlan {
     /// The way of this direction.
     #[must_use]
     pub fn way(&self, direction: Direction) -> &Way {
-        let direction = if direction == Direction::Auto { self.cheapest } else { direction };
         if direction == Direction::Pull { &self.pull } else { &self.commit }
     }
 }
@@ -92,12 +90,12 @@ impl MergePlan {
 ///
 /// ```no_run
 /// use qcow2_chain::chain::{Chain, ChainOptions};
-/// use qcow2_chain::merge::{Direction, plan};
+/// use qcow2_chain::merge::plan;
 ///
 /// let chain = Chain::open("/images/vm.qcow2", &ChainOptions::default().beneath("/images"))?;
 /// let plan = plan(&chain, 1)?;
 /// print!("{plan}");
-/// println!("{} bytes at least", plan.way(Direction::Auto).data);
+/// println!("{} bytes at least", plan.way(plan.cheapest).data);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn plan(chain: &Chain, base: usize) -> Result<MergePlan> {
@@ -211,7 +209,6 @@ impl fmt::Display for Direction {
         f.pad(match self {
             Self::Commit => "commit",
             Self::Pull => "pull",
-            Self::Auto => "auto",
         })
     }
 }

@@ -54,6 +54,15 @@ pub trait Progress: Sync {
     fn is_cancelled(&self) -> bool {
         false
     }
+
+    /// Called once, before the first change of the guest-visible content of the image that a merge writes. Until then the
+    /// merge can be abandoned without a trace in the content. Does nothing by default.
+    ///
+    /// # Errors
+    /// Any. The merge stops before the change and returns [`super::Error::Refused`] or the error itself.
+    fn before_change(&self) -> super::Result<()> {
+        Ok(())
+    }
 }
 
 impl Progress for () {

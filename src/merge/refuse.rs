@@ -1,17 +1,15 @@
 //! What a merge would falsify beyond the guest's view of the chain: images elsewhere, internal snapshots, bitmaps.
 
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::Arc;
 
-use crate::chain::{Chain, Layer};
-use crate::format::{AutoclearFeatures, BitmapDirectoryEntry, HeaderCluster, Limits};
+use crate::chain::{Chain, DependentSearch, Identity, Layer, Sought, search_directories};
+use crate::format::{AutoclearFeatures, BitmapDirectoryEntry};
 use crate::image::Image;
-use crate::storage::{self, Access, FileId, FileSystem, HostFileSystem, LockMode};
+use crate::storage::{FileSystem, HostFileSystem};
 
 use super::{Error, Result};
-
-/// The largest cluster: where a header ends at the latest.
-const LARGEST_CLUSTER: usize = 2 << 20;
 
 /// Refuses layers with internal snapshots, which show what is beneath their layer where they hold nothing themselves.
 pub(super) fn refuse_stale_snapshots(layers: &[Layer]) -> Result<()> {
@@ -30,81 +28,38 @@ pub(super) fn snapshots_of(layer: &Layer) -> Result<Vec<String>> {
     Ok(snapshots.iter().map(|snapshot| String::from_utf8_lossy(&snapshot.name).into_owned()).collect())
 }
 
-/// Refuses a commit into `base` where an image in one of the directories, other than those of the chain, is over a layer
-/// that would change.
+/// Refuses a commit into `base` if an image in one of the directories that is not part of the chain
+/// depends on a layer that would change.
+///
+/// # Errors
+/// - [`Error::Dependents`]: there are such images.
+/// - [`Error::Chain`]: the search failed, see [`crate::chain::find_dependents`].
 pub(super) fn refuse_dependents(chain: &Chain, base: usize, directories: &[PathBuf]) -> Result<()> {
-    let files: Vec<_> = chain.layers().iter().map(identity).collect();
-    let mut found: Vec<(usize, PathBuf)> = Vec::new();
-    for directory in directories {
-        for path in HostFileSystem.list(directory)? {
-            let resolved = HostFileSystem.resolve(&path).ok();
-            let own = resolved.is_some_and(|found| files.iter().any(|file| file.is(&found)));
-            if own {
-                continue;
-            }
-            let Some(name) = backing_name(&path)? else { continue };
-            let layer = (1..=base).find(|&index| files.get(index).is_some_and(|file| file.is_named(&name, &path)));
-            found.extend(layer.map(|index| (index, path)));
-        }
+    if directories.is_empty() {
+        return Ok(());
     }
-    let Some(deepest) = found.iter().map(|(index, _)| *index).max() else { return Ok(()) };
-    let file = chain.layers().get(deepest).map_or_else(String::new, |layer| layer.path.display().to_string());
-    found.sort();
-    found.dedup();
-    Err(Error::Dependents { file, dependents: found.into_iter().map(|(_, path)| path).collect() })
+    let host: Arc<dyn FileSystem> = Arc::new(HostFileSystem);
+    // Layers that the caller opened have paths of the host.
+    let file_system = &**chain.names().unwrap_or(&host);
+    let layers: Vec<_> = chain.layers().iter().map(|layer| identity(file_system, layer)).collect();
+    let changed: Vec<_> = layers.iter().take(base.saturating_add(1)).skip(1).cloned().collect();
+    let own: Vec<_> = layers.into_iter().map(|layer| layer.identity).collect();
+    let directories = directories.iter().map(|directory| (directory.clone(), true));
+    let max_files = DependentSearch::default().max_files;
+    let found = search_directories(file_system, &changed, &own, directories, max_files)?;
+    let deepest = changed.into_iter().rev().find(|layer| found.iter().any(|image| image.file == layer.path));
+    let Some(deepest) = deepest else { return Ok(()) };
+    let mut dependents: Vec<_> = found.into_iter().map(|dependent| dependent.image).collect();
+    dependents.dedup();
+    Err(Error::Dependents { file: deepest.path.display().to_string(), dependents })
 }
 
-/// What a layer's file is known by.
-struct Identity {
-    path: PathBuf,
-    file: Option<FileId>,
-}
-
-fn identity(layer: &Layer) -> Identity {
-    let path = HostFileSystem.resolve(&layer.path).map_or_else(|_| layer.path.clone(), |found| found.path);
-    Identity { path, file: layer.node.storage().file_id() }
-}
-
-impl Identity {
-    fn is(&self, found: &storage::Resolved) -> bool {
-        match (self.file, found.file) {
-            (Some(a), Some(b)) => a == b,
-            _ => self.path == found.path,
-        }
-    }
-
-    /// Whether the name that an image writes of its backing file means this one. What is no plain file name means it
-    /// where it mentions it.
-    fn is_named(&self, name: &[u8], by: &Path) -> bool {
-        let text = String::from_utf8_lossy(name);
-        let own = self.path.file_name().unwrap_or_default().to_string_lossy();
-        if text.starts_with("json:") {
-            return text.contains(&*own);
-        }
-        let target = by.parent().unwrap_or(by).join(text.strip_prefix("file:").unwrap_or(&text));
-        HostFileSystem.resolve(&target).is_ok_and(|found| self.is(&found))
-    }
-}
-
-/// The backing file's name in a file's header, if it is a qcow2 image that has one. What is gone by now, or no regular
-/// file, has none, and neither has an image whose header nobody can open.
-fn backing_name(path: &Path) -> Result<Option<Vec<u8>>> {
-    let storage = match HostFileSystem.open(path, &Access::read().with_lock(LockMode::None)) {
-        Ok(storage) => storage,
-        Err(storage::Error::Refused { .. }) => return Ok(None),
-        Err(storage::Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error.into()),
-    };
-    let mut magic = [0; 4];
-    storage.read_at(&mut magic, 0)?;
-    if magic != *b"QFI\xfb" {
-        return Ok(None);
-    }
-    let len = storage.len()?;
-    let mut bytes = vec![0; usize::try_from(len).unwrap_or(LARGEST_CLUSTER).min(LARGEST_CLUSTER)];
-    storage.read_at(&mut bytes, 0)?;
-    let header = HeaderCluster::decode(&bytes, len, &Limits::default());
-    Ok(header.ok().and_then(|header| header.backing_file))
+/// Returns the identity of a layer: that of its open file where it has one.
+fn identity(file_system: &dyn FileSystem, layer: &Layer) -> Sought {
+    let found = file_system.resolve(&layer.path).ok();
+    let path = found.as_ref().map_or_else(|| layer.path.clone(), |found| found.path.clone());
+    let file = layer.node.storage().file_id().or_else(|| found.and_then(|found| found.file));
+    Sought { path: layer.path.clone(), identity: Identity { path, file } }
 }
 
 /// The bitmaps of some layers that vouch for their content.

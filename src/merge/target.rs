@@ -129,7 +129,18 @@ impl<'a> Target<'a> {
         Ok(())
     }
 
-    /// Cuts the target where it is larger. Durable on return.
+    /// Returns true if the virtual size is below `size` bytes.
+    pub(super) fn is_smaller_than(&self, size: u64) -> bool {
+        self.node.virtual_size() < size
+    }
+
+    /// Returns true if the virtual size is above `size` bytes.
+    pub(super) fn is_larger_than(&self, size: u64) -> bool {
+        self.node.virtual_size() > size
+    }
+
+    /// Cuts the target where it is larger. Durable on return. A raw device keeps its length; the part past `size` is
+    /// zeroed, so that the guest does not see old data there.
     pub(super) fn shrink_to(&self, size: u64) -> Result<()> {
         if size >= self.node.virtual_size() {
             return Ok(());
@@ -137,7 +148,11 @@ impl<'a> Target<'a> {
         match self.node {
             Node::Qcow2(image) => image.resize(size, &ResizeOptions::default().with_shrink(true))?,
             Node::Raw(raw) => {
-                raw.resize(size)?;
+                if self.storage().is_fixed_size() {
+                    raw.write_zeroes_at(GuestOffset::new(size), self.node.virtual_size() - size)?;
+                } else {
+                    raw.resize(size)?;
+                }
                 raw.flush()?;
             }
         }

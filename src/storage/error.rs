@@ -59,6 +59,16 @@ pub enum Error {
         /// Why it was refused.
         why: String,
     },
+    /// An attribute of a model cannot be set on a new file, see [`super::FileSystem::create_new_like`].
+    #[error("{name}: cannot set {attribute} on a new file")]
+    Attribute {
+        /// The new file, or the directory that it would be created in.
+        name: String,
+        /// The attribute with its value: `owner 64055`, `mode 0640`, `extended attribute user.note`.
+        attribute: String,
+        /// The error of the operating system.
+        source: io::Error,
+    },
     /// An earlier `sync` failed: what was written before it may be lost.
     #[error("{name}: an earlier sync failed, the handle is no longer used")]
     Poisoned {
@@ -87,7 +97,7 @@ impl Error {
 impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
         let kind = match &error {
-            Error::Io { source, .. } => source.kind(),
+            Error::Io { source, .. } | Error::Attribute { source, .. } => source.kind(),
             Error::NoSpace { .. } => io::ErrorKind::StorageFull,
             Error::Busy { .. } => io::ErrorKind::ResourceBusy,
             Error::ReadOnly { .. } => io::ErrorKind::ReadOnlyFilesystem,

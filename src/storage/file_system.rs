@@ -53,6 +53,31 @@ impl Access {
     }
 }
 
+/// The kind of a directory entry, see [`FileSystem::entry`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum EntryKind {
+    /// No entry of this name, or no such directory.
+    Missing,
+    /// A regular file.
+    File,
+    /// A block device.
+    BlockDevice,
+    /// A symbolic link, even one with a missing target.
+    Link,
+    /// A directory, or any other entry.
+    Other,
+}
+
+/// The treatment of attributes that cannot be set on a new file, see [`FileSystem::create_new_like`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Attributes {
+    /// Fails, and removes the new file.
+    Require,
+    /// Skips the attribute. The permissions are reduced so that the file is still not more accessible than its model.
+    BestEffort,
+}
+
 /// Names of storages: a file system, or a test's model of one.
 ///
 /// A name is durable only after [`FileSystem::sync_dir`] of its directory; bytes only after [`Storage::sync`].
@@ -69,6 +94,38 @@ pub trait FileSystem: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`super::Error::Io`] where the name is taken.
     fn create_new(&self, path: &Path) -> Result<Arc<dyn Storage>>;
+
+    /// Creates a new, empty file as [`FileSystem::create_new`] does, with the access rights of `model`.
+    ///
+    /// On unix the new file gets owner, group and permissions of [`Storage::as_file`] of the model; on Linux also its
+    /// POSIX ACL, its extended attributes and its security label. The set-id and sticky bits, `security.capability`,
+    /// `security.ima`, `security.evm` and a default ACL are not copied. Of a block device, owner, group, security
+    /// label and the permissions without execution are copied, because the rest belongs to the device node.
+    ///
+    /// At no instant is the new file more accessible than the model: it is created with mode 0600, and its permissions
+    /// are set last. By default, and where the model has no file of the operating system, this is
+    /// [`FileSystem::create_new`].
+    ///
+    /// # Errors
+    /// - [`super::Error::Io`]: the name is taken.
+    /// - [`super::Error::Attribute`]: an attribute of the model cannot be set and `attributes` is
+    ///   [`Attributes::Require`], or the file system gives others access that the model does not. The new file is
+    ///   removed again.
+    fn create_new_like(&self, path: &Path, _model: &dyn Storage, _attributes: Attributes) -> Result<Arc<dyn Storage>> {
+        self.create_new(path)
+    }
+
+    /// Checks if [`FileSystem::create_new_like`] with [`Attributes::Require`] would succeed in a directory.
+    ///
+    /// On Linux the attributes are set on a file without a name, which vanishes when it is closed. Where the file
+    /// system has no such files, only write access to the directory is checked. The default accepts everything.
+    ///
+    /// # Errors
+    /// - [`super::Error::Attribute`]: an attribute of the model cannot be set.
+    /// - [`super::Error::Io`]: no file can be created in the directory.
+    fn check_create_like(&self, _directory: &Path, _model: &dyn Storage) -> Result<()> {
+        Ok(())
+    }
 
     /// Gives a file another name in one step, replacing what had it.
     ///
@@ -102,11 +159,44 @@ pub trait FileSystem: Send + Sync + fmt::Debug {
     /// [`super::Error::Io`].
     fn list(&self, directory: &Path) -> Result<Vec<PathBuf>>;
 
+    /// Lists the files in a directory that [`FileSystem::open`] may open, without opening any, sorted.
+    ///
+    /// FIFOs, sockets and character devices are left out as far as their types are known: to open
+    /// one can have effects of its own. The default returns all of [`FileSystem::list`].
+    ///
+    /// # Errors
+    /// [`super::Error::Io`].
+    fn list_openable(&self, directory: &Path) -> Result<Vec<ListedFile>> {
+        let file = |path| ListedFile { path, link: false, block_device: false };
+        Ok(self.list(directory)?.into_iter().map(file).collect())
+    }
+
     /// Whether a name exists.
     ///
     /// # Errors
     /// [`super::Error::Io`] where that cannot be told.
     fn exists(&self, path: &Path) -> Result<bool>;
+
+    /// Returns the kind of a directory entry, without following a symbolic link at its end.
+    ///
+    /// By default every entry that exists is a regular file.
+    ///
+    /// # Errors
+    /// [`super::Error::Io`]: the entry cannot be examined. A missing entry or directory is no error.
+    fn entry(&self, path: &Path) -> Result<EntryKind> {
+        Ok(if self.exists(path)? { EntryKind::File } else { EntryKind::Missing })
+    }
+
+    /// Checks if a directory is part of the device file system in memory, where nothing durable may be put.
+    ///
+    /// True on devtmpfs, and in `/dev` except for file systems that are mounted there (`/dev/shm`). Other file systems
+    /// in memory are the caller's choice and give `false`, which is also the default.
+    ///
+    /// # Errors
+    /// [`super::Error::Io`]: the directory cannot be examined.
+    fn is_memory_backed(&self, _directory: &Path) -> Result<bool> {
+        Ok(false)
+    }
 
     /// What an existing name stands for, without opening it: the path without links, and the file's identity. Names that
     /// have no links are resolved by their letters.
@@ -126,6 +216,17 @@ pub trait FileSystem: Send + Sync + fmt::Debug {
         }
         Ok(Resolved { path: plain, file: None })
     }
+}
+
+/// A file in a directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListedFile {
+    /// The directory as it was given, and the name.
+    pub path: PathBuf,
+    /// The name is a symbolic link.
+    pub link: bool,
+    /// The file, through links, is known to be a block device.
+    pub block_device: bool,
 }
 
 /// What a name stands for.
@@ -191,6 +292,34 @@ impl FileSystem for HostFileSystem {
             }
         }
         files.sort_unstable();
+        Ok(files)
+    }
+
+    fn list_openable(&self, directory: &Path) -> Result<Vec<ListedFile>> {
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(or_current(directory)).map_err(failed(directory, "list it"))? {
+            let entry = entry.map_err(failed(directory, "list it"))?;
+            let path = directory.join(entry.file_name());
+            let kind = match entry.file_type() {
+                Ok(kind) => kind,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(failed(&path, "look at it")(error)),
+            };
+            // The type of a regular file comes with its name; any other costs one more call.
+            let block_device = if kind.is_file() {
+                false
+            } else {
+                match std::fs::metadata(&path).map(|metadata| sys::kind(&metadata)) {
+                    Ok(sys::Kind::BlockDevice) => true,
+                    Ok(sys::Kind::Other(_)) => continue,
+                    // After an error, opening it will report the reason.
+                    Ok(sys::Kind::Regular) | Err(_) => false,
+                }
+            };
+            files.push(ListedFile { path, link: kind.is_symlink(), block_device });
+        }
+        // By letters, which is much cheaper than by components.
+        files.sort_unstable_by(|a, b| a.path.as_os_str().cmp(b.path.as_os_str()));
         Ok(files)
     }
 

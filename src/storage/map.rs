@@ -6,7 +6,7 @@ use std::path::Path;
 
 use memmap2::{Mmap, MmapOptions};
 
-use super::{Access, Error, FileId, FileStorage, LockMode, Result, Storage};
+use super::{Access, Error, FileId, FileStamp, FileStorage, LockMode, Result, Storage};
 
 /// A file mapped for reading: reads are copies from the page cache without a system call each.
 ///
@@ -98,6 +98,10 @@ impl Storage for MappedStorage {
 
     fn file_id(&self) -> Option<FileId> {
         self.file.file_id()
+    }
+
+    fn stamp(&self) -> Result<Option<FileStamp>> {
+        self.file.stamp()
     }
 
     fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {

@@ -107,7 +107,7 @@ use std::ops::Range;
 
 pub use error::{Error, Result};
 pub use file::FileStorage;
-pub use file_system::{Access, FileSystem, HostFileSystem, Resolved};
+pub use file_system::{Access, Attributes, EntryKind, FileSystem, HostFileSystem, ListedFile, Resolved};
 pub use lock::{LockMode, Permission};
 pub use map::MappedStorage;
 pub use memory::MemoryStorage;
@@ -119,11 +119,37 @@ const MAX_LEN: u64 = i64::MAX.unsigned_abs();
 
 /// What tells one file from another, whatever name it was reached by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "json", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "kebab-case"))]
 pub struct FileId {
     /// The device, or a number for the memory that holds it.
     pub device: u64,
     /// The file's number on its device.
     pub inode: u64,
+}
+
+/// The metadata by which a change of a file is noticed that its content digest does not cover.
+///
+/// Two equal stamps prove nothing: file systems round times, and a program can set [`FileStamp::modified`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "json", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "kebab-case"))]
+pub struct FileStamp {
+    /// The file's number on its file system.
+    pub inode: u64,
+    /// The length, in bytes.
+    pub len: u64,
+    /// The time of the last change of the content, in nanoseconds since 1970 (UTC), saturating.
+    pub modified: i64,
+    /// The time of the last change of content or metadata, in nanoseconds since 1970 (UTC), saturating.
+    pub changed: i64,
+}
+
+/// Returns the number of files that this process may still open, or `None` where that is unknown.
+///
+/// This is the soft limit of open descriptors minus those in use. Other threads can open files at any time, so that the
+/// number is an estimate.
+#[must_use]
+pub fn descriptors_left() -> Option<u64> {
+    sys::descriptors_left()
 }
 
 /// Bytes at positions: a file, a block device, memory, or whatever a caller has.
@@ -186,6 +212,14 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// What tells this storage from others, if anything does.
     fn file_id(&self) -> Option<FileId> {
         None
+    }
+
+    /// Returns the stamp of the file behind this storage, or `None` for block devices and where there is none.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    fn stamp(&self) -> Result<Option<FileStamp>> {
+        Ok(None)
     }
 
     /// Makes a range read as zeroes, keeping or giving back its blocks, and growing the storage where it ends before.

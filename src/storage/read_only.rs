@@ -4,7 +4,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Error, FileId, LockMode, Result, Storage};
+use super::{Error, FileId, FileStamp, LockMode, Result, Storage};
 
 /// A storage that others may write and this handle may not.
 #[derive(Clone, Debug)]
@@ -51,6 +51,9 @@ impl Storage for ReadOnlyStorage {
     }
     fn file_id(&self) -> Option<FileId> {
         self.inner.file_id()
+    }
+    fn stamp(&self) -> Result<Option<FileStamp>> {
+        self.inner.stamp()
     }
     fn zero_range(&self, _range: Range<u64>) -> Result<()> {
         self.refuse()

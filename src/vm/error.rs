@@ -1,4 +1,4 @@
-//! What the floor says when something went wrong.
+//! The error type of the tier.
 
 use std::io;
 use std::time::Duration;
@@ -8,24 +8,24 @@ use thiserror::Error as ThisError;
 use super::Refusal;
 use crate::{chain, image, merge, storage};
 
-/// The result of an operation on a VM's snapshots.
+/// The result of an operation on a snapshot set.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why an operation on a VM's snapshots did not happen, or was not completed.
+/// The error of an operation on a snapshot set.
 #[derive(Debug, ThisError)]
 #[non_exhaustive]
 pub enum Error {
-    /// It is not done; nothing was changed.
+    /// The operation was refused. Nothing was changed.
     #[error(transparent)]
     Refused(#[from] Refusal),
-    /// There is not enough room; nothing was changed.
-    #[error("{file}: {need} bytes are needed, {have} are free")]
+    /// The space is not sufficient. Nothing was changed.
+    #[error("{file}: {need} bytes of free space are needed, {have} are available")]
     NoSpace {
         /// A file that would grow.
         file: String,
-        /// What is needed where it lies, in bytes.
+        /// The bytes needed on its file system.
         need: u64,
-        /// What is free there, in bytes.
+        /// The bytes available there.
         have: u64,
     },
     /// The catalogue is damaged or contradicts itself.
@@ -33,31 +33,30 @@ pub enum Error {
     Catalogue {
         /// The catalogue.
         file: String,
-        /// What is wrong.
+        /// The damage.
         why: String,
     },
-    /// The journal is damaged beyond what a crash explains.
+    /// The journal is damaged in a way that no crash explains.
     #[error("{file}: {why}")]
     Journal {
         /// The journal.
         file: String,
-        /// What is wrong.
+        /// The damage.
         why: String,
     },
-    /// Some volumes could not be merged. Those that could are recorded, the VM can be started, and the operation can be
-    /// resumed.
-    #[error("volume {volume} failed; done: {done:?}, left: {left:?}")]
+    /// Some volumes failed. The others are done and recorded. The operation can be resumed.
+    #[error("volume {volume} failed; done: [{}], left: [{}]", done.join(", "), left.join(", "))]
     Incomplete {
         /// The first volume that failed.
         volume: String,
         /// The volumes that are done.
         done: Vec<String>,
-        /// The volumes that are not.
+        /// The volumes that are not done.
         left: Vec<String>,
-        /// Why it failed.
+        /// The error of the first volume.
         source: Box<Error>,
     },
-    /// A file or name failed.
+    /// A file or directory failed.
     #[error(transparent)]
     Storage(#[from] storage::Error),
     /// An image failed.
@@ -72,37 +71,41 @@ pub enum Error {
     /// The hypervisor failed.
     #[error("{what}")]
     Hypervisor {
-        /// What it was to do.
+        /// The action and the failure.
         what: String,
-        /// Its own word, if there is one.
+        /// The hypervisor's error, if there is one.
         source: Option<Box<dyn std::error::Error + Send + Sync>>,
     },
-    /// The hypervisor was asked for something, and nobody knows whether it did it. Nothing was taken back: recovery decides
-    /// when the hypervisor can be asked.
-    #[error("{what}: whether it happened is not known; recovery asks the hypervisor")]
+    /// It is not known if the hypervisor did what it was asked for, or which file the VM wrote last. Nothing was taken
+    /// back. Recovery needs the hypervisor's answer or the caller's statement.
+    #[error("{what}: the outcome is uncertain; recover with the hypervisor, or state the file that the VM runs on")]
     Uncertain {
-        /// What it was to do.
+        /// The action in question.
         what: String,
-        /// Why there was no answer.
+        /// The reason why there was no answer.
         source: Option<Box<dyn std::error::Error + Send + Sync>>,
     },
-    /// A running VM's merge took longer than the caller allows. The operation can be resumed.
-    #[error("the merge on disk {disk} was not done after {after:?}; {}", if *running { "its job goes on" } else { "its job was ended" })]
+    /// The merge of a running VM took longer than allowed. The operation can be resumed.
+    #[error(
+        "disk {disk}: timed out after {} s; {}",
+        after.as_secs(),
+        if *running { "its job goes on in the hypervisor" } else { "its job was aborted" }
+    )]
     TimedOut {
         /// The hypervisor's name of the disk.
         disk: String,
-        /// How long it took so far.
+        /// The elapsed time.
         after: Duration,
-        /// Whether its job goes on.
+        /// If set, the job goes on.
         running: bool,
     },
-    /// The caller asked to stop. What has begun can be resumed.
+    /// The caller cancelled the operation. If it had begun, it can be resumed.
     #[error("cancelled")]
     Cancelled,
 }
 
 impl Error {
-    /// The refusal, if it is one.
+    /// Returns the refusal, if this is one.
     #[must_use]
     pub fn refusal(&self) -> Option<&Refusal> {
         match self {
@@ -111,27 +114,37 @@ impl Error {
         }
     }
 
-    /// Whether a timeout is behind it.
+    /// Returns the error that caused this one to fail: of [`Error::Incomplete`], that of the first volume.
     #[must_use]
-    pub fn is_timed_out(&self) -> bool {
+    pub fn root(&self) -> &Self {
         match self {
-            Self::TimedOut { .. } => true,
-            Self::Incomplete { source, .. } => source.is_timed_out(),
-            _ => false,
+            Self::Incomplete { source, .. } => source.root(),
+            error => error,
         }
     }
 
-    /// Whether the caller's wish to stop is behind it.
+    /// Returns true if the cause is a timeout.
+    #[must_use]
+    pub fn is_timed_out(&self) -> bool {
+        matches!(self.root(), Self::TimedOut { .. })
+    }
+
+    /// Returns true if the outcome is uncertain.
+    #[must_use]
+    pub fn is_uncertain(&self) -> bool {
+        matches!(self.root(), Self::Uncertain { .. })
+    }
+
+    /// Returns true if the caller cancelled the operation.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
-        match self {
+        matches!(
+            self.root(),
             Self::Cancelled
-            | Self::Merge(merge::Error::Cancelled)
-            | Self::Chain(chain::Error::Cancelled)
-            | Self::Image(image::Error::Cancelled) => true,
-            Self::Incomplete { source, .. } => source.is_cancelled(),
-            _ => false,
-        }
+                | Self::Merge(merge::Error::Cancelled)
+                | Self::Chain(chain::Error::Cancelled)
+                | Self::Image(image::Error::Cancelled)
+        )
     }
 }
 

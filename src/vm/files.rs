@@ -1,28 +1,36 @@
-//! The files that the catalogue names, and no others: opened by the recorded path in the recorded format, whatever their headers
-//! say, and refused where a header says something else.
+//! The files that the catalogue names, and no others.
+//!
+//! A file is opened by its recorded path in its recorded format. A backing file name in a header is
+//! compared with the records, and never followed.
 
-use std::path::{Path, PathBuf};
+mod fingerprint;
+mod held;
+
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
+use super::model::{FileRef, Model, OverlayShape, Volume};
+use super::plan::{MergeStep, NewOverlay};
 use super::{Refusal, Result};
 use crate::chain::{Chain, Format, Layer, Node};
 use crate::format::HeaderCluster;
 use crate::image::{self, Image, OpenOptions, RawImage};
-use crate::storage::{self, Access, FileSystem, LockMode, Storage};
-use crate::vm::model::{Base, FileRef, Fingerprint, Model, OverlayShape, Volume};
-use crate::vm::plan::MergeStep;
+use crate::storage::{self, Access, FileId, FileSystem, LockMode, MemoryStorage, Storage};
 
-/// How much of a base's beginning goes into its fingerprint.
-const HEADER_BYTES: u64 = 64 << 10;
+pub(in crate::vm) use held::{HeldFiles, Hold};
 
-/// Where the catalogue's paths start, and what they are names in.
+/// The unit that a medium writes as a whole, in bytes.
+const SECTOR: usize = 512;
+
+/// The recorded files of a set: a file system, and the directory at which recorded relative paths start.
 #[derive(Clone, Debug)]
 pub struct VolumeFiles {
-    names: Arc<dyn FileSystem>,
+    file_system: Arc<dyn FileSystem>,
     directory: PathBuf,
+    held: Arc<HeldFiles>,
 }
 
-/// What a look at an image's header tells.
+/// The facts in an image's header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Facts {
     pub(crate) virtual_size: u64,
@@ -30,89 +38,116 @@ pub(crate) struct Facts {
     pub(crate) shape: Option<OverlayShape>,
 }
 
-/// How strictly headers are held to the records.
+/// The strictness with which headers are compared with the records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Links {
-    /// Each names the file recorded beneath it.
+    /// Each header names the file recorded beneath it.
     Exact,
-    /// A merge is under way: a header may name the second file beneath it already, with which the first is one.
+    /// A merge is under way: a header may name the second file beneath it already, into which the first is merged.
     MaySkip,
 }
 
 impl VolumeFiles {
-    /// The place where relative paths start at this directory.
+    /// Creates the view of the files whose recorded relative paths start at `directory`.
     #[must_use]
-    pub fn new(names: Arc<dyn FileSystem>, directory: impl Into<PathBuf>) -> Self {
-        Self { names, directory: directory.into() }
+    pub fn new(file_system: Arc<dyn FileSystem>, directory: impl Into<PathBuf>) -> Self {
+        Self { file_system, directory: directory.into(), held: Arc::default() }
     }
 
-    /// What the paths are names in.
-    #[must_use]
-    pub fn names(&self) -> &Arc<dyn FileSystem> {
-        &self.names
+    /// Returns a view with files of its own to hold locked, for one operation.
+    pub(in crate::vm) fn for_operation(&self) -> Self {
+        Self { held: Arc::default(), ..self.clone() }
     }
 
-    /// The path of a recorded file, from where this program is.
+    /// Returns the files that this operation holds locked.
+    pub(in crate::vm) fn held(&self) -> &HeldFiles {
+        &self.held
+    }
+
+    /// Returns the file system.
+    #[must_use]
+    pub fn file_system(&self) -> &Arc<dyn FileSystem> {
+        &self.file_system
+    }
+
+    /// Returns the path of a recorded file for this process.
     #[must_use]
     pub fn path(&self, recorded: &str) -> PathBuf {
         self.directory.join(recorded)
     }
 
-    /// The path to record for a file: relative where it lies beneath the catalogue's directory.
-    pub(super) fn record(&self, path: &Path) -> Result<String> {
-        let refused = |why| Refusal::Path { path: path.display().to_string(), why };
+    /// Returns the path of a recorded file as text, for messages.
+    pub(in crate::vm) fn shown(&self, recorded: &str) -> String {
+        self.path(recorded).display().to_string()
+    }
+
+    /// Returns the path to record for a file: relative if it is beneath the catalogue's directory.
+    pub(in crate::vm) fn record(&self, path: &Path) -> Result<String> {
+        let refused = |why| Refusal::Path { path: path.display().to_string().escape_debug().to_string(), why };
         let within = path.strip_prefix(&self.directory).ok().filter(|_| !self.directory.as_os_str().is_empty());
         let relative = within.map(Path::to_owned);
         let recorded = match relative {
             Some(relative) => relative,
-            None if path.is_absolute() => path.to_owned(),
-            None if self.directory.as_os_str().is_empty() => path.to_owned(),
+            None if path.is_absolute() || self.directory.as_os_str().is_empty() => path.to_owned(),
             None => std::path::absolute(path).map_err(|_| refused("it cannot be made absolute"))?,
         };
-        let text = recorded.to_str().ok_or_else(|| refused("it is not Unicode, as the catalogue must be"))?;
+        let text = recorded.to_str();
+        let text = text.ok_or_else(|| refused("it is not valid UTF-8, which the catalogue requires; rename it"))?;
         if text.is_empty() {
             return Err(refused("it names no file").into());
+        }
+        if text.chars().any(char::is_control) {
+            return Err(refused("it has control characters; rename it").into());
         }
         Ok(text.to_owned())
     }
 
-    /// How the header of one recorded file calls another: by name beside it, else by its whole path.
+    /// Returns the backing file name to write into the header of one recorded file for another: relative to the first
+    /// if both are recorded by relative paths, so that the directory can be moved, else absolute.
     pub(crate) fn backing_name(&self, of: &str, backing: &str) -> Vec<u8> {
-        let (of, backing) = (self.path(of), self.path(backing));
-        let beside = of.parent() == backing.parent();
-        let name = backing.file_name().filter(|_| beside).map(PathBuf::from);
-        let name = name.or_else(|| std::path::absolute(&backing).ok()).unwrap_or(backing);
+        let name = match relative_name(Path::new(of), Path::new(backing)) {
+            Some(relative) => relative,
+            None => {
+                let backing = self.path(backing);
+                std::path::absolute(&backing).unwrap_or(backing)
+            }
+        };
         name.into_os_string().into_encoded_bytes()
     }
 
     pub(crate) fn exists(&self, recorded: &str) -> Result<bool> {
-        Ok(self.names.exists(&self.path(recorded))?)
+        Ok(self.file_system.exists(&self.path(recorded))?)
     }
 
-    /// Whether two recorded paths lead to one file.
-    pub(super) fn is_same(&self, a: &str, b: &str) -> bool {
-        self.leads_to(&self.path(a), &self.path(b))
-    }
-
-    /// Whether two paths lead to one file.
+    /// Returns true if two paths lead to one file.
     #[must_use]
     pub fn leads_to(&self, a: &Path, b: &Path) -> bool {
         if a == b {
             return true;
         }
-        match (self.names.resolve(a), self.names.resolve(b)) {
+        match (self.file_system.resolve(a), self.file_system.resolve(b)) {
             (Ok(a), Ok(b)) if a.file.is_some() && b.file.is_some() => a.file == b.file,
             (Ok(a), Ok(b)) => a.path == b.path,
             _ => false,
         }
     }
 
-    /// Opens a recorded file's storage; a lock that cannot be had is a refusal.
-    pub(crate) fn storage(&self, recorded: &str, access: &Access) -> Result<Arc<dyn Storage>> {
-        self.names.open(&self.path(recorded), access).map_err(in_use)
+    /// Returns the identity of the file that a recorded path leads to at present.
+    pub(in crate::vm) fn identity(&self, recorded: &str) -> Result<Option<FileId>> {
+        Ok(self.file_system.resolve(&self.path(recorded))?.file)
     }
 
-    /// Opens a recorded file as what it is recorded to be.
+    /// Opens a recorded file. A file that the operation holds is not opened a second time. A lock that is not granted is
+    /// a refusal.
+    pub(crate) fn storage(&self, recorded: &str, access: &Access) -> Result<Arc<dyn Storage>> {
+        let path = self.path(recorded);
+        match self.held.get(&path, access.write) {
+            Some(held) => Ok(held?),
+            None => self.file_system.open(&path, access).map_err(in_use),
+        }
+    }
+
+    /// Opens a recorded file in its recorded format.
     pub(crate) fn layer(&self, file: &FileRef, write: bool) -> Result<Layer> {
         let access = if write { Access::write() } else { Access::read() };
         self.layer_as(file, &access)
@@ -127,8 +162,8 @@ impl VolumeFiles {
         Ok(Layer { node, path: self.path(&file.path) })
     }
 
-    /// Opens recorded files, the topmost first, as one disk, `writable` of them for writing.
-    pub(super) fn chain(&self, files: &[FileRef], writable: usize, links: Links) -> Result<Chain> {
+    /// Opens recorded files, the topmost first, as one disk. The upper `writable` ones are opened for writing.
+    pub(in crate::vm) fn chain(&self, files: &[FileRef], writable: usize, links: Links) -> Result<Chain> {
         let mut layers = Vec::new();
         for (index, file) in files.iter().enumerate() {
             let layer = self.layer(file, index < writable)?;
@@ -136,12 +171,12 @@ impl VolumeFiles {
             layers.push(layer);
         }
         let mut layers = layers.into_iter();
-        let nothing = || Refusal::Path { path: String::new(), why: "a disk of no files" };
+        let nothing = || Refusal::Path { path: String::new(), why: "a chain needs at least one file" };
         let top = layers.next().ok_or_else(nothing)?;
         Ok(Chain::from_layers(top, layers))
     }
 
-    /// Refuses an image whose header names another backing file than the first of `below`, or gives it another format.
+    /// Refuses an image whose header names another backing file than the first of `below`, or another format for it.
     pub(crate) fn check_link(&self, layer: &Layer, file: &FileRef, below: &[FileRef], links: Links) -> Result<()> {
         let Some(image) = layer.node.as_qcow2() else { return Ok(()) };
         let header = image.header();
@@ -153,8 +188,8 @@ impl VolumeFiles {
     }
 
     fn check_names(&self, header: &HeaderCluster, file: &FileRef, below: Option<&FileRef>) -> Result<(), Refusal> {
-        let path = || self.path(&file.path).display().to_string();
-        let nothing = || "nothing".to_owned();
+        let path = || self.shown(&file.path);
+        let nothing = || "none".to_owned();
         let named = header.backing_file.as_ref().map(|name| String::from_utf8_lossy(name).into_owned());
         let agrees = match (&named, below) {
             (None, None) => true,
@@ -162,7 +197,7 @@ impl VolumeFiles {
             _ => false,
         };
         if !agrees {
-            let recorded = below.map_or_else(nothing, |below| self.path(&below.path).display().to_string());
+            let recorded = below.map_or_else(nothing, |below| self.shown(&below.path));
             return Err(Refusal::Disagreement { path: path(), found: named.unwrap_or_else(nothing), recorded });
         }
         let Some(below) = below else { return Ok(()) };
@@ -175,160 +210,193 @@ impl VolumeFiles {
         Ok(())
     }
 
-    /// Where a name in a file's header leads.
+    /// Returns the path that a name in a file's header leads to.
     fn seen_from(&self, file: &FileRef, name: &str) -> PathBuf {
         let path = self.path(&file.path);
         path.parent().unwrap_or(&path).join(name)
     }
 
-    /// Opens a recorded file to look at, without a lock.
+    /// Opens a recorded file for inspection, without a lock.
     pub(crate) fn look_layer(&self, file: &FileRef) -> Result<Layer> {
         self.layer_as(file, &Access::read().with_lock(LockMode::None))
     }
 
-    /// Looks at an image's header without a lock: whoever holds it may be running.
+    /// Reads an image's header without a lock, as a running VM may hold the file.
     pub(crate) fn look(&self, file: &FileRef) -> Result<Facts> {
-        let layer = self.layer_as(file, &Access::read().with_lock(LockMode::None))?;
-        let shape = layer.node.as_qcow2().map(|image| OverlayShape {
-            cluster_bits: image.geometry().cluster_bits().get(),
-            extended_l2: image.geometry().extended_l2(),
-        });
-        let storage = layer.node.storage();
-        let bytes_on_disk = storage.allocated_len()?;
-        Ok(Facts { virtual_size: layer.node.virtual_size(), bytes_on_disk, shape })
-    }
-
-    /// Refuses a file that is not to be written, before an operation that would write it is begun: the one that nobody may
-    /// write, by its mode, counts also for a program that could.
-    pub(super) fn check_writable(&self, file: &FileRef) -> Result<()> {
-        let refused = || Refusal::ReadOnly { path: self.path(&file.path).display().to_string() };
-        let storage = match self.storage(&file.path, &Access::write().with_lock(LockMode::None)) {
-            Ok(storage) => storage,
-            Err(super::Error::Storage(storage::Error::Io { source, .. }))
-                if source.kind() == std::io::ErrorKind::PermissionDenied
-                    || source.kind() == std::io::ErrorKind::ReadOnlyFilesystem =>
-            {
-                return Err(refused().into());
-            }
-            Err(error) => return Err(error),
-        };
-        let mode = storage.as_file().and_then(|file| file.metadata().ok()).map(|metadata| metadata.permissions());
-        if storage.is_read_only() || mode.is_some_and(|mode| mode.readonly()) {
-            return Err(refused().into());
-        }
-        Ok(())
-    }
-
-    /// Keeps everybody else from using files until what is returned is dropped.
-    pub(super) fn hold<'a>(&self, files: impl Iterator<Item = &'a FileRef>) -> Result<Vec<Arc<dyn Storage>>> {
-        files.map(|file| self.hold_one(&file.path)).collect()
-    }
-
-    /// As [`VolumeFiles::hold`], for one recorded file.
-    pub(super) fn hold_one(&self, recorded: &str) -> Result<Arc<dyn Storage>> {
-        self.storage(recorded, &Access::read().with_lock(LockMode::Write))
-    }
-
-    /// Whether somebody has an overlay open, or it holds data of its own: then a VM has been writing it. One that cannot be
-    /// read as an image, as its making was interrupted, holds none.
-    pub(super) fn is_written(&self, file: &FileRef) -> Result<bool> {
-        if !self.exists(&file.path)? {
-            return Ok(false);
-        }
-        match self.hold_one(&file.path) {
-            Err(super::Error::Refused(Refusal::InUse { .. })) => return Ok(true),
-            Err(error) => return Err(error),
-            Ok(_) => {}
-        }
-        let Ok(layer) = self.look_layer(file) else { return Ok(false) };
-        let size = layer.node.virtual_size();
-        let alone = Chain::from_layers(layer, []);
-        Ok(alone.extents(0..size).map_while(Result::ok).any(|extent| extent.layer.is_some()))
+        facts(&self.look_layer(file)?)
     }
 
     /// Refuses a file whose header disagrees with the records, without a lock.
     pub(crate) fn check_head(&self, file: &FileRef, below: &[FileRef], links: Links) -> Result<()> {
-        let layer = self.layer_as(file, &Access::read().with_lock(LockMode::None))?;
-        self.check_link(&layer, file, below, links)
+        self.check_link(&self.look_layer(file)?, file, below, links)
     }
 
-    /// Whether a file's header names another by this name, and not by a second one that leads to it too.
+    /// Returns true if a file's header names another by its own path, and not by a second one that leads to it too.
     pub(crate) fn is_named_by(&self, file: &FileRef, below: &FileRef) -> Result<bool> {
         let layer = self.look_layer(file)?;
         let Some(image) = layer.node.as_qcow2() else { return Ok(true) };
         let header = image.header();
         let named = header.backing_file.as_ref().map(|name| self.seen_from(file, &String::from_utf8_lossy(name)));
-        let plain = |path: &Path| self.names.resolve(path).map_or_else(|_| path.to_owned(), |found| found.path);
+        let plain = |path: &Path| self.file_system.resolve(path).map_or_else(|_| path.to_owned(), |found| found.path);
         Ok(named.is_some_and(|named| plain(&named) == plain(&self.path(&below.path))))
     }
 
-    /// Whether the top of a merge does not stand on its base any more: it has taken it in.
-    pub(super) fn has_pulled(&self, step: &MergeStep) -> Result<bool> {
-        if !self.exists(&step.top.path)? {
-            return Ok(true);
-        }
+    /// Returns true if the top of a merge is not backed by its base any more, but by the file beneath: a pull has
+    /// completed. A missing or unreadable file is an error, and proves nothing.
+    pub(in crate::vm) fn has_pulled(&self, step: &MergeStep) -> Result<bool> {
+        let layer = self.look_layer(&step.top)?;
         let base = std::slice::from_ref(&step.base);
-        Ok(self.check_head(&step.top, base, Links::Exact).is_err()
-            && self.check_head(&step.top, &step.below, Links::Exact).is_ok())
-    }
-
-    /// By what a file is recognised.
-    pub(super) fn fingerprint(&self, file: &FileRef) -> Result<Fingerprint> {
-        let layer = self.layer_as(file, &Access::read().with_lock(LockMode::None))?;
-        let storage = layer.node.storage();
-        let len = storage.len()?;
-        let header = digest(&**storage, 0, len.min(HEADER_BYTES))?;
-        let l1 = match layer.node.as_qcow2().map(Image::header) {
-            Some(header) => {
-                let at = header.header.l1_table_offset.get();
-                digest(&**storage, at, 8 * u64::from(header.header.l1_size))?
-            }
-            None => 0,
-        };
-        Ok(Fingerprint { len, header, l1 })
-    }
-
-    /// Refuses a base that is not what it was.
-    pub(super) fn check_base(&self, base: &Base) -> Result<()> {
-        if self.fingerprint(&base.file)? == base.fingerprint {
-            return Ok(());
+        match self.check_link(&layer, &step.top, base, Links::Exact) {
+            Ok(()) => Ok(false),
+            Err(error) => match self.check_link(&layer, &step.top, &step.below, Links::Exact) {
+                Ok(()) => Ok(true),
+                Err(_) => Err(error),
+            },
         }
-        Err(Refusal::BaseChanged { path: self.path(&base.file.path).display().to_string() }.into())
     }
 
-    /// A volume's disk as it was at a snapshot, or is now: the files, and how strictly their headers are held to it.
-    pub(super) fn disk(&self, model: &Model, volume: &Volume, files: &[FileRef]) -> Result<Chain> {
+    /// Refuses an overlay whose header is not the planned one: another backing file, size or geometry.
+    pub(in crate::vm) fn check_overlay(&self, overlay: &NewOverlay) -> Result<()> {
+        let layer = self.look_layer(&overlay.file)?;
+        self.check_link(&layer, &overlay.file, std::slice::from_ref(&overlay.backing), Links::Exact)?;
+        let found = facts(&layer)?;
+        if found.shape != Some(overlay.shape) {
+            return Err(Refusal::Obstacle {
+                path: self.shown(&overlay.file.path),
+                problem: "it has another geometry than the overlay that was planned".to_owned(),
+                remedy: "find out which program created it".to_owned(),
+            }
+            .into());
+        }
+        Ok(())
+    }
+
+    /// Returns true if a file holds nothing but a part of the planned overlay: a creation was interrupted. Each sector is
+    /// that of the complete overlay, or zero.
+    pub(in crate::vm) fn is_partial_overlay(&self, overlay: &NewOverlay) -> Result<bool> {
+        let expected = Arc::new(MemoryStorage::new(overlay.file.path.clone()));
+        let backing = self.backing_name(&overlay.file.path, &overlay.backing.path);
+        let shared: Arc<dyn Storage> = Arc::clone(&expected) as _;
+        Image::create(shared, &overlay.options(backing))?.close()?;
+        let expected = expected.to_vec();
+        let found = self.storage(&overlay.file.path, &Access::read().with_lock(LockMode::None))?;
+        if found.len()? > expected.len() as u64 {
+            return Ok(false);
+        }
+        let mut sectors = vec![0; expected.len()];
+        found.read_at(&mut sectors, 0)?;
+        let same = |(found, expected): (&[u8], &[u8])| found == expected || found.iter().all(|byte| *byte == 0);
+        Ok(sectors.chunks(SECTOR).zip(expected.chunks(SECTOR)).all(same))
+    }
+
+    /// Returns true if another program has an overlay open, or if it holds data: a VM has been writing it.
+    ///
+    /// # Errors
+    /// Any error while the overlay is read. An overlay that cannot be read proves nothing.
+    pub(in crate::vm) fn is_written(&self, file: &FileRef) -> Result<bool> {
+        let access = Access::read().with_lock(LockMode::Write);
+        match self.storage(&file.path, &access) {
+            Err(super::Error::Refused(Refusal::InUse { .. })) => return Ok(true),
+            Err(error) => return Err(error),
+            Ok(_) => {}
+        }
+        let layer = self.look_layer(file)?;
+        let size = layer.node.virtual_size();
+        let alone = Chain::from_layers(layer, []);
+        for extent in alone.extents(0..size) {
+            if extent?.layer.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Opens files of a volume, the topmost first, as one read-only disk, after a check of its bases.
+    pub(in crate::vm) fn disk(&self, model: &Model, volume: &Volume, files: &[FileRef]) -> Result<Chain> {
         volume.bases.iter().try_for_each(|base| self.check_base(base))?;
         let links = if model.merging().is_some() { Links::MaySkip } else { Links::Exact };
         self.chain(files, 0, links)
     }
 }
 
-/// A lock that cannot be had is a refusal with a name of its own.
-fn in_use(error: storage::Error) -> super::Error {
+/// Reads the facts in an open image's header.
+pub(in crate::vm) fn facts(layer: &Layer) -> Result<Facts> {
+    let shape = layer.node.as_qcow2().map(|image| OverlayShape {
+        cluster_bits: image.geometry().cluster_bits().get(),
+        extended_l2: image.geometry().extended_l2(),
+    });
+    let bytes_on_disk = layer.node.storage().allocated_len()?;
+    Ok(Facts { virtual_size: layer.node.virtual_size(), bytes_on_disk, shape })
+}
+
+/// Returns the normal components of a path, or `None` if it is absolute or has `..`.
+fn normal(path: &Path) -> Option<Vec<Component<'_>>> {
+    let parts = path.components().filter(|part| *part != Component::CurDir);
+    parts.map(|part| matches!(part, Component::Normal(_)).then_some(part)).collect()
+}
+
+/// Returns the name of `to` relative to the directory of `from`. Returns `None` unless both paths are relative and free
+/// of `..`: then a name with `..` means the same file wherever the common directory is moved.
+fn relative_name(from: &Path, to: &Path) -> Option<PathBuf> {
+    let beside = from.parent() == to.parent();
+    if beside && let Some(name) = to.file_name() {
+        return Some(without_protocol(PathBuf::from(name)));
+    }
+    let (from, to) = (normal(from)?, normal(to)?);
+    let shared = from.iter().zip(&to).take_while(|(a, b)| a == b).count().min(from.len().saturating_sub(1));
+    let up = from.len() - 1 - shared;
+    let mut name: PathBuf = std::iter::repeat_n(Component::ParentDir, up).collect();
+    name.extend(&to[shared..]);
+    Some(without_protocol(name))
+}
+
+/// Puts `./` before a name that QEMU would read as a protocol: one with a colon before the first slash.
+fn without_protocol(name: PathBuf) -> PathBuf {
+    let bytes = name.as_os_str().as_encoded_bytes();
+    let first = bytes.split(|byte| *byte == b'/').next().unwrap_or_default();
+    if first.contains(&b':') { Path::new(".").join(name) } else { name }
+}
+
+/// Turns a lock that was not granted into a refusal.
+pub(in crate::vm) fn in_use(error: storage::Error) -> super::Error {
     match error {
         storage::Error::Busy { name, held } => Refusal::InUse { path: name, held }.into(),
         error => error.into(),
     }
 }
 
-/// The CRC-32 of a range of a file.
-fn digest(storage: &dyn Storage, from: u64, len: u64) -> Result<u32> {
-    let mut digest = crc32fast::Hasher::new();
-    let mut buf = vec![0; 64 << 10];
-    let mut done = 0;
-    while done < len {
-        let part = usize::try_from(len - done).unwrap_or(usize::MAX).min(buf.len());
-        storage.read_at(&mut buf[..part], from + done)?;
-        digest.update(&buf[..part]);
-        done += part as u64;
-    }
-    Ok(digest.finalize())
-}
-
-/// Gives back what an interrupted operation has left allocated and unused.
-pub(super) fn give_back_leaks(storage: &dyn Storage) -> Result<()> {
+/// Frees clusters that an interrupted operation left allocated and unused.
+pub(in crate::vm) fn free_leaks(storage: &dyn Storage) -> Result<()> {
     image::check(storage, &image::CheckOptions::default().with_fix(image::Fix::Leaks))?;
     storage.sync()?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(from: &str, to: &str) -> Option<String> {
+        relative_name(Path::new(from), Path::new(to)).map(|path| path.to_str().unwrap().to_owned())
+    }
+
+    #[test]
+    fn backing_names_are_relative_to_the_overlay() {
+        let some = |text: &str| Some(text.to_owned());
+        assert_eq!(name("a.qcow2", "b.qcow2"), some("b.qcow2"));
+        assert_eq!(name("/vm/a.qcow2", "/vm/b.qcow2"), some("b.qcow2"));
+        assert_eq!(name("b/mid.qcow2", "a/root.qcow2"), some("../a/root.qcow2"));
+        assert_eq!(name("a/b/mid.qcow2", "a/root.qcow2"), some("../root.qcow2"));
+        assert_eq!(name("top.qcow2", "a/b/root.qcow2"), some("a/b/root.qcow2"));
+        assert_eq!(name("/vm/a.qcow2", "/pool/b.qcow2"), None);
+        assert_eq!(name("a.qcow2", "../b/c.qcow2"), None);
+    }
+
+    #[test]
+    fn backing_names_with_a_colon_are_no_protocol() {
+        let some = |text: &str| Some(text.to_owned());
+        assert_eq!(name("a.qcow2", "disk:0.qcow2"), some("./disk:0.qcow2"));
+        assert_eq!(name("a.qcow2", "d:1/b.qcow2"), some("./d:1/b.qcow2"));
+        assert_eq!(name("a/a.qcow2", "b:1.qcow2"), some("../b:1.qcow2"));
+    }
 }

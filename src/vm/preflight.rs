@@ -1,121 +1,138 @@
-//! What merges would cost, which way is cheaper, and whether anything stands in their way: asked before the first write.
+//! The preflight: everything that is checked, locked and estimated before the first durable change.
+//!
+//! An operation computes one [`Preflight`] and then carries out its plan. A dry run computes the same
+//! value and drops it, so that it reports exactly the obstacles that the operation would meet.
+//!
+//! Each file that the plan writes, relinks or removes is opened once, locked, and stays open until the
+//! operation ends. The estimates and the merge itself use that handle. After the preflight only I/O
+//! errors, lack of space and cancellation can stop an operation.
 
-use std::collections::BTreeMap;
+mod estimates;
+mod inspect;
+mod losses;
+mod overlays;
 
-use super::{Error, Refusal, Result};
-use crate::chain::Format;
-use crate::merge::{self, Direction};
-use crate::vm::execute::executor::Domain;
-use crate::vm::files::{Links, VolumeFiles};
-use crate::vm::model::{FileRef, Model};
-use crate::vm::options::MergeOptions;
-use crate::vm::plan::planner::{PlanOptions, Request, plan};
-use crate::vm::plan::{Cost, MergeStep, Plan, Step};
+use std::collections::{BTreeMap, BTreeSet};
 
-/// Plans with the directions that cost least, or that the caller wants, and the costs.
-pub(super) fn plan_with_costs(
-    place: &VolumeFiles,
-    model: &Model,
-    request: &Request,
-    domain: &Domain,
-    wanted: &MergeOptions,
-) -> Result<Plan> {
-    let mut options = PlanOptions::default().with_running(domain.running).with_keep_top_names(wanted.keep_top_names);
-    let first = plan(model, request, &options)?;
-    let mut costs = BTreeMap::new();
-    for (volume, step) in first.merges() {
-        let cost = weigh(place, model, domain, step, wanted.direction)?;
-        options = options.with_direction(volume, cost.direction);
-        costs.insert(volume.to_owned(), cost);
+use super::Result;
+use super::execute::executor::Domain;
+use super::files::{Links, VolumeFiles};
+use super::model::identity::random_token;
+use super::model::{FileRef, Model};
+use super::options::MergeOptions;
+use super::plan::planner::plan;
+use super::plan::request::{FileFacts, PlanOptions, Request};
+use super::plan::{Plan, Purpose};
+use super::set::{SnapshotSet, find_ready};
+
+/// An operation that was checked: no obstacle exists, and its files are locked.
+#[derive(Debug)]
+pub(super) struct Preflight {
+    /// The model, with the present sizes of the active files.
+    pub(super) model: Model,
+    /// The hypervisor's description, if there is a hypervisor.
+    pub(super) domain: Option<Domain>,
+    /// The plan.
+    pub(super) plan: Plan,
+    /// The files, with the locked ones.
+    pub(super) files: VolumeFiles,
+    /// The number of volumes that can be worked on at once.
+    pub(super) jobs: usize,
+}
+
+/// The part of a preflight that is computed step by step.
+struct Checks<'a> {
+    set: &'a SnapshotSet,
+    request: &'a Request,
+    options: &'a MergeOptions,
+    files: VolumeFiles,
+    model: Model,
+    /// The hypervisor's description; that of a stopped VM if there is no hypervisor.
+    domain: Domain,
+    /// The active files that are missing or damaged, by recorded path. Only a revert may discard them.
+    lost: Vec<String>,
+    facts: BTreeMap<String, FileFacts>,
+}
+
+impl Preflight {
+    /// Checks an operation and locks its files.
+    ///
+    /// # Errors
+    /// Every obstacle as a [`Refusal`](super::Refusal) or [`Error::NoSpace`](super::Error::NoSpace); any error of opening the files.
+    pub(super) fn new(set: &SnapshotSet, request: &Request, options: &MergeOptions) -> Result<Self> {
+        set.refuse_unfinished()?;
+        let model = set.store.load()?;
+        let known = set.executor.domain(&model.vm)?;
+        let domain = known.clone().unwrap_or_default();
+        let files = set.files.for_operation();
+        let mut checks =
+            Checks { set, request, options, files, model, domain, lost: Vec::new(), facts: BTreeMap::new() };
+        checks.refuse_wrong_disks()?;
+        checks.inspect_active_files()?;
+        let plan = checks.plan()?;
+        checks.refuse_writers(&examined(&plan))?;
+        checks.check_overlays(&plan)?;
+        let jobs = checks.jobs(&plan)?;
+        let Checks { model, files, .. } = checks;
+        Ok(Self { model, domain: known, plan, files, jobs })
     }
-    let mut plan = plan(model, request, &options)?;
-    // A protected base is pulled whatever is wanted.
-    for (volume, direction) in
-        plan.merges().map(|(volume, step)| (volume.to_owned(), step.direction)).collect::<Vec<_>>()
-    {
-        if costs.get(&volume).is_some_and(|cost| cost.direction != direction)
-            && let Some(step) = first.merges().find(|(known, _)| *known == volume).map(|(_, step)| step)
-        {
-            costs.insert(volume, weigh(place, model, domain, step, direction)?);
+}
+
+/// Returns the files beneath the merges of a plan. The estimates opened them with a reader's lock, which proves that
+/// no other program writes them.
+fn examined(plan: &Plan) -> BTreeSet<String> {
+    plan.merges().flat_map(|(_, step)| &step.below).map(|file| file.path.clone()).collect()
+}
+
+impl Checks<'_> {
+    /// Returns true if the running VM has a file open: then it is neither locked nor merged by the library.
+    fn is_open_in_vm(&self, recorded: &str) -> bool {
+        self.domain.disk_with(&self.files, recorded).is_some()
+    }
+
+    /// Plans three times: to learn which files are concerned, with the facts about these, and with the directions that
+    /// the estimates decide on.
+    fn plan(&mut self) -> Result<Plan> {
+        let mut options = PlanOptions::default().with_running(self.domain.running).with_token(random_token());
+        self.choose_overlays(&mut options)?;
+        let first = plan(&self.model, self.request, &options)?;
+        self.check_heads(&first)?;
+        self.inspect_files(&first)?;
+        self.find_dependents(&first)?;
+        options.facts = self.facts.clone();
+        let estimates = self.estimate(&first)?;
+        for (volume, preference) in self.preferences(&estimates) {
+            options = options.with_direction(volume, preference);
         }
+        let mut plan = plan(&self.model, self.request, &options)?;
+        plan.costs = estimates.iter().filter_map(|(volume, estimate)| estimate.cost(&plan, volume)).collect();
+        self.refuse_open_in_vm(&plan)?;
+        self.check_losses(&mut plan)?;
+        self.check_merges(&plan, &estimates)?;
+        Ok(plan)
     }
-    plan.costs = costs;
-    Ok(plan)
-}
 
-/// Whether a running VM has the files of a merge open: then its hypervisor does it.
-fn is_live(place: &VolumeFiles, domain: &Domain, step: &MergeStep) -> bool {
-    [&step.top, &step.base].iter().any(|file| domain.disk_with(place, &file.path).is_some())
-}
-
-fn weigh(place: &VolumeFiles, model: &Model, domain: &Domain, step: &MergeStep, wanted: Direction) -> Result<Cost> {
-    if is_live(place, domain, step) {
-        // The tables of a file that is being written are not to be relied on: at most all of it moves.
-        let data = place.look(&step.top)?.bytes_on_disk.unwrap_or_default();
-        return Ok(Cost { direction: Direction::Commit, data, space_needed: data, space_free: None });
-    }
-    let links = if model.merging().is_some() { Links::MaySkip } else { Links::Exact };
-    let files: Vec<FileRef> = [&step.top, &step.base].into_iter().chain(&step.below).cloned().collect();
-    let chain = place.chain(&files, 0, links)?;
-    let weights = merge::plan(&chain, 1)?;
-    let direction = match wanted {
-        // What is raw stays raw.
-        Direction::Auto if step.base.format == Format::Raw => Direction::Commit,
-        Direction::Auto => weights.cheapest,
-        told => told,
-    };
-    let way = weights.way(direction);
-    Ok(Cost { direction, data: way.data, space_needed: way.space_needed, space_free: way.space_free })
-}
-
-/// Refuses a plan whose merges do not fit where they are done, or whose files somebody else has open.
-pub(super) fn check(place: &VolumeFiles, domain: &Domain, plan: &Plan) -> Result<()> {
-    // Volumes on one file system share its room.
-    let mut needs: BTreeMap<Option<u64>, (u64, u64, String)> = BTreeMap::new();
-    for (volume, step) in plan.merges() {
-        let written = if step.direction == Direction::Pull { &step.top } else { &step.base };
-        if is_live(place, domain, step) {
-            place.check_writable(written)?;
-            // A hypervisor leaves the lower file as large as it is, and the VM would see what lies behind its disk's end.
-            if place.look(&step.base)?.virtual_size > place.look(&step.top)?.virtual_size {
-                return Err(Refusal::Running { operation: "merge into a larger file" }.into());
+    /// Compares the bases with their fingerprints, and the first header of each concerned chain with the records. The other
+    /// headers are compared when the files are opened, so that the cost of a snapshot does not grow with the depth.
+    fn check_heads(&self, plan: &Plan) -> Result<()> {
+        for volume in &self.model.volumes {
+            if self.lost.contains(&volume.active.file.path) {
+                continue;
             }
-            continue;
+            volume.bases.iter().try_for_each(|base| self.files.check_base(base))?;
+            self.check_head(&self.model.active_chain(volume))?;
         }
-        let held = place.hold([&step.top, written].into_iter().take(1 + usize::from(written != &step.top)))?;
-        place.check_writable(written)?;
-        let Some(cost) = plan.costs.get(volume) else { continue };
-        let Some(free) = cost.space_free else { continue };
-        let device = held.last().and_then(|storage| storage.file_id()).map(|id| id.device);
-        let file = place.path(&written.path).display().to_string();
-        let entry = needs.entry(device).or_insert((0, u64::MAX, file));
-        entry.0 += cost.space_needed;
-        entry.1 = entry.1.min(free);
-    }
-    if let Some((need, have, file)) = needs.into_values().find(|(need, have, _)| need > have) {
-        return Err(Error::NoSpace { file, need, have });
-    }
-    let new: Vec<&FileRef> = plan.created().map(|overlay| &overlay.file).collect();
-    for stage in &plan.stages {
-        for work in &stage.work {
-            check_relinks(place, domain, &work.steps, &new)?;
-        }
-    }
-    Ok(())
-}
-
-/// Refuses where a file that is to be relinked is in use, or says already something else than it should.
-fn check_relinks(place: &VolumeFiles, domain: &Domain, steps: &[Step], new: &[&FileRef]) -> Result<()> {
-    for step in steps {
-        if let Step::Relink { file, from, to } = step
-            && !new.contains(&file)
-        {
-            if domain.disk_with(place, &file.path).is_none() {
-                drop(place.hold_one(&file.path)?);
+        if let Purpose::Revert { name } = &plan.purpose {
+            let snapshot = find_ready(&self.model, name)?;
+            for volume in self.model.all_volumes().filter(|volume| snapshot.files.contains_key(&volume.name)) {
+                self.check_head(&self.model.files_from(Some(snapshot.id), volume))?;
             }
-            let layer = place.look_layer(file)?;
-            place.check_link(&layer, file, &[from.clone(), to.clone()], Links::MaySkip)?;
         }
+        Ok(())
     }
-    Ok(())
+
+    fn check_head(&self, files: &[FileRef]) -> Result<()> {
+        let Some((first, below)) = files.split_first() else { return Ok(()) };
+        self.files.check_head(first, below, Links::Exact)
+    }
 }

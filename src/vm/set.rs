@@ -1,48 +1,51 @@
-//! A VM's snapshots: the one thing that callers hold.
+//! The snapshot set of a VM: the entry point for callers.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::adopt;
-use super::preflight;
+use super::execute::executor::{Domain, ExecutionContext, Executor};
+use super::execute::journal::{Found, Journal};
+use super::execute::lock::VmLock;
+use super::execute::offline::OfflineExecutor;
+use super::execute::progress::Progress;
+use super::execute::recover::Recovery;
+use super::execute::report::{Released, Report};
+use super::execute::{Run, Tools};
+use super::files::VolumeFiles;
+use super::model::catalogue::{Catalogue, directory_of, with_suffix};
+use super::model::edit::Edit;
+use super::model::store::Store;
+use super::model::{Model, Snapshot, State, Volume};
+use super::options::{AdoptOptions, MergeOptions, SnapshotOptions, VolumeSpec};
+use super::plan::Plan;
+use super::plan::request::Request;
+use super::preflight::Preflight;
+use super::provider::OverlayProvider;
+use super::query::listing::Listing;
 use super::{Refusal, Result};
 use crate::chain::Chain;
-use crate::storage::{FileSystem, HostFileSystem};
-use crate::vm::execute::executor::{Domain, ExecutionContext, Executor};
-use crate::vm::execute::journal::{Found, Journal};
-use crate::vm::execute::lock::VmLock;
-use crate::vm::execute::offline::OfflineExecutor;
-use crate::vm::execute::progress::Progress;
-use crate::vm::execute::report::Report;
-use crate::vm::execute::{Run, Tools};
-use crate::vm::files::{Links, VolumeFiles};
-use crate::vm::model::catalogue::{Catalogue, directory_of, with_suffix};
-use crate::vm::model::store::Store;
-use crate::vm::model::{FileRef, Model, Snapshot, Volume};
-use crate::vm::options::{AdoptOptions, MergeOptions, SnapshotOptions, VolumeSpec};
-use crate::vm::plan::Plan;
-use crate::vm::plan::planner::{Request, overlay_path};
-use crate::vm::query::listing::Listing;
+use crate::storage::{Attributes, FileSystem, HostFileSystem};
 
-/// A VM's snapshots over all of its volumes.
+/// The snapshots of a VM over all of its volumes.
 ///
-/// Holds nothing but paths: every operation locks the VM, reads the catalogue, and leaves everything on disk, so that many
-/// programs may have one each. An operation that was interrupted is completed or undone by [`SnapshotSet::recover`]; until
-/// then other changes are refused, reading is not, and the VM can be started.
+/// A set holds no file open: each operation locks the VM, reads the catalogue, and leaves everything on disk, so that
+/// many processes may have one each. An interrupted operation is completed or undone by [`SnapshotSet::recover`]. Until
+/// then other changes are refused; reading is not, and the VM can be started.
 ///
 /// ```
 /// use std::sync::Arc;
 /// use qcow2_chain::image::{CreateOptions, Image};
-/// use qcow2_chain::storage::{MemoryFileSystem, FileSystem};
+/// use qcow2_chain::storage::{FileSystem, MemoryFileSystem};
 /// use qcow2_chain::vm::{AdoptOptions, SnapshotSet, VolumeSpec};
 ///
-/// let names: Arc<dyn FileSystem> = Arc::new(MemoryFileSystem::new());
-/// let disk = names.create_new("/vm/vda.qcow2".as_ref())?;
+/// let file_system: Arc<dyn FileSystem> = Arc::new(MemoryFileSystem::new());
+/// let disk = file_system.create_new("/vm/vda.qcow2".as_ref())?;
 /// Image::create(disk, &CreateOptions::new(1 << 30))?.close()?;
 ///
 /// let volumes = [VolumeSpec::new("vda", "/vm/vda.qcow2")];
-/// let set = SnapshotSet::adopt_in(names, "/vm/catalogue.json", &volumes, &AdoptOptions::default())?;
+/// let set = SnapshotSet::adopt_in(file_system, "/vm/catalogue.json", &volumes, &AdoptOptions::default())?;
 /// set.create("before the upgrade", &Default::default())?;
 /// assert_eq!(set.list(false)?.current.as_deref(), Some("before the upgrade"));
 /// set.revert("before the upgrade", &Default::default(), &())?;
@@ -52,204 +55,220 @@ use crate::vm::query::listing::Listing;
 /// ```
 #[derive(Debug)]
 pub struct SnapshotSet {
-    pub(super) place: VolumeFiles,
+    pub(super) files: VolumeFiles,
     pub(super) store: Arc<dyn Store>,
     pub(super) executor: Arc<dyn Executor>,
+    pub(super) provider: Option<Arc<dyn OverlayProvider>>,
     pub(super) journal: PathBuf,
     pub(super) catalogue: PathBuf,
-    lock: VmLock,
-    jobs: usize,
+    pub(super) lock: VmLock,
+    pub(super) jobs: usize,
 }
 
-/// What a recovery did.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Recovery {
-    /// Nothing was under way, and nothing was written.
-    Clean,
-    /// An operation had begun and was taken back: everything is as before it.
-    Undone(String),
-    /// An operation was completed.
-    Completed(Box<Report>),
+/// The circumstances of an operation.
+pub(super) struct Operation<'a> {
+    pub(super) files: &'a VolumeFiles,
+    pub(super) domain: Option<&'a Domain>,
+    pub(super) jobs: usize,
+    pub(super) vm: &'a str,
+    pub(super) recovering: bool,
+    pub(super) attributes: Attributes,
 }
 
 impl SnapshotSet {
-    /// The set of this catalogue, which must exist.
+    /// Loads the set of an existing catalogue.
     ///
     /// # Errors
-    /// What reading the catalogue gives.
+    /// [`Error::Storage`](super::Error::Storage), [`Error::Catalogue`](super::Error::Catalogue): it cannot be read.
     pub fn load(catalogue: impl Into<PathBuf>) -> Result<Self> {
         Self::load_in(Arc::new(HostFileSystem), catalogue)
     }
 
-    /// As [`SnapshotSet::load`], on other names than the operating system's.
+    /// Loads the set of a catalogue in this file system.
     ///
     /// # Errors
-    /// As [`SnapshotSet::load`].
-    pub fn load_in(names: Arc<dyn FileSystem>, catalogue: impl Into<PathBuf>) -> Result<Self> {
-        let catalogue = catalogue.into();
-        let store = Arc::new(Catalogue::new(Arc::clone(&names), &catalogue));
+    /// See [`SnapshotSet::load`].
+    pub fn load_in(file_system: Arc<dyn FileSystem>, catalogue: impl Into<PathBuf>) -> Result<Self> {
+        // Beside a link to the catalogue, journal and lock would be others than beside the catalogue.
+        let catalogue = file_system.resolve(&catalogue.into())?.path;
+        let store = Arc::new(Catalogue::new(Arc::clone(&file_system), &catalogue));
         store.load()?;
-        Ok(Self::with_store(names, catalogue, store))
+        Ok(Self::with_store(file_system, catalogue, store))
     }
 
-    /// A set whose model somebody else keeps. `catalogue` tells where relative paths start and how the journal and the lock
-    /// beside it are called; no such file is written.
+    /// Creates a set whose model is kept by `store`. Recorded relative paths start at the directory of `catalogue`, and
+    /// journal and lock are created beside it. No file is written at `catalogue` itself. The path must not contain links.
     #[must_use]
-    pub fn with_store(names: Arc<dyn FileSystem>, catalogue: impl Into<PathBuf>, store: Arc<dyn Store>) -> Self {
+    pub fn with_store(file_system: Arc<dyn FileSystem>, catalogue: impl Into<PathBuf>, store: Arc<dyn Store>) -> Self {
         let catalogue = catalogue.into();
         Self {
-            place: VolumeFiles::new(Arc::clone(&names), directory_of(&catalogue)),
+            files: VolumeFiles::new(Arc::clone(&file_system), directory_of(&catalogue)),
             store,
             executor: Arc::new(OfflineExecutor),
+            provider: None,
             journal: with_suffix(&catalogue, ".journal"),
-            lock: VmLock::new(names, with_suffix(&catalogue, ".lock")),
+            lock: VmLock::new(file_system, with_suffix(&catalogue, ".lock")),
             catalogue,
             jobs: 4,
         }
     }
 
-    /// Takes in existing files as the volumes of a VM, and writes its catalogue, which must not exist yet.
+    /// Takes in existing files as the volumes of a VM, and writes its catalogue, which must not exist.
     ///
     /// # Errors
-    /// [`Refusal::Exists`]; what opening the files gives.
+    /// - [`Refusal::Exists`], [`Refusal::LeftoverJournal`]: a catalogue or a journal exists at the path.
+    /// - [`Refusal::VmName`], [`Refusal::VolumeName`], [`Refusal::Path`]: a name is not allowed.
+    /// - [`Refusal::SameFile`]: two paths lead to one file.
+    /// - [`Refusal::Dependents`]: an image outside the set is backed by one of the files.
+    /// - [`Refusal::BlockDevice`], [`Refusal::MemoryDirectory`]: the place of overlays is missing or not durable.
     pub fn adopt(catalogue: impl Into<PathBuf>, volumes: &[VolumeSpec], options: &AdoptOptions) -> Result<Self> {
         Self::adopt_in(Arc::new(HostFileSystem), catalogue, volumes, options)
     }
 
-    /// As [`SnapshotSet::adopt`], on other names than the operating system's.
+    /// Takes in files of this file system.
     ///
     /// # Errors
-    /// As [`SnapshotSet::adopt`].
+    /// See [`SnapshotSet::adopt`].
     pub fn adopt_in(
-        names: Arc<dyn FileSystem>,
+        file_system: Arc<dyn FileSystem>,
         catalogue: impl Into<PathBuf>,
         volumes: &[VolumeSpec],
         options: &AdoptOptions,
     ) -> Result<Self> {
-        let catalogue = catalogue.into();
-        let file = Catalogue::new(Arc::clone(&names), &catalogue);
-        let exists = || Refusal::Exists { path: catalogue.display().to_string() };
-        if file.exists()? {
-            return Err(exists().into());
-        }
-        let stem = || catalogue.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let vm = options.vm.clone().unwrap_or_else(stem);
-        let set = Self::with_store(names, &catalogue, Arc::new(file.clone()));
-        let adopted = volumes.iter().map(|spec| adopt::read(&set.place, spec, options)).collect::<Result<Vec<_>>>()?;
-        let model = adopt::model(&set.place, &vm, &adopted, &options.snapshots, now())?;
+        let catalogue = adopt::catalogue_path(&*file_system, &catalogue.into())?;
+        let file = Catalogue::new(Arc::clone(&file_system), &catalogue);
+        let set = Self::with_store(file_system, &catalogue, Arc::new(file.clone()));
+        set.refuse_existing(&file)?;
+        let model = adopt::model(&set.files, &catalogue, volumes, options, now())?;
         let locked = set.lock.take()?;
-        if file.exists()? {
-            return Err(exists().into());
-        }
+        set.refuse_existing(&file)?;
         set.store.save(&model)?;
         drop(locked);
         Ok(set)
     }
 
-    /// The same with another executor.
+    fn refuse_existing(&self, file: &Catalogue) -> Result<()> {
+        if file.exists()? {
+            return Err(Refusal::Exists { path: self.catalogue.display().to_string() }.into());
+        }
+        if self.files.file_system().exists(&self.journal)? {
+            return Err(Refusal::LeftoverJournal { path: self.journal.display().to_string() }.into());
+        }
+        Ok(())
+    }
+
+    /// Sets the executor. Default: [`OfflineExecutor`].
     #[must_use]
     pub fn with_executor(mut self, executor: Arc<dyn Executor>) -> Self {
         self.executor = executor;
         self
     }
 
-    /// The same, working on so many volumes at once (4).
+    /// Sets the provider of overlays. Default: overlays are files in the active file's directory, or in the directory
+    /// that the volume names.
+    #[must_use]
+    pub fn with_provider(mut self, provider: Arc<dyn OverlayProvider>) -> Self {
+        self.provider = Some(provider);
+        self
+    }
+
+    /// Sets the maximum number of volumes to work on at once. Default: 4.
     #[must_use]
     pub fn with_jobs(mut self, jobs: usize) -> Self {
         self.jobs = jobs.max(1);
         self
     }
 
-    /// The catalogue's path.
+    /// Returns the path of the catalogue, without links.
     #[must_use]
     pub fn catalogue(&self) -> &Path {
         &self.catalogue
     }
 
-    /// Where the recorded paths lead.
+    /// Returns the view of the recorded files.
     #[must_use]
-    pub fn place(&self) -> &VolumeFiles {
-        &self.place
+    pub fn files(&self) -> &VolumeFiles {
+        &self.files
     }
 
-    /// The model as it is recorded.
+    /// Reads the model.
     ///
     /// # Errors
-    /// What reading it gives.
+    /// Any error of the store.
     pub fn model(&self) -> Result<Model> {
         self.store.load()
     }
 
-    /// Volumes and snapshots, with the hidden ones or without.
+    /// Lists volumes and snapshots, hidden ones included if `hidden` is set.
     ///
     /// # Errors
-    /// What reading the catalogue gives.
+    /// Any error of the store.
     pub fn list(&self, hidden: bool) -> Result<Listing> {
         let mut model = self.store.load()?;
         for volume in &mut model.volumes {
-            // What cannot be looked at now had this size when it last could.
-            if let Ok(facts) = self.place.look(&volume.active.file) {
+            // If a file cannot be read, its size at the last operation is listed.
+            if let Ok(facts) = self.files.look(&volume.active.file) {
                 volume.active.virtual_size = facts.virtual_size;
             }
         }
-        Ok(Listing::of(&model, &self.place, hidden))
+        Ok(Listing::of(&model, &self.files, hidden))
     }
 
-    /// The path of the file that the VM writes.
+    /// Returns the path of a volume's active file.
     ///
     /// # Errors
-    /// [`Refusal::UnknownVolume`]; what reading the catalogue gives.
+    /// [`Refusal::UnknownVolume`]. Any error of the store.
     pub fn active_path(&self, volume: &str) -> Result<PathBuf> {
         let model = self.store.load()?;
-        Ok(self.place.path(&find_volume(&model, volume)?.active.file.path))
+        Ok(self.files.path(&find_attached(&model, volume)?.active.file.path))
     }
 
-    /// The path of a snapshot's file.
+    /// Returns the path of a snapshot's file of a volume.
     ///
     /// # Errors
-    /// [`Refusal::UnknownSnapshot`], [`Refusal::UnknownVolume`], [`Refusal::Incomplete`].
+    /// [`Refusal::UnknownSnapshot`], [`Refusal::UnknownVolume`], [`Refusal::Incomplete`]. Any error of the store.
     pub fn snapshot_path(&self, snapshot: &str, volume: &str) -> Result<PathBuf> {
         let model = self.store.load()?;
         let (found, volume) = (find_snapshot(&model, snapshot)?, find_volume(&model, volume)?);
-        let lacks = || Refusal::Incomplete { snapshot: snapshot.to_owned(), volume: volume.name.clone() };
-        Ok(self.place.path(&found.files.get(&volume.name).ok_or_else(lacks)?.file.path))
+        Ok(self.files.path(&file_of(found, volume)?.file.path))
     }
 
-    /// A volume as it was at a snapshot, for reading.
+    /// Opens a volume as it was at a snapshot, for reading.
     ///
     /// # Errors
-    /// [`Refusal::UnknownSnapshot`], [`Refusal::UnknownVolume`]; [`Refusal::NotReady`] for one that is being merged;
-    /// [`Refusal::Disagreement`], [`Refusal::BaseChanged`]; what opening the files gives.
+    /// - [`Refusal::UnknownSnapshot`], [`Refusal::UnknownVolume`], [`Refusal::Incomplete`].
+    /// - [`Refusal::NotReady`]: the snapshot is being merged.
+    /// - [`Refusal::Disagreement`], [`Refusal::BaseChanged`]: a file is not the recorded one.
     pub fn open(&self, snapshot: &str, volume: &str) -> Result<Chain> {
         let model = self.store.load()?;
         let (snapshot, volume) = (find_ready(&model, snapshot)?, find_volume(&model, volume)?);
-        self.place.disk(&model, volume, &model.files_from(Some(snapshot.id), volume))
+        file_of(snapshot, volume)?;
+        self.files.disk(&model, volume, &model.files_from(Some(snapshot.id), volume))
     }
 
-    /// A volume as it is now, for reading. A VM that writes it must be off.
+    /// Opens a volume as it is now, for reading. A VM that writes it must be stopped.
     ///
     /// # Errors
-    /// As [`SnapshotSet::open`].
+    /// See [`SnapshotSet::open`].
     pub fn open_active(&self, volume: &str) -> Result<Chain> {
         let model = self.store.load()?;
-        let volume = find_volume(&model, volume)?;
-        self.place.disk(&model, volume, &model.active_chain(volume))
+        let volume = find_attached(&model, volume)?;
+        self.files.disk(&model, volume, &model.active_chain(volume))
     }
 
-    /// What an operation would do, without doing anything.
+    /// Computes the plan of an operation with all of its checks, and changes nothing.
     ///
     /// # Errors
-    /// As the operation.
+    /// Those of the operation.
     pub fn plan(&self, request: &Request, options: &MergeOptions) -> Result<Plan> {
-        Ok(self.surveyed(request, options)?.2)
+        Ok(Preflight::new(self, request, options)?.plan)
     }
 
-    /// Takes a snapshot of all volumes, or of none.
+    /// Creates a snapshot of all volumes, or of none.
     ///
     /// # Errors
-    /// [`super::Error::Refused`]; what creating the overlays gives: then nothing has changed. After an error of the catalogue,
-    /// [`SnapshotSet::recover`] tells whether the snapshot was taken.
+    /// [`Error::Refused`](super::Error::Refused), or any error of creating the overlays: nothing has changed. After an
+    /// error of the store, [`SnapshotSet::recover`] decides.
     pub fn create(&self, name: &str, options: &SnapshotOptions) -> Result<Report> {
         let request = Request::Create {
             name: name.to_owned(),
@@ -258,25 +277,27 @@ impl SnapshotSet {
             quiesce: options.quiesce,
             max_depth: options.max_depth,
         };
-        self.operate(&request, &MergeOptions::default(), &())
+        self.operate(&request, &MergeOptions::default().with_ignore_attributes(options.ignore_attributes), &())
     }
 
-    /// Brings all volumes back to a snapshot. What was written since the last one is gone. A snapshot that only the active
-    /// files still needed, as it was hidden, is merged away.
+    /// Reverts all volumes to a snapshot. Data written since the last snapshot is discarded. A hidden snapshot that only
+    /// the discarded files needed is merged.
     ///
     /// # Errors
-    /// [`super::Error::Refused`], [`super::Error::NoSpace`]; [`super::Error::Incomplete`] where that merge failed: the volumes are back all the
-    /// same.
+    /// - [`Error::Refused`](super::Error::Refused), [`Error::NoSpace`](super::Error::NoSpace): nothing has changed.
+    /// - [`Error::Incomplete`](super::Error::Incomplete): the volumes are reverted, and that merge failed.
     pub fn revert(&self, name: &str, options: &MergeOptions, progress: &dyn Progress) -> Result<Report> {
-        self.operate(&Request::Revert { name: name.to_owned() }, options, progress)
+        let request = Request::Revert { name: name.to_owned(), detach_missing: options.detach_missing };
+        self.operate(&request, options, progress)
     }
 
-    /// Deletes a snapshot: its files are removed, merged with the one thing that stands on them, or kept out of sight while
-    /// several do. One whose deletion was interrupted is deleted on.
+    /// Deletes a snapshot: its files are removed, merged with their only dependent, or hidden while there are several. An
+    /// interrupted deletion is resumed.
     ///
     /// # Errors
-    /// [`super::Error::Refused`], [`super::Error::NoSpace`]; [`super::Error::Incomplete`] and [`super::Error::Cancelled`] where it was begun and can be
-    /// resumed.
+    /// - [`Error::Refused`](super::Error::Refused), [`Error::NoSpace`](super::Error::NoSpace): nothing has changed.
+    /// - [`Error::Incomplete`](super::Error::Incomplete), [`Error::Cancelled`](super::Error::Cancelled): it has begun and
+    ///   can be resumed.
     pub fn delete(&self, name: &str, options: &MergeOptions, progress: &dyn Progress) -> Result<Report> {
         let locked = self.lock.take()?;
         if let Some(report) = self.resume_deletion(name, options, progress)? {
@@ -287,54 +308,89 @@ impl SnapshotSet {
         done
     }
 
-    /// Gives a volume another size.
+    /// Resizes a volume's active file to `size` bytes. A smaller size requires `shrink`.
     ///
     /// # Errors
-    /// [`super::Error::Refused`]; what resizing the image gives.
+    /// [`Error::Refused`](super::Error::Refused). Any error of resizing the image.
     pub fn resize(&self, volume: &str, size: u64, shrink: bool) -> Result<Report> {
         self.operate(&Request::Resize { volume: volume.to_owned(), size, shrink }, &MergeOptions::default(), &())
     }
 
-    /// Completes or undoes what was interrupted. May itself be interrupted any number of times.
+    /// Completes or undoes an interrupted operation. A recovery may itself be interrupted, and run again.
     ///
     /// # Errors
-    /// What keeps it from being completed.
+    /// - [`Error::Uncertain`](super::Error::Uncertain): recover with the hypervisor, or with [`SnapshotSet::recover_with`].
+    /// - [`Refusal::ForeignJournal`]: the journal does not belong to the catalogue.
+    /// - Any other error that keeps the operation from being completed.
     pub fn recover(&self, progress: &dyn Progress) -> Result<Recovery> {
         self.recover_told(None, progress)
     }
 
-    /// Recovers with what the caller says of the VM, if it says something.
+    /// Recovers by the caller's description of the VM, which overrules that of the executor: see [`Domain::stated`].
+    ///
+    /// # Errors
+    /// See [`SnapshotSet::recover`].
+    pub fn recover_with(&self, domain: &Domain, progress: &dyn Progress) -> Result<Recovery> {
+        self.recover_told(Some(domain), progress)
+    }
+
     pub(super) fn recover_told(&self, domain: Option<&Domain>, progress: &dyn Progress) -> Result<Recovery> {
         let _locked = self.lock.take()?;
         self.recover_locked(domain, &MergeOptions::default(), progress)
     }
 
-    /// Takes in one more volume. There must be no snapshots: they would lack it.
+    /// Attaches a volume. Snapshots taken before lack it.
     ///
     /// # Errors
-    /// [`Refusal::HasSnapshots`], [`Refusal::VolumeName`]; what opening the file gives.
+    /// [`Refusal::VolumeName`], and those of [`SnapshotSet::adopt`] about files.
     pub fn attach(&self, spec: &VolumeSpec, options: &AdoptOptions) -> Result<()> {
         self.change_volumes(|model| {
-            if model.volume(&spec.name).is_some() {
-                let why = "there is one already";
+            if model.any_volume(&spec.name).is_some() {
+                let why = "the set has a volume, or snapshots of a detached one, by this name";
                 return Err(Refusal::VolumeName { name: spec.name.clone(), why }.into());
             }
-            let adopted = adopt::read(&self.place, spec, options)?;
-            let added = adopt::model(&self.place, &model.vm, &[adopted], &[], now())?;
-            model.volumes.extend(added.volumes);
+            let volume = adopt::volume(&self.files, spec, model, options)?;
+            model.volumes.push(volume);
             Ok(())
         })
     }
 
-    /// Lets a volume go; its files stay. There must be no snapshots: they would keep it.
+    /// Detaches a volume: it gets no further snapshots. Its active file stays and is returned as released. Existing
+    /// snapshots keep their files, and a revert to one of them attaches the volume again. The active file may be missing.
     ///
     /// # Errors
-    /// [`Refusal::HasSnapshots`], [`Refusal::UnknownVolume`].
-    pub fn detach(&self, volume: &str) -> Result<()> {
+    /// [`Refusal::UnknownVolume`]. Any error of the store.
+    pub fn detach(&self, volume: &str) -> Result<Released> {
+        let mut path = PathBuf::new();
         self.change_volumes(|model| {
-            find_volume(model, volume)?;
-            model.volumes.retain(|known| known.name != volume);
+            path = self.files.path(&find_attached(model, volume)?.active.file.path);
+            Edit::Detach { volume: volume.to_owned() }.apply(model);
             Ok(())
+        })?;
+        Ok(Released { path, reason: format!("volume {volume} is detached") })
+    }
+
+    /// Records the present fingerprint of a base: the caller states that its content is right.
+    ///
+    /// # Errors
+    /// [`Refusal::NotABase`]. Any error of reading the file.
+    pub fn accept_base(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        self.change_volumes(|model| {
+            let mut found = false;
+            let bases = model.volumes.iter_mut().chain(&mut model.detached).flat_map(|volume| &mut volume.bases);
+            for base in bases {
+                if self.files.leads_to(&self.files.path(&base.file.path), path) {
+                    base.fingerprint = self.files.fingerprint(&base.file)?;
+                    found = true;
+                }
+            }
+            if found {
+                return Ok(());
+            }
+            let bases = model.all_volumes().flat_map(|volume| &volume.bases);
+            let bases = bases.map(|base| self.files.shown(&base.file.path)).collect();
+            Err(Refusal::NotABase { path: path.display().to_string(), bases }.into())
         })
     }
 
@@ -342,9 +398,6 @@ impl SnapshotSet {
         let locked = self.lock.take()?;
         self.refuse_unfinished()?;
         let mut model = self.store.load()?;
-        if !model.snapshots.is_empty() {
-            return Err(Refusal::HasSnapshots.into());
-        }
         change(&mut model)?;
         if let Some(why) = model.contradictions().into_iter().next() {
             return Err(super::Error::Catalogue { file: self.catalogue.display().to_string(), why });
@@ -364,121 +417,90 @@ impl SnapshotSet {
     }
 
     fn operate_locked(&self, request: &Request, options: &MergeOptions, progress: &dyn Progress) -> Result<Report> {
-        let (model, domain, plan) = self.surveyed(request, options)?;
-        let idle = |file: &&FileRef| domain.disk_with(&self.place, &file.path).is_none();
-        if let Request::Resize { volume, .. } = request {
-            // Whoever has it open is met before the journal is begun.
-            let active = model.volume(volume).map(|volume| &volume.active.file);
-            drop(self.place.hold(active.into_iter().filter(idle))?);
+        if progress.is_cancelled() {
+            return Err(super::Error::Cancelled);
         }
-        // Nobody may write to files while they are frozen.
-        let replaced = plan.created().next().is_some();
-        let active = model.volumes.iter().map(|volume| &volume.active.file).filter(|_| replaced);
-        let held = self.place.hold(active.filter(idle))?;
-        let done = Run::new(self.tools(&domain, options, progress, false), &plan, model).start();
-        drop(held);
-        done
+        let preflight = Preflight::new(self, request, options)?;
+        let operation = Operation {
+            files: &preflight.files,
+            domain: preflight.domain.as_ref(),
+            jobs: preflight.jobs,
+            vm: &preflight.model.vm,
+            recovering: false,
+            attributes: if options.ignore_attributes { Attributes::BestEffort } else { Attributes::Require },
+        };
+        let tools = self.tools(&operation, options, progress);
+        Run::new(tools, &preflight.plan, preflight.model.clone()).start()
     }
 
     pub(super) fn tools<'a>(
         &'a self,
-        domain: &'a Domain,
+        operation: &Operation<'a>,
         options: &MergeOptions,
         progress: &'a dyn Progress,
-        recovering: bool,
     ) -> Tools<'a> {
-        let manner =
-            ExecutionContext { place: &self.place, jobs: self.jobs, rate_limit: options.rate_limit, recovering };
-        Tools { store: &*self.store, executor: &*self.executor, domain, journal: &self.journal, manner, progress }
-    }
-
-    /// What is known, what the VM is doing, and the plan, which nothing that can be seen beforehand stands in the way of.
-    fn surveyed(&self, request: &Request, options: &MergeOptions) -> Result<(Model, Domain, Plan)> {
-        self.refuse_unfinished()?;
-        let model = self.look_at_volumes()?;
-        let domain = self.executor.domain(&model.vm)?;
-        let plan = self.planned(&model, &domain, request, options)?;
-        preflight::check(&self.place, &domain, &plan)?;
-        Ok((model, domain, plan))
-    }
-
-    /// Plans after a look at everything that could refute the records.
-    fn planned(&self, model: &Model, domain: &Domain, request: &Request, options: &MergeOptions) -> Result<Plan> {
-        let plan = preflight::plan_with_costs(&self.place, model, request, domain, options)?;
-        for volume in &model.volumes {
-            volume.bases.iter().try_for_each(|base| self.place.check_base(base))?;
-            self.check_head(model, &model.active_chain(volume))?;
+        let context = ExecutionContext {
+            files: operation.files,
+            jobs: operation.jobs,
+            rate_limit: options.rate_limit,
+            recovering: operation.recovering,
+            attributes: operation.attributes,
+            provider: self.provider.as_ref(),
+            vm: operation.vm,
+        };
+        Tools {
+            store: &*self.store,
+            executor: &*self.executor,
+            domain: operation.domain,
+            journal: &self.journal,
+            catalogue: &self.catalogue,
+            context,
+            progress,
         }
-        if let Request::Revert { name } = request {
-            let snapshot = find_ready(model, name)?;
-            for volume in &model.volumes {
-                self.check_head(model, &model.files_from(Some(snapshot.id), volume))?;
-            }
-        }
-        Ok(plan)
     }
 
-    /// Refuses where the first file's header disagrees with the records. The others are looked at by whoever opens them: the
-    /// cost of a snapshot does not grow with their number.
-    fn check_head(&self, model: &Model, files: &[FileRef]) -> Result<()> {
-        let Some((first, below)) = files.split_first() else { return Ok(()) };
-        let links = if model.merging().is_some() { Links::MaySkip } else { Links::Exact };
-        self.place.check_head(first, below, links)
-    }
-
-    /// The model, with the sizes that the active files have now, and numbers for overlays that no file has.
-    fn look_at_volumes(&self) -> Result<Model> {
-        let mut model = self.store.load()?;
-        for volume in &mut model.volumes {
-            let facts = self.place.look(&volume.active.file)?;
-            volume.active.virtual_size = facts.virtual_size;
-            volume.active.bytes_on_disk = facts.bytes_on_disk;
-        }
-        while self.any_overlay_exists(&model)? {
-            model.next_file += 1;
-        }
-        Ok(model)
-    }
-
-    fn any_overlay_exists(&self, model: &Model) -> Result<bool> {
-        for (number, volume) in (model.next_file..).zip(&model.volumes) {
-            if self.place.exists(&overlay_path(&model.vm, volume, number))? {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-
-    fn refuse_unfinished(&self) -> Result<()> {
-        match Journal::find(self.place.names(), &self.journal)? {
+    pub(super) fn refuse_unfinished(&self) -> Result<()> {
+        match Journal::find(self.files.file_system(), &self.journal)? {
             Found::Nothing => Ok(()),
-            // Whoever began it holds the lock, or is gone.
+            // The process that began it is gone: it would hold the lock.
             Found::Torn => {
                 Err(Refusal::Unfinished { operation: "one that had not changed anything".to_owned() }.into())
             }
-            Found::Journal(_, plan) => Err(Refusal::Unfinished { operation: plan.purpose.to_string() }.into()),
+            Found::Journal(_, plan) => {
+                self.check_journal(&plan, &self.store.load()?)?;
+                Err(Refusal::Unfinished { operation: plan.purpose.to_string() }.into())
+            }
         }
     }
 }
 
-/// Now, in seconds since 1970.
+/// Returns the present time in seconds since 1970.
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
-pub(super) fn find_volume<'a>(model: &'a Model, name: &str) -> Result<&'a Volume, Refusal> {
+pub(super) fn find_attached<'a>(model: &'a Model, name: &str) -> Result<&'a Volume, Refusal> {
     model.volume(name).ok_or_else(|| Refusal::UnknownVolume { name: name.to_owned() })
+}
+
+pub(super) fn find_volume<'a>(model: &'a Model, name: &str) -> Result<&'a Volume, Refusal> {
+    model.any_volume(name).ok_or_else(|| Refusal::UnknownVolume { name: name.to_owned() })
 }
 
 pub(super) fn find_snapshot<'a>(model: &'a Model, name: &str) -> Result<&'a Snapshot, Refusal> {
     model.find(name).ok_or_else(|| Refusal::UnknownSnapshot { name: name.to_owned() })
 }
 
-/// A snapshot that can be read.
+pub(super) fn file_of<'a>(snapshot: &'a Snapshot, volume: &Volume) -> Result<&'a super::FileRecord, Refusal> {
+    let lacks = || Refusal::Incomplete { snapshot: snapshot.name.clone(), volume: volume.name.clone() };
+    snapshot.files.get(&volume.name).ok_or_else(lacks)
+}
+
+/// Returns a snapshot that can be read.
 pub(super) fn find_ready<'a>(model: &'a Model, name: &str) -> Result<&'a Snapshot, Refusal> {
     let snapshot = find_snapshot(model, name)?;
     match snapshot.state {
-        super::State::Ready => Ok(snapshot),
+        State::Ready => Ok(snapshot),
         state => Err(Refusal::NotReady { name: name.to_owned(), state }),
     }
 }

@@ -39,7 +39,7 @@ fn deletion(set: &SnapshotSet) -> Plan {
 #[track_caller]
 fn refused(names: &Arc<MemoryFileSystem>, set: &SnapshotSet, plan: &Plan, why: &str) {
     let shared: Arc<dyn FileSystem> = names.clone();
-    drop(Journal::begin(&shared, Path::new(JOURNAL), plan).expect("begun"));
+    drop(Journal::begin(&shared, Path::new(JOURNAL), Path::new(CATALOGUE), plan).expect("begun"));
     let said = [(); 2].map(|()| set.recover(&()).expect_err("there is nothing to recover to").to_string());
     assert!(said[0].contains(why), "{}", said[0]);
     assert_eq!(said[0], said[1]);

@@ -161,7 +161,7 @@ impl<'h> Scene<'h> {
         let mut images = BTreeSet::new();
         for volume in &model.volumes {
             let active: Vec<PathBuf> =
-                model.active_chain(volume).iter().map(|file| self.set.place().path(&file.path)).collect();
+                model.active_chain(volume).iter().map(|file| self.set.files().path(&file.path)).collect();
             assert_eq!(chain(&active[0]), active, "{}: headers", volume.name);
             // A domain that is off is told by `boot`.
             if self.guest.runs() {
@@ -171,7 +171,7 @@ impl<'h> Scene<'h> {
             for snapshot in model.snapshots.values() {
                 // One that is being merged may have no file of this volume any more.
                 let Some(record) = snapshot.files.get(&volume.name) else { continue };
-                let image = self.set.place().path(&record.file.path);
+                let image = self.set.files().path(&record.file.path);
                 if snapshot.state == State::Ready {
                     self.assert_unchanged(&snapshot.name, &volume.name, &image);
                 }

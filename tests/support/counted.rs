@@ -150,4 +150,7 @@ impl Storage for Counted {
     fn file_id(&self) -> Option<qcow2_chain::storage::FileId> {
         self.inner.file_id()
     }
+    fn stamp(&self) -> Result<Option<qcow2_chain::storage::FileStamp>> {
+        self.inner.stamp()
+    }
 }

@@ -35,7 +35,7 @@ impl Judge {
     pub fn judge(&mut self, set: &SnapshotSet) {
         let model = set.model().expect("the catalogue reads");
         for (_, _, record) in model.records().filter(|(_, _, record)| record.file.format == Format::Qcow2) {
-            let path = set.place().path(&record.file.path);
+            let path = set.files().path(&record.file.path);
             let stamp = stamp(&path);
             if self.checked.get(&path) != Some(&stamp) {
                 self.qemu.assert_clean(&path);
@@ -102,8 +102,8 @@ fn leaves(set: &SnapshotSet, model: &Model) -> Vec<(PathBuf, Format, Vec<Below>)
     let mut all = Vec::new();
     for (volume, on, record) in model.records() {
         let below = model.files_from(on, volume);
-        let below = below.iter().map(|file| (set.place().path(&file.path), file.format, size(&file.path))).collect();
-        all.push((set.place().path(&record.file.path), record.file.format, below));
+        let below = below.iter().map(|file| (set.files().path(&file.path), file.format, size(&file.path))).collect();
+        all.push((set.files().path(&record.file.path), record.file.format, below));
     }
     let stood_on: Vec<PathBuf> =
         all.iter().filter_map(|(_, _, below): &(_, _, Vec<Below>)| Some(below.first()?.0.clone())).collect();

@@ -98,7 +98,7 @@ impl Lab {
     }
 
     fn open_by_headers(&self, path: &str, format: Format, writable: bool) -> Result<Chain, String> {
-        let path = self.set.place().path(path);
+        let path = self.set.files().path(path);
         let options = ChainOptions::default().with_policy(Policy::Any).with_format(format);
         let options = options.with_writable(usize::from(writable));
         Chain::open_in(&self.names, &path, &options).map_err(|error| format!("{}: {error}", path.display()))
@@ -154,7 +154,7 @@ impl Lab {
     pub fn can_start(&self, now: &Contents) -> Result<(), String> {
         let model = self.set.model().map_err(|error| error.to_string())?;
         for (_, _, record) in model.records() {
-            let path = self.set.place().path(&record.file.path);
+            let path = self.set.files().path(&record.file.path);
             if !self.names.exists(&path).map_err(|error| error.to_string())? {
                 return Err(format!("{} is in the catalogue and does not exist", path.display()));
             }
@@ -203,11 +203,11 @@ impl Lab {
         there.retain(ours);
         let mut recorded: Vec<PathBuf> = Vec::new();
         for (volume, on, record) in model.records() {
-            recorded.push(self.set.place().path(&record.file.path));
+            recorded.push(self.set.files().path(&record.file.path));
             let chain = self.open_by_headers(&record.file.path, record.file.format, false)?;
             let below = model.files_from(on, volume);
             let found: Vec<_> = chain.layers()[1..].iter().map(|layer| layer.path.clone()).collect();
-            let expected: Vec<_> = below.iter().map(|file| self.set.place().path(&file.path)).collect();
+            let expected: Vec<_> = below.iter().map(|file| self.set.files().path(&file.path)).collect();
             if found != expected {
                 return Err(format!("{} stands on {found:?}, recorded is {expected:?}", record.file));
             }
@@ -223,7 +223,7 @@ impl Lab {
     pub fn check_files(&self, leaks: bool) -> Result<(), String> {
         let model = self.set.model().map_err(|error| error.to_string())?;
         for (_, _, record) in model.records().filter(|(_, _, record)| record.file.format == Format::Qcow2) {
-            let path = self.set.place().path(&record.file.path);
+            let path = self.set.files().path(&record.file.path);
             let storage =
                 self.names.open(&path, &Access::read().with_lock(LockMode::None)).map_err(|e| e.to_string())?;
             let report = check(&*storage, &CheckOptions::default()).map_err(|error| error.to_string())?;

@@ -110,8 +110,10 @@ pub(crate) fn pull(chain: Chain, options: &PullOptions, merge: &MergeArgs, progr
 
 /// Which way to go; none where the plan was all that was asked for, and is printed.
 fn direction(args: &Args, format: Format, base: usize) -> Result<Option<Direction>, Failure> {
-    if !args.merge.dry_run && args.direction != Way::Auto {
-        return Ok(Some(args.direction.into()));
+    if !args.merge.dry_run
+        && let Some(direction) = args.direction.direction()
+    {
+        return Ok(Some(direction));
     }
     let looked = args.policy.chain_options(&args.file, format, LockMode::Read);
     let chain = Chain::open(&args.file, &looked).map_err(open::explain)?;
@@ -123,7 +125,7 @@ fn direction(args: &Args, format: Format, base: usize) -> Result<Option<Directio
         args.merge.show(&plan)?;
         return Ok(None);
     }
-    Ok(Some(plan.way(Direction::Auto).direction))
+    Ok(Some(plan.cheapest))
 }
 
 /// The values of `--direction`.
@@ -137,12 +139,13 @@ pub(crate) enum Way {
     Auto,
 }
 
-impl From<Way> for Direction {
-    fn from(way: Way) -> Self {
-        match way {
-            Way::Commit => Self::Commit,
-            Way::Pull => Self::Pull,
-            Way::Auto => Self::Auto,
+impl Way {
+    /// Returns the direction, or `None` if the estimate decides.
+    fn direction(self) -> Option<Direction> {
+        match self {
+            Self::Commit => Some(Direction::Commit),
+            Self::Pull => Some(Direction::Pull),
+            Self::Auto => None,
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::Recorder;
 use super::log::{Piece, SECTOR, Synced};
-use crate::storage::{Error, FileId, MemoryStorage, Result, Storage};
+use crate::storage::{Error, FileId, FileStamp, MemoryStorage, Result, Storage};
 
 /// A file in memory whose changes are recorded.
 #[derive(Debug)]
@@ -77,6 +77,10 @@ impl Storage for RecordingStorage {
 
     fn file_id(&self) -> Option<FileId> {
         self.inner.file_id()
+    }
+
+    fn stamp(&self) -> Result<Option<FileStamp>> {
+        self.inner.stamp()
     }
 
     fn zero_range(&self, range: Range<u64>) -> Result<()> {

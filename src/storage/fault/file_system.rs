@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Call, Faults, FaultyStorage, Reach};
-use crate::storage::{Access, FileSystem, Resolved, Result, Storage};
+use crate::storage::{Access, FileSystem, ListedFile, Resolved, Result, Storage};
 
 /// Names that fail when their group's plan says so, and the storages opened by them too.
 ///
@@ -85,6 +85,11 @@ impl FileSystem for FaultyFileSystem {
     fn list(&self, directory: &Path) -> Result<Vec<PathBuf>> {
         self.check(directory, "list it", Call::Other)?;
         self.inner.list(directory)
+    }
+
+    fn list_openable(&self, directory: &Path) -> Result<Vec<ListedFile>> {
+        self.check(directory, "list it", Call::Other)?;
+        self.inner.list_openable(directory)
     }
 
     fn exists(&self, path: &Path) -> Result<bool> {

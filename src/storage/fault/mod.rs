@@ -24,7 +24,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use super::{Error, FileId, LockMode, Result, Storage};
+use super::{Error, FileId, FileStamp, LockMode, Result, Storage};
 
 pub use file_system::FaultyFileSystem;
 
@@ -234,6 +234,10 @@ impl Storage for FaultyStorage {
 
     fn file_id(&self) -> Option<FileId> {
         self.inner.file_id()
+    }
+
+    fn stamp(&self) -> Result<Option<FileStamp>> {
+        self.inner.stamp()
     }
 
     fn zero_range(&self, range: Range<u64>) -> Result<()> {

@@ -13,6 +13,7 @@ use nix::fcntl::{
     openat2, posix_fadvise,
 };
 use nix::libc;
+use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::statfs::fstatfs;
 use nix::unistd::{Whence, lseek64};
 
@@ -169,4 +170,14 @@ pub(in crate::storage) fn byte_is_locked(file: &File, byte: u64) -> io::Result<b
     let mut lock = byte_lock(libc::F_WRLCK, byte)?;
     retry(|| fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock)).map_err(or_unsupported))?;
     Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+}
+
+/// The soft limit of open descriptors minus the entries of `/proc/self/fd`.
+pub(in crate::storage) fn descriptors_left() -> Option<u64> {
+    let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
+    // The listing itself takes a descriptor, which is closed when this returns.
+    let open = std::fs::read_dir("/proc/self/fd").ok()?.count().saturating_sub(1);
+    // The limit has 32 bits on some platforms.
+    #[allow(clippy::useless_conversion, reason = "rlim_t is u64 on most platforms")]
+    Some(u64::from(limit).saturating_sub(open as u64))
 }

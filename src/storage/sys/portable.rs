@@ -58,3 +58,8 @@ pub(in crate::storage) fn unlock_byte(_file: &File, _byte: u64) -> io::Result<()
 pub(in crate::storage) fn byte_is_locked(_file: &File, _byte: u64) -> io::Result<bool> {
     unsupported()
 }
+
+/// No number of open descriptors is known.
+pub(in crate::storage) fn descriptors_left() -> Option<u64> {
+    None
+}

@@ -1,62 +1,79 @@
-//! Who does the steps of a plan.
+//! The interface between a plan and whoever carries out its steps.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use crate::chain::Chain;
 use crate::merge;
+use crate::storage::{Attributes, FileId};
 use crate::vm::Result;
 use crate::vm::files::VolumeFiles;
 use crate::vm::model::FileRef;
 use crate::vm::plan::{MergeStep, NewOverlay};
+use crate::vm::provider::OverlayProvider;
 
-/// What the hypervisor says of a VM.
+/// A VM by its hypervisor's description.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Domain {
-    /// Whether it is running, or paused.
+    /// If set, the VM is running or paused.
     pub running: bool,
-    /// The files of each of its disks by the hypervisor's name of the disk, the one that it writes first; of a VM that is off,
-    /// perhaps only that one, which it would be started with.
+    /// The files of each disk, the active one first, by the hypervisor's name of the disk. For a stopped VM perhaps only
+    /// the file that it would be started on.
     pub disks: BTreeMap<String, Vec<PathBuf>>,
+    /// If set, the caller states on which files the VM runs, and the content of files does not overrule it.
+    pub(in crate::vm) stated: bool,
 }
 
 impl Domain {
-    /// The disk that writes a recorded file.
+    /// Creates the description of a VM without disks.
     #[must_use]
-    pub fn disk_writing(&self, place: &VolumeFiles, recorded: &str) -> Option<&str> {
-        let path = place.path(recorded);
+    pub fn new(running: bool) -> Self {
+        Self { running, ..Self::default() }
+    }
+
+    /// Creates the description by a caller who states the files that the VM runs on, one for each disk.
+    #[must_use]
+    pub fn stated(files: impl IntoIterator<Item = PathBuf>) -> Self {
+        let disks = files.into_iter().enumerate().map(|(number, file)| (format!("disk {number}"), vec![file]));
+        Self { running: false, disks: disks.collect(), stated: true }
+    }
+
+    /// Returns the name of the disk that writes a recorded file.
+    #[must_use]
+    pub fn disk_writing(&self, files: &VolumeFiles, recorded: &str) -> Option<&str> {
+        let path = files.path(recorded);
         let mut disks = self.disks.iter();
-        let found = disks.find(|(_, files)| files.first().is_some_and(|file| place.leads_to(file, &path)));
+        let found = disks.find(|(_, open)| open.first().is_some_and(|file| files.leads_to(file, &path)));
         found.map(|(name, _)| name.as_str())
     }
 
-    /// The disk that has a recorded file open, and the file's place among its files.
+    /// Returns the name of the disk of a running VM that has a recorded file open, and the file's index in its chain.
     #[must_use]
-    pub fn disk_with(&self, place: &VolumeFiles, recorded: &str) -> Option<(&str, usize)> {
+    pub fn disk_with(&self, files: &VolumeFiles, recorded: &str) -> Option<(&str, usize)> {
         if !self.running {
             return None;
         }
-        let path = place.path(recorded);
-        let place_of = |files: &[PathBuf]| files.iter().position(|file| place.leads_to(file, &path));
-        self.disks.iter().find_map(|(name, files)| Some((name.as_str(), place_of(files)?)))
+        let path = files.path(recorded);
+        let index_in = |open: &[PathBuf]| open.iter().position(|file| files.leads_to(file, &path));
+        self.disks.iter().find_map(|(name, open)| Some((name.as_str(), index_in(open)?)))
     }
 }
 
-/// Hears how far a merge is, and that a hypervisor is about to do it.
+/// Receives the progress of a merge, and records its points of no return.
 pub trait Watch: merge::Progress {
-    /// The hypervisor is about to be told to do the merge: should the VM write the base one day, it was switched over.
+    /// Called before the hypervisor is asked to start a merge, or before a job that is found running is taken over.
     ///
     /// # Errors
-    /// What remembering it gives; then it must not be told.
+    /// Any error of the journal. The hypervisor must not be asked then.
     fn before_start(&self) -> Result<()>;
 
-    /// The hypervisor is about to be told to write the base instead of the top. What it writes afterwards is newer than the
-    /// top, whoever asks later: that must be remembered first.
+    /// Called before the hypervisor is asked to switch the VM from the top to the base. From then on the base may be newer
+    /// than the top.
     ///
     /// # Errors
-    /// What remembering it gives; then it must not be told.
+    /// Any error of the journal. The hypervisor must not be asked then.
     fn before_switch(&self) -> Result<()>;
 }
 
@@ -70,64 +87,108 @@ impl Watch for () {
     }
 }
 
-/// How the steps are done.
-#[derive(Clone, Copy, Debug)]
+/// The context in which steps are carried out.
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ExecutionContext<'a> {
-    /// Where the files lie.
-    pub place: &'a VolumeFiles,
-    /// How many volumes are worked on at once, at least 1.
+    /// The recorded files.
+    pub files: &'a VolumeFiles,
+    /// The maximum number of volumes to work on at once, at least 1.
     pub jobs: usize,
-    /// The most bytes of data to copy in a second for one volume; none does not limit.
+    /// The maximum bytes of data to copy per second and volume. `None` means no limit.
     pub rate_limit: Option<u64>,
-    /// Whether an interrupted operation is being completed: what it has left allocated and unused is given back.
+    /// If set, an interrupted operation is completed: clusters that it left allocated and unused are freed.
     pub recovering: bool,
+    /// The treatment of attributes of the active file that cannot be set on an overlay.
+    pub attributes: Attributes,
+    /// The provider of overlays, if the set has one.
+    pub provider: Option<&'a Arc<dyn OverlayProvider>>,
+    /// The VM's name, for requests to the provider.
+    pub vm: &'a str,
 }
 
-/// What merging two files came to.
-#[derive(Debug, Default)]
+/// An overlay that was created.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Created {
+    /// The recorded path.
+    pub path: String,
+    /// The identity of the file.
+    pub identity: Option<FileId>,
+    /// If set, the provider created it.
+    pub provided: bool,
+}
+
+/// Records the overlays that an operation created.
+pub trait CreationLog: Sync {
+    /// Called when an overlay was created exclusively, before anything is written to it.
+    fn created(&self, created: Created);
+
+    /// Called when all overlays are complete and durable, before a VM can write to them.
+    ///
+    /// # Errors
+    /// Any error of the journal. The VM must not be switched to the overlays then.
+    fn completed(&self) -> Result<()>;
+}
+
+/// The result of a merge.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Merged {
-    /// The virtual size of the file that is left, in bytes.
+    /// The virtual size of the survivor, in bytes.
     pub virtual_size: u64,
-    /// What was moved.
+    /// The data moved.
     pub report: merge::Report,
-    /// The files, still open: nobody else can use them until the catalogue knows which is left.
-    pub held: Option<Chain>,
-    /// Whether a running VM writes the base now, and has since it was switched over: merging again would undo its writes.
+    /// If set, a running VM has been switched to the base and writes it. A second merge would undo its writes.
     pub switched: bool,
 }
 
-/// Does the steps of a plan. Each can be done again after it was interrupted, or done already.
-pub trait Executor: Send + Sync + fmt::Debug {
-    /// What the VM is doing.
+/// Carries out the steps of a plan. Each step can be repeated after an interruption, or when it is done already.
+///
+/// The trait is sealed: its contract includes internals of recovery. A VM's hypervisor is added by
+/// [`live::Hypervisor`](crate::live::Hypervisor), a store of the model by [`Store`](crate::vm::Store), media for overlays
+/// by [`OverlayProvider`].
+pub trait Executor: sealed::Sealed + Send + Sync + fmt::Debug {
+    /// Returns the hypervisor's description of the VM, or `None` if this executor has no hypervisor.
     ///
     /// # Errors
-    /// Where that cannot be told.
-    fn domain(&self, vm: &str) -> Result<Domain>;
+    /// The hypervisor cannot be reached.
+    fn domain(&self, vm: &str) -> Result<Option<Domain>>;
 
-    /// Makes overlays, all or none being of use, durable on return with their names. `quiesce` asks the guest to bring its
-    /// file systems in order, if it is running.
+    /// Creates overlays, durable on return together with their names, and switches the disks of a running VM to them.
+    /// With `quiesce`, a running guest flushes and freezes its file systems first.
     ///
     /// # Errors
-    /// What went wrong; the caller removes those that were made.
-    fn create(&self, overlays: &[NewOverlay], quiesce: bool, manner: &ExecutionContext<'_>) -> Result<()>;
+    /// Any. The caller removes the overlays that `log` recorded.
+    fn create(
+        &self,
+        overlays: &[NewOverlay],
+        quiesce: bool,
+        context: &ExecutionContext<'_>,
+        log: &dyn CreationLog,
+    ) -> Result<()>;
 
-    /// Makes two files one, durable on return, and keeps others from using them until the result is dropped.
+    /// Merges two files, durable on return.
     ///
     /// # Errors
-    /// What went wrong; it can be done again.
-    fn merge(&self, step: &MergeStep, manner: &ExecutionContext<'_>, watch: &dyn Watch) -> Result<Merged>;
+    /// Any. The merge can be repeated.
+    fn merge(&self, step: &MergeStep, context: &ExecutionContext<'_>, watch: &dyn Watch) -> Result<Merged>;
 
-    /// Lets a file's header name another file that reads the same, durable on return.
+    /// Changes the backing file in a file's header to one with the same content, durable on return.
     ///
     /// # Errors
-    /// What went wrong; it can be done again.
-    fn relink(&self, file: &FileRef, from: &FileRef, to: &FileRef, manner: &ExecutionContext<'_>) -> Result<()>;
+    /// Any. The change can be repeated.
+    fn relink(&self, file: &FileRef, from: &FileRef, to: &FileRef, context: &ExecutionContext<'_>) -> Result<()>;
 
-    /// Gives the active file another virtual size, durable on return.
+    /// Resizes the active file, durable on return.
     ///
     /// # Errors
-    /// What went wrong; it has the old size or the new one.
-    fn resize(&self, file: &FileRef, below: &[FileRef], size: u64, manner: &ExecutionContext<'_>) -> Result<()>;
+    /// Any. The file has the old size or the new one.
+    fn resize(&self, file: &FileRef, below: &[FileRef], size: u64, context: &ExecutionContext<'_>) -> Result<()>;
+}
+
+/// Restricts [`Executor`] to this crate.
+pub(crate) mod sealed {
+    /// Implemented by the executors of this crate.
+    pub trait Sealed {}
 }

@@ -1,80 +1,97 @@
-//! The journal: the plan of the operation that is under way, and which of its steps are done.
+//! The journal: the plan of the operation that is under way, and its progress.
 //!
-//! One record a line: its CRC-32 in eight hexadecimal digits, a space, the record as JSON. The first is the plan, which is
-//! durable before anything else happens. Records are appended one by one, each durable before the next, so that a crash can
-//! only tear the last one.
+//! One record per line: its CRC-32 in eight hexadecimal digits, a space, the record as JSON. The first
+//! record is the plan, which is durable before any other change. Records are appended one by one, each
+//! durable before the next, so that a crash can tear the last one only.
+#![allow(unreachable_pub, reason = "Journal and Record are public with the feature test-utils")]
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::storage::{Access, FileSystem, LockMode, Storage};
+use crate::storage::{Access, Attributes, FileSystem, LockMode, Storage};
 use crate::vm::model::catalogue::{directory_of, read_all, unlink_if_there};
 use crate::vm::plan::Plan;
 use crate::vm::{Error, Result};
 
-/// The version of journals.
-const VERSION: u32 = 1;
-/// No journal is longer.
+/// The version that is written, and the only one that is read.
+const VERSION: u32 = 2;
+/// The limit of a journal's length, in bytes.
 const MAX_LEN: u64 = 256 << 20;
 
-/// One record.
+/// One record of the journal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", rename_all_fields = "kebab-case")]
 pub enum Record {
-    /// What is to be done; the first record.
+    /// The plan. It is the first record, and has the identity of the set and the number of the operation.
     Plan {
         /// The version of the journal.
         version: u32,
         /// The plan.
         plan: Plan,
     },
-    /// A step is done and durable.
-    Done {
-        /// The number of its stage.
+    /// All overlays of a stage are complete and durable. Before this record no VM can have written to them.
+    Created {
+        /// The stage.
         stage: usize,
-        /// Its volume.
+    },
+    /// A merge is about to change the guest-visible content of the base. Before this record it can be called off.
+    Changing {
+        /// The stage.
+        stage: usize,
+        /// The volume.
         volume: String,
-        /// Its number among the volume's steps.
+        /// The step of the volume.
         step: usize,
-        /// Whether a running VM was switched over by it.
+    },
+    /// A step is complete and durable.
+    Done {
+        /// The stage.
+        stage: usize,
+        /// The volume.
+        volume: String,
+        /// The step of the volume.
+        step: usize,
+        /// If set, a running VM was switched to the base by the step.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         switched: bool,
     },
-    /// A running VM's hypervisor is about to be told to do a merge. Should the VM write the base later, it was switched over.
+    /// A hypervisor is about to start a merge, or its running job is about to be taken over. If the VM writes the base
+    /// later, it was switched.
     Started {
-        /// The number of its stage.
+        /// The stage.
         stage: usize,
-        /// Its volume.
+        /// The volume.
         volume: String,
-        /// Its number among the volume's steps.
+        /// The step of the volume.
         step: usize,
     },
-    /// A running VM is about to be switched over to the base of a merge. Whether it was, only its hypervisor knows.
+    /// A running VM is about to be switched to the base of a merge. Only its hypervisor can say if it was.
     Switching {
-        /// The number of its stage.
+        /// The stage.
         stage: usize,
-        /// Its volume.
+        /// The volume.
         volume: String,
-        /// Its number among the volume's steps.
+        /// The step of the volume.
         step: usize,
     },
 }
 
-/// How far a step is, by the journal.
+/// The progress of a step by the journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Progressed {
-    /// Nothing is noted.
+pub(in crate::vm) enum Progressed {
+    /// No record exists.
     No,
-    /// A running VM's hypervisor was about to do it.
+    /// The library was about to change the base.
+    Changing,
+    /// A hypervisor was about to start, or did start, the merge.
     Started,
-    /// A running VM was about to be switched over.
+    /// A running VM was about to be switched.
     Switching,
-    /// It is done.
+    /// The step is complete.
     Done {
-        /// Whether a running VM was switched over by it.
+        /// If set, a running VM was switched by it.
         switched: bool,
     },
 }
@@ -82,21 +99,23 @@ pub enum Progressed {
 /// The journal of an operation that is under way.
 #[derive(Debug)]
 pub struct Journal {
-    names: Arc<dyn FileSystem>,
+    file_system: Arc<dyn FileSystem>,
     path: PathBuf,
     storage: Arc<dyn Storage>,
+    /// If not set, the file is open for reading.
+    writable: bool,
     end: u64,
-    done: Vec<Record>,
+    records: Vec<Record>,
 }
 
-/// What the name of a journal leads to.
+/// The result of a look for the journal.
 #[derive(Debug)]
-pub enum Found {
-    /// Nothing: no operation is under way.
+pub(in crate::vm) enum Found {
+    /// No journal exists: no operation is under way.
     Nothing,
-    /// A journal whose plan was never durable: nothing has happened yet.
+    /// The plan of the journal was never durable: nothing has happened yet.
     Torn,
-    /// An operation that is under way.
+    /// An operation is under way.
     Journal(Box<Journal>, Box<Plan>),
 }
 
@@ -108,7 +127,7 @@ fn encode(record: &Record, path: &Path) -> Result<Vec<u8>> {
     Ok(line)
 }
 
-/// The record of a line without its end; `None` where it is torn.
+/// Decodes the record of a line without its newline. Returns `None` if it is torn.
 fn decode(line: &[u8]) -> Option<Record> {
     let (sum, json) = (line.get(..8)?, line.get(9..)?);
     let sum = u32::from_str_radix(std::str::from_utf8(sum).ok()?, 16).ok()?;
@@ -122,7 +141,7 @@ fn wrong(path: &Path, why: impl Into<String>) -> Error {
     Error::Journal { file: path.display().to_string(), why: why.into() }
 }
 
-/// The records of a journal's bytes, and where the last whole one ends.
+/// Decodes the records of a journal. Returns them and the offset of the end of the last complete one.
 fn records(bytes: &[u8], path: &Path) -> Result<(Vec<Record>, usize)> {
     let mut records = Vec::new();
     let (mut at, mut end) = (0, 0);
@@ -131,7 +150,7 @@ fn records(bytes: &[u8], path: &Path) -> Result<(Vec<Record>, usize)> {
         at += line.len();
         match line.strip_suffix(b"\n").and_then(decode) {
             Some(_) if torn => {
-                return Err(wrong(path, format!("a damaged record lies before the one at {}", at - line.len())));
+                return Err(wrong(path, format!("the record before byte {} is damaged", at - line.len())));
             }
             Some(record) => {
                 records.push(record);
@@ -144,10 +163,11 @@ fn records(bytes: &[u8], path: &Path) -> Result<(Vec<Record>, usize)> {
 }
 
 impl Record {
-    /// The step that it is of (stage, volume, number), and what it tells of it.
-    fn tells(&self) -> Option<((usize, &str, usize), Progressed)> {
+    /// Returns the step that the record concerns (stage, volume, step), and the progress that it records.
+    fn progress(&self) -> Option<((usize, &str, usize), Progressed)> {
         let (stage, volume, step, progressed) = match self {
-            Self::Plan { .. } => return None,
+            Self::Plan { .. } | Self::Created { .. } => return None,
+            Self::Changing { stage, volume, step } => (stage, volume, step, Progressed::Changing),
             Self::Started { stage, volume, step } => (stage, volume, step, Progressed::Started),
             Self::Switching { stage, volume, step } => (stage, volume, step, Progressed::Switching),
             Self::Done { stage, volume, step, switched } => {
@@ -159,29 +179,30 @@ impl Record {
 }
 
 impl Journal {
-    /// Begins a journal with its plan, durable on return.
+    /// Begins a journal with its plan, durable on return. If a catalogue exists at `like`, the journal gets its owner,
+    /// mode and further attributes.
     ///
     /// # Errors
-    /// What writing it gives; then there is at most a torn one.
-    pub fn begin(names: &Arc<dyn FileSystem>, path: &Path, plan: &Plan) -> Result<Self> {
+    /// Any error of writing it. At most a torn journal exists then.
+    pub fn begin(file_system: &Arc<dyn FileSystem>, path: &Path, like: &Path, plan: &Plan) -> Result<Self> {
         let line = encode(&Record::Plan { version: VERSION, plan: plan.clone() }, path)?;
-        let storage = names.create_new(path)?;
+        let storage = create_like(file_system, path, like)?;
         storage.write_at(&line, 0)?;
         storage.sync()?; // barrier: the plan before its name
-        names.sync_dir(directory_of(path))?; // barrier: the journal before the first thing that it tells of
-        let (names, path, end) = (Arc::clone(names), path.to_owned(), line.len() as u64);
-        Ok(Self { names, path, storage, end, done: Vec::new() })
+        file_system.sync_dir(directory_of(path))?; // barrier: the journal before the first change that it describes
+        let (file_system, path, end) = (Arc::clone(file_system), path.to_owned(), line.len() as u64);
+        Ok(Self { file_system, path, storage, writable: true, end, records: Vec::new() })
     }
 
-    /// Looks for a journal, without changing anything.
+    /// Looks for a journal, without a change. A journal that may not be written is found too.
     ///
     /// # Errors
-    /// [`Error::Journal`] where it is damaged in a way that no crash explains.
-    pub fn find(names: &Arc<dyn FileSystem>, path: &Path) -> Result<Found> {
-        if !names.exists(path)? {
+    /// [`Error::Journal`]: it is damaged in a way that no crash explains.
+    pub(in crate::vm) fn find(file_system: &Arc<dyn FileSystem>, path: &Path) -> Result<Found> {
+        if !file_system.exists(path)? {
             return Ok(Found::Nothing);
         }
-        let storage = names.open(path, &Access::write().with_lock(LockMode::None))?;
+        let storage = file_system.open(path, &Access::read().with_lock(LockMode::None))?;
         let (records, end) = records(&read_all(&*storage, MAX_LEN)?, path)?;
         let mut records = records.into_iter();
         match records.next() {
@@ -190,63 +211,99 @@ impl Journal {
                 Err(wrong(path, format!("its plan ({}) has no stages", plan.purpose)))
             }
             Some(Record::Plan { version: VERSION, plan }) => {
-                let (names, path) = (Arc::clone(names), path.to_owned());
-                let journal = Self { names, path, storage, end: end as u64, done: records.collect() };
+                let (file_system, path) = (Arc::clone(file_system), path.to_owned());
+                let (end, records) = (end as u64, records.collect());
+                let journal = Self { file_system, path, storage, writable: false, end, records };
                 Ok(Found::Journal(Box::new(journal), Box::new(plan)))
             }
             Some(Record::Plan { version, .. }) => {
-                Err(wrong(path, format!("version {version} of journals is not known")))
+                Err(wrong(path, format!("the version of the journal is {version}, supported is {VERSION}")))
             }
-            Some(_) => Err(wrong(path, "its first record is no plan")),
+            Some(_) => Err(wrong(path, "its first record is not a plan")),
         }
     }
 
-    /// Makes what was found durable, and cuts off what a crash has torn.
+    /// Opens a found journal for writing, makes its records durable, and cuts off a torn tail.
     ///
     /// # Errors
-    /// What writing it gives.
-    pub fn settle(&self) -> Result<()> {
+    /// Any error of writing it.
+    pub(in crate::vm) fn settle(&mut self) -> Result<()> {
+        if !self.writable {
+            self.storage = self.file_system.open(&self.path, &Access::write().with_lock(LockMode::None))?;
+            self.writable = true;
+        }
         if self.storage.len()? > self.end {
             self.storage.set_len(self.end)?;
         }
         self.storage.sync()?;
-        Ok(self.names.sync_dir(directory_of(&self.path))?)
+        Ok(self.file_system.sync_dir(directory_of(&self.path))?)
     }
 
-    /// Notes that a step is done, durable on return.
+    /// Appends a record, durable on return.
     ///
     /// # Errors
-    /// What writing it gives.
+    /// Any error of writing it.
     pub fn append(&mut self, record: Record) -> Result<()> {
         let line = encode(&record, &self.path)?;
         self.storage.write_at(&line, self.end)?;
         self.storage.sync()?; // barrier: each record before the next
         self.end += line.len() as u64;
-        self.done.push(record);
+        self.records.push(record);
         Ok(())
     }
 
-    /// How far a step is noted to be.
-    #[must_use]
-    pub fn progressed(&self, stage: usize, volume: &str, step: usize) -> Progressed {
-        let noted = self.done.iter().rev().filter_map(Record::tells);
+    /// Returns the recorded progress of a step.
+    pub(in crate::vm) fn progressed(&self, stage: usize, volume: &str, step: usize) -> Progressed {
+        let noted = self.records.iter().rev().filter_map(Record::progress);
         let mut of_step = noted.filter(|(of, _)| *of == (stage, volume, step)).map(|(_, progressed)| progressed);
         of_step.next().unwrap_or(Progressed::No)
     }
 
-    /// Ends the journal: the operation is done, or undone.
+    /// Returns true if the overlays of a stage are recorded as complete.
+    pub(in crate::vm) fn has_created(&self, stage: usize) -> bool {
+        self.records.iter().any(|record| matches!(record, Record::Created { stage: of } if *of == stage))
+    }
+
+    /// Returns true if a hypervisor was asked for a merge.
+    pub(in crate::vm) fn used_hypervisor(&self) -> bool {
+        self.records.iter().any(|record| match record {
+            Record::Started { .. } | Record::Switching { .. } => true,
+            Record::Done { switched, .. } => *switched,
+            _ => false,
+        })
+    }
+
+    /// Returns the first volume whose merge changed content, or completed.
+    pub(in crate::vm) fn first_change(&self) -> Option<&str> {
+        self.records.iter().filter_map(Record::progress).map(|((_, volume, _), _)| volume).next()
+    }
+
+    /// Removes the journal: the operation is complete, or undone.
     ///
     /// # Errors
-    /// What taking its name away gives.
-    pub fn clear(self) -> Result<()> {
-        clear(&*self.names, &self.path)
+    /// Any error of removing it.
+    pub(in crate::vm) fn clear(self) -> Result<()> {
+        clear(&*self.file_system, &self.path)
     }
 }
 
-/// Takes the journal's name away, if it is there.
-pub(in crate::vm) fn clear(names: &dyn FileSystem, path: &Path) -> Result<()> {
-    if unlink_if_there(names, path)? {
-        names.sync_dir(directory_of(path))?; // barrier: the end of one operation before the next begins
+/// Creates a file with the attributes of the catalogue, if that exists.
+pub(in crate::vm) fn create_like(
+    file_system: &Arc<dyn FileSystem>,
+    path: &Path,
+    like: &Path,
+) -> Result<Arc<dyn Storage>> {
+    if !file_system.exists(like)? {
+        return Ok(file_system.create_new(path)?);
+    }
+    let model = file_system.open(like, &Access::read().with_lock(LockMode::None))?;
+    Ok(file_system.create_new_like(path, &*model, Attributes::BestEffort)?)
+}
+
+/// Removes the journal's name, if it exists.
+pub(in crate::vm) fn clear(file_system: &dyn FileSystem, path: &Path) -> Result<()> {
+    if unlink_if_there(file_system, path)? {
+        file_system.sync_dir(directory_of(path))?; // barrier: the end of one operation before the next begins
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ use crate::vm::{Refusal, Result};
 /// stays, as two processes could otherwise lock two files of one name.
 #[derive(Debug)]
 pub(in crate::vm) struct VmLock {
-    names: Arc<dyn FileSystem>,
+    file_system: Arc<dyn FileSystem>,
     path: PathBuf,
     /// For names whose locks lock nothing, such as those in memory.
     inside: Mutex<()>,
@@ -26,8 +26,8 @@ pub(in crate::vm) struct VmLockGuard<'a> {
 }
 
 impl VmLock {
-    pub(in crate::vm) fn new(names: Arc<dyn FileSystem>, path: PathBuf) -> Self {
-        Self { names, path, inside: Mutex::default() }
+    pub(in crate::vm) fn new(file_system: Arc<dyn FileSystem>, path: PathBuf) -> Self {
+        Self { file_system, path, inside: Mutex::default() }
     }
 
     /// Takes the lock or is refused; does not wait.
@@ -39,7 +39,7 @@ impl VmLock {
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return Err(refused().into()),
         };
-        match open_or_create(&*self.names, &self.path) {
+        match open_or_create(&*self.file_system, &self.path) {
             Ok(file) => Ok(VmLockGuard { _inside: inside, _file: file }),
             Err(storage::Error::Busy { .. }) => Err(refused().into()),
             Err(error) => Err(error.into()),

@@ -1,144 +1,141 @@
-//! A plan is carried out: journal, catalogue, files, catalogue, names, journal. In this order, everywhere.
+//! The execution of a plan: journal, catalogue, files, catalogue, names, journal; in this order, for
+//! every operation.
 
+pub(super) mod cancel;
 pub(super) mod executor;
 pub(super) mod journal;
 pub(super) mod lock;
 pub(super) mod offline;
 pub(super) mod progress;
 pub(super) mod recover;
+mod remove;
 pub(super) mod report;
+mod watching;
 
-use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::merge::{self, Direction};
-use crate::storage;
-use crate::vm::execute::executor::{Domain, ExecutionContext, Executor, Merged, Watch};
-use crate::vm::execute::journal::{Journal, Progressed, Record};
-use crate::vm::execute::offline::in_parallel;
-use crate::vm::execute::progress::{OfVolume, Progress, Relay};
-use crate::vm::execute::report::{MergedVolume, PathChange, Report};
-use crate::vm::files::VolumeFiles;
-use crate::vm::model::catalogue::{directory_of, unlink_if_there, with_suffix};
+use self::executor::{Created, CreationLog, Domain, ExecutionContext, Executor, Merged};
+use self::journal::{Journal, Progressed, Record};
+use self::offline::in_parallel;
+use self::progress::{Progress, Relay};
+use self::report::{MergedVolume, PathChange, Released, Report};
+use self::watching::Watching;
+use crate::merge::Direction;
+use crate::vm::files::{VolumeFiles, free_leaks};
 use crate::vm::model::edit::Edit;
 use crate::vm::model::store::Store;
 use crate::vm::model::{LastOperation, Model};
-use crate::vm::plan::{MergeStep, Plan, Purpose, Stage, Step, VolumeWork};
+use crate::vm::plan::{Leaving, MergeStep, Plan, Purpose, Stage, Step, VolumeWork};
 use crate::vm::trace::event;
 use crate::vm::{Error, Result};
 
-/// What a plan is carried out with.
-#[derive(Clone, Copy)]
-pub(in crate::vm) struct Tools<'a> {
-    pub(in crate::vm) store: &'a dyn Store,
-    pub(in crate::vm) executor: &'a dyn Executor,
-    /// What the VM was doing when the operation began.
-    pub(in crate::vm) domain: &'a Domain,
-    pub(in crate::vm) journal: &'a Path,
-    pub(in crate::vm) manner: ExecutionContext<'a>,
-    pub(in crate::vm) progress: &'a dyn Progress,
+/// The means by which a plan is carried out.
+#[derive(Clone)]
+pub(super) struct Tools<'a> {
+    pub(super) store: &'a dyn Store,
+    pub(super) executor: &'a dyn Executor,
+    /// The hypervisor's description when the operation began, or the caller's statement. `None` if neither is known.
+    pub(super) domain: Option<&'a Domain>,
+    pub(super) journal: &'a Path,
+    pub(super) catalogue: &'a Path,
+    pub(super) context: ExecutionContext<'a>,
+    pub(super) progress: &'a dyn Progress,
 }
 
 impl Tools<'_> {
-    fn place(&self) -> &VolumeFiles {
-        self.manner.place
+    fn files(&self) -> &VolumeFiles {
+        self.context.files
+    }
+
+    /// Returns true if the running VM has a file open.
+    fn is_open_in_vm(&self, recorded: &str) -> bool {
+        self.domain.is_some_and(|domain| domain.disk_with(self.files(), recorded).is_some())
+    }
+
+    /// Returns true if the VM writes a file.
+    fn writes(&self, recorded: &str) -> bool {
+        self.domain.is_some_and(|domain| domain.disk_writing(self.files(), recorded).is_some())
     }
 }
 
 /// A plan that is being carried out.
-pub(in crate::vm) struct Run<'a> {
+pub(super) struct Run<'a> {
     tools: Tools<'a>,
     relay: Relay<'a>,
     plan: &'a Plan,
     model: Mutex<Model>,
     journal: Mutex<Option<Journal>>,
     report: Mutex<Report>,
-    /// Whether the catalogue may say something else than before, or files that are not new may be changed: then there is no
-    /// way back, only recovery.
+    /// The overlays that this run created.
+    created: Mutex<Vec<Created>>,
+    /// Set once the catalogue may differ from before, or files that are not new may be changed. From then on an operation
+    /// can be completed only.
     committed: AtomicBool,
 }
 
+/// Locks a part of a [`Run`]. Each part is a plain value that is replaced or extended in one step, so that a panic
+/// elsewhere leaves it consistent; the journal on disk decides what happened.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<'a> Run<'a> {
-    pub(in crate::vm) fn new(tools: Tools<'a>, plan: &'a Plan, model: Model) -> Self {
+    pub(super) fn new(tools: Tools<'a>, plan: &'a Plan, model: Model) -> Self {
         Self {
-            tools,
             relay: Relay::new(tools.progress),
+            tools,
             plan,
             model: Mutex::new(model),
             journal: Mutex::default(),
             report: Mutex::new(Report::new(plan.purpose.clone())),
+            created: Mutex::default(),
             committed: AtomicBool::new(false),
         }
     }
 
-    /// Carries the plan out from its beginning. Where that fails before there is no way back, everything is as before.
-    pub(in crate::vm) fn start(self) -> Result<Report> {
+    /// Carries the plan out from its beginning. If it fails while it can be undone, it is undone.
+    pub(super) fn start(self) -> Result<Report> {
         event!("begin", purpose = %self.plan.purpose, id = self.plan.id);
+        if self.relay.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
         if self.plan.is_bookkeeping() {
             let stage = &self.plan.stages[0];
             self.end_stage(0, stage)?;
-            return Ok(self.finish());
+            self.release(&stage.leaving);
+            return self.finish();
         }
-        let place = self.tools.place();
-        match Journal::begin(place.names(), self.tools.journal, self.plan) {
+        let (files, journal) = (self.tools.files(), self.tools.journal);
+        match Journal::begin(files.file_system(), journal, self.tools.catalogue, self.plan) {
             Ok(journal) => *lock(&self.journal) = Some(journal),
             Err(error) => {
-                // At most a torn journal is left, which tells of nothing.
-                let _ = crate::vm::execute::journal::clear(&**place.names(), self.tools.journal);
+                // At most a torn journal is left, which recovery removes if this fails.
+                let _ = journal::clear(&**files.file_system(), journal);
                 return Err(error);
             }
         }
         match self.stages(0) {
             Ok(()) => self.clear(),
             Err(error) => {
-                if matches!(error, Error::Uncertain { .. }) {
-                    // A VM may be writing what would be taken back.
-                } else if !self.committed.load(Ordering::SeqCst) {
-                    // Where this fails as well, recovery does it.
-                    let _ = self.undo();
-                } else if matches!(self.plan.purpose, Purpose::Resize { .. }) {
-                    let _ = self.settle_resize();
-                }
+                self.after_failure(&error);
                 event!("failed", purpose = %self.plan.purpose, error = %error);
                 Err(error)
             }
         }
     }
 
-    /// Carries on with a plan that was interrupted, or takes it back where that is still possible. `journal` and the catalogue
-    /// are durable. Returns nothing where it was taken back.
-    pub(in crate::vm) fn resume(self, journal: Journal, switched: bool) -> Result<Option<Report>> {
-        event!("resume", purpose = %self.plan.purpose, id = self.plan.id);
-        *lock(&self.journal) = Some(journal);
-        let last = lock(&self.model).last_operation;
-        let done = match last.id.cmp(&self.plan.id) {
-            std::cmp::Ordering::Less => 0,
-            std::cmp::Ordering::Equal => last.stages.min(self.plan.stages.len()),
-            std::cmp::Ordering::Greater => self.plan.stages.len(),
-        };
-        if done == 0 && matches!(self.plan.purpose, Purpose::Resize { .. }) {
-            self.settle_resize()?;
-            return Ok(Some(self.finish()));
+    /// Undoes a failed operation if that is possible. Otherwise recovery completes it.
+    fn after_failure(&self, error: &Error) {
+        if error.is_uncertain() {
+            // A VM may be writing to what an undo would remove.
+        } else if !self.committed.load(Ordering::SeqCst) {
+            // If this fails as well, recovery does it.
+            let _ = self.undo();
+        } else if matches!(self.plan.purpose, Purpose::Resize { .. }) {
+            let _ = self.settle_resize();
         }
-        if done == 0 && !switched && !self.plan.stages[0].create.is_empty() {
-            self.undo()?;
-            return Ok(None);
-        }
-        if done == 0 && switched {
-            self.end_stage(0, &self.plan.stages[0])?;
-        }
-        let done = if switched { done.max(1) } else { done };
-        if let Some(stage) = done.checked_sub(1).and_then(|last| self.plan.stages.get(last)) {
-            self.unlink(&stage.unlink, false)?;
-        }
-        self.stages(done)?;
-        self.clear().map(Some)
     }
 
     fn stages(&self, from: usize) -> Result<()> {
@@ -148,18 +145,19 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// One stage. Between any two lines every path in the catalogue exists.
+    /// Carries out one stage. Between any two lines, every path in the catalogue exists.
     fn stage(&self, number: usize, stage: &Stage) -> Result<()> {
         self.record(&stage.begin)?;
         if !stage.create.is_empty() {
             let quiesce = matches!(self.plan.purpose, Purpose::Create { quiesce: true, .. });
-            self.tools.executor.create(&stage.create, quiesce, &self.tools.manner)?;
-            let paths = stage.create.iter().map(|overlay| self.tools.place().path(&overlay.file.path));
+            let log = StageLog { run: self, stage: number };
+            self.tools.executor.create(&stage.create, quiesce, &self.tools.context, &log)?;
+            let paths = stage.create.iter().map(|overlay| self.tools.files().path(&overlay.file.path));
             lock(&self.report).created.extend(paths);
         }
         self.work(number, stage)?;
         self.end_stage(number, stage)?;
-        self.unlink(&stage.unlink, false)
+        self.leave(&stage.leaving)
     }
 
     /// Records the end of a stage.
@@ -187,31 +185,33 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Notes which active files are others now.
+    /// Reports the active files that changed.
     fn note_moves(&self, old: &Model, new: &Model) {
-        let place = self.tools.place();
+        let files = self.tools.files();
         let mut report = lock(&self.report);
         for volume in &new.volumes {
             let Some(before) = old.volume(&volume.name) else { continue };
             if before.active.file.path != volume.active.file.path {
-                let (old, new) = (place.path(&before.active.file.path), place.path(&volume.active.file.path));
+                let (old, new) = (files.path(&before.active.file.path), files.path(&volume.active.file.path));
                 report.moved.push(PathChange { volume: volume.name.clone(), old, new });
             }
         }
     }
 
-    /// The work on all volumes, on several threads. One that fails does not keep the others from being done.
+    /// Does the work on all volumes, on several threads. A volume that fails does not keep the others from being done.
     fn work(&self, number: usize, stage: &Stage) -> Result<()> {
         let failed: Mutex<Vec<(String, Error)>> = Mutex::default();
-        in_parallel(&stage.work, self.tools.manner.jobs, |work| {
+        in_parallel(&stage.work, self.tools.context.jobs, |work| {
             if let Err(error) = self.volume(number, work) {
                 event!("volume failed", volume = %work.volume, error = %error);
                 lock(&failed).push((work.volume.clone(), error));
             }
             Ok(())
         })?;
-        let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let mut failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
         let left: Vec<String> = failed.iter().map(|(volume, _)| volume.clone()).collect();
+        // An uncertain outcome is reported before any other failure: it decides if the VM may be started.
+        failed.sort_by_key(|(_, error)| !error.is_uncertain());
         let Some((volume, error)) = failed.into_iter().next() else { return Ok(()) };
         if error.is_cancelled() {
             return Err(Error::Cancelled);
@@ -220,9 +220,8 @@ impl<'a> Run<'a> {
         Err(Error::Incomplete { volume, done: done.collect(), left, source: Box::new(error) })
     }
 
-    /// The work on one volume: data and mappings, relinks, catalogue, names.
+    /// Does the work on one volume: data and mappings, relinks, catalogue, names.
     fn volume(&self, stage: usize, work: &VolumeWork) -> Result<()> {
-        let mut held = None;
         if !work.is_recorded(&lock(&self.model)) {
             let mut edits = work.edits.clone();
             for (number, step) in work.steps.iter().enumerate() {
@@ -231,18 +230,15 @@ impl<'a> Run<'a> {
                 }
                 if let Some(merged) = self.step(stage, work, number, step)? {
                     set_size(&mut edits, merged.virtual_size);
-                    held = merged.held;
                 }
             }
             self.record(&edits)?;
         }
-        self.unlink(&work.unlink, held.is_some())?;
-        drop(held);
-        Ok(())
+        self.leave(&work.leaving)
     }
 
     fn step(&self, stage: usize, work: &VolumeWork, number: usize, step: &Step) -> Result<Option<Merged>> {
-        let (executor, manner) = (self.tools.executor, &self.tools.manner);
+        let (executor, context) = (self.tools.executor, &self.tools.context);
         event!("step", volume = %work.volume, step = %step);
         let mut merged = None;
         match step {
@@ -250,8 +246,8 @@ impl<'a> Run<'a> {
                 if self.is_merged(stage, &work.volume, number, merge)? {
                     return self.merged_before(merge);
                 }
-                let watch = Watching { run: self, stage, step: number, progress: self.relay.of(&work.volume) };
-                let done = executor.merge(merge, manner, &watch)?;
+                let watch = Watching::new(self, stage, number, merge, self.relay.of(&work.volume));
+                let done = executor.merge(merge, context, &watch)?;
                 let report = &done.report;
                 let moved = MergedVolume {
                     direction: merge.direction,
@@ -263,11 +259,10 @@ impl<'a> Run<'a> {
                 lock(&self.report).merged.insert(work.volume.clone(), moved);
                 merged = Some(done);
             }
-            Step::TakeName { from, to } => self.take_name(from, to)?,
-            Step::Relink { file, from, to } => executor.relink(file, from, to, manner)?,
+            Step::Relink { file, from, to } => executor.relink(file, from, to, context)?,
             Step::Resize { file, below, size } => {
                 self.committed.store(true, Ordering::SeqCst);
-                executor.resize(file, below, *size, manner)?;
+                executor.resize(file, below, *size, context)?;
             }
         }
         let switched = merged.as_ref().is_some_and(|merged| merged.switched);
@@ -275,30 +270,40 @@ impl<'a> Run<'a> {
         Ok(merged)
     }
 
-    /// Appends to the journal, if there is one.
+    /// Appends to the journal, if one exists.
     fn note(&self, record: Record) -> Result<()> {
         lock(&self.journal).as_mut().map_or(Ok(()), |journal| journal.append(record))
     }
 
-    /// Whether a merge needs no doing again. What nobody writes needs no second copy. A top that a VM writes may have changed
-    /// since, unless the VM was switched over: then it is the base that is newer.
+    /// Returns true if a merge must not be repeated.
+    ///
+    /// A frozen top is merged once. An active top may have changed since, unless the VM was switched to the base: then
+    /// the base is newer. If a hypervisor was asked for the merge, only a hypervisor or the caller can say which file the
+    /// VM wrote last.
     fn is_merged(&self, stage: usize, volume: &str, number: usize, step: &MergeStep) -> Result<bool> {
         let progressed = lock(&self.journal).as_ref().map(|journal| journal.progressed(stage, volume, number));
-        match progressed.unwrap_or(Progressed::No) {
-            Progressed::No => Ok(false),
+        let progressed = progressed.unwrap_or(Progressed::No);
+        match progressed {
+            Progressed::No | Progressed::Changing => Ok(false),
             Progressed::Done { switched: true } => Ok(true),
-            // Done offline, and the VM was started before what stands on the top was relinked: its hypervisor does that with a
-            // merge, in which nothing is left to copy.
-            Progressed::Done { .. } => Ok(!step.active
-                && (step.direction == Direction::Pull
-                    || self.tools.domain.disk_with(self.tools.place(), &step.top.path).is_none())),
-            begun @ (Progressed::Started | Progressed::Switching) => {
-                let (place, domain) = (self.tools.place(), self.tools.domain);
-                if step.active && domain.disk_writing(place, &step.base.path).is_some() {
+            // The VM was started after the merge and before the relinks: its hypervisor relinks with a merge of its own,
+            // in which nothing is left to copy.
+            Progressed::Done { .. } => {
+                Ok(!step.active && (step.direction == Direction::Pull || !self.tools.is_open_in_vm(&step.top.path)))
+            }
+            Progressed::Started | Progressed::Switching => {
+                if self.tools.domain.is_none() {
+                    let what = format!(
+                        "volume {volume}: a hypervisor was merging {} into {}, and none was asked now",
+                        step.top, step.base
+                    );
+                    return Err(Error::Uncertain { what, source: None });
+                }
+                if step.active && self.tools.writes(&step.base.path) {
                     return Ok(true);
                 }
-                // Until it is about to be switched over, all is in the top.
-                if begun == Progressed::Started || domain.disk_writing(place, &step.top.path).is_some() {
+                // Until the switch begins, the top is the newer file.
+                if progressed == Progressed::Started || !step.active || self.tools.writes(&step.top.path) {
                     return Ok(false);
                 }
                 let what = format!("volume {volume}: switching the VM from {} to {}", step.top, step.base);
@@ -307,85 +312,40 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// What is left of a merge that was done earlier.
+    /// Returns the result of a merge that was completed earlier.
     fn merged_before(&self, step: &MergeStep) -> Result<Option<Merged>> {
         if step.direction == Direction::Pull {
             return Ok(None);
         }
-        let virtual_size = self.tools.place().look(&step.base)?.virtual_size;
+        let virtual_size = self.tools.files().look(&step.base)?.virtual_size;
         Ok(Some(Merged { virtual_size, ..Merged::default() }))
     }
 
-    /// Gives a file the name of another beside it. Its own stays, so that the catalogue's path leads to it all the time; on a
-    /// file system that cannot give a file two names it goes.
-    fn take_name(&self, from: &str, to: &str) -> Result<()> {
-        let place = self.tools.place();
-        let names = &**place.names();
-        if place.exists(from)? && !place.is_same(from, to) {
-            let (old, new) = (place.path(from), place.path(to));
-            let beside = with_suffix(&new, ".new");
-            unlink_if_there(names, &beside)?;
-            match names.link(&old, &beside) {
-                Ok(()) => names.rename(&beside, &new)?,
-                Err(storage::Error::Unsupported { .. }) => names.rename(&old, &new)?,
-                Err(error) => return Err(error.into()),
-            }
-        }
-        names.sync_dir(directory_of(&place.path(to)))?; // barrier: the new name before anything names it
-        Ok(())
-    }
-
-    /// Takes away names that nothing leads to any more. Between an interrupted operation and its recovery a VM may have been
-    /// started on what goes: that is refused, where the files are not `held` by us.
-    fn unlink(&self, paths: &[String], held: bool) -> Result<()> {
-        let place = self.tools.place();
-        if self.tools.manner.recovering && !held {
-            for path in paths {
-                if place.exists(path)? {
-                    drop(place.hold_one(path)?);
-                }
-            }
-        }
-        let mut directories = BTreeSet::<PathBuf>::new();
-        for path in paths {
-            let path = place.path(path);
-            if unlink_if_there(&**place.names(), &path)? {
-                event!("removed", path = %path.display());
-                lock(&self.report).removed.push(path.clone());
-            }
-            directories.insert(directory_of(&path).to_owned());
-        }
-        for directory in directories {
-            place.names().sync_dir(&directory)?; // barrier: names are gone before the journal that tells of them
-        }
-        Ok(())
-    }
-
-    /// Takes back what is not in the catalogue: the new overlays, and the journal.
+    /// Undoes an operation that the catalogue does not record: removes the overlays that this run created, then the
+    /// journal.
     fn undo(&self) -> Result<()> {
-        let overlays: Vec<String> = self.plan.created().map(|overlay| overlay.file.path.clone()).collect();
-        self.unlink(&overlays, false)?;
+        let created = std::mem::take(&mut *lock(&self.created));
+        self.remove_created(&created)?;
         self.end_journal()?;
         event!("undone", purpose = %self.plan.purpose);
         Ok(())
     }
 
-    /// A resize is done or not, by what the image says.
+    /// Records the size that a volume has after an interrupted resize.
     fn settle_resize(&self) -> Result<()> {
         let stage = &self.plan.stages[0];
-        let place = self.tools.place();
+        let files = self.tools.files();
         for work in &stage.work {
             for step in &work.steps {
                 let Step::Resize { file, .. } = step else { continue };
-                // It did not get to its end, or nobody knows whether it did.
-                if self.tools.domain.disk_with(place, &file.path).is_none() {
-                    let layer = place.layer(file, true)?;
+                if !self.tools.is_open_in_vm(&file.path) {
+                    let layer = files.layer(file, true)?;
                     if layer.node.as_qcow2().is_some() {
-                        crate::vm::files::give_back_leaks(&**layer.node.storage())?;
+                        free_leaks(&**layer.node.storage())?;
                     }
                 }
                 let mut edits = work.edits.clone();
-                set_size(&mut edits, place.look(file)?.virtual_size);
+                set_size(&mut edits, files.look(file)?.virtual_size);
                 self.record(&edits)?;
             }
         }
@@ -400,10 +360,10 @@ impl<'a> Run<'a> {
 
     fn clear(self) -> Result<Report> {
         self.end_journal()?;
-        Ok(self.finish())
+        self.finish()
     }
 
-    fn finish(self) -> Report {
+    fn finish(self) -> Result<Report> {
         let model = self.model.into_inner().unwrap_or_else(PoisonError::into_inner);
         let mut report = self.report.into_inner().unwrap_or_else(PoisonError::into_inner);
         report.resized.clone_from(&self.plan.size_changes);
@@ -412,50 +372,48 @@ impl<'a> Run<'a> {
         {
             report.resized.retain(|change| change.new == volume.active.virtual_size);
         }
+        let files = self.tools.files();
+        let active = model.volumes.iter();
+        report.paths = active.map(|volume| (volume.name.clone(), files.path(&volume.active.file.path))).collect();
         report.state = self.plan.state_in(&model);
         event!("done", purpose = %self.plan.purpose, removed = report.removed.len());
-        report
+        Ok(report)
+    }
+
+    /// Reports the files that leave the set and are not removed.
+    fn release(&self, leaving: &Leaving) {
+        let files = self.tools.files();
+        for release in &leaving.release {
+            self.report_release(files.path(&release.path), release.reason.clone());
+        }
+    }
+
+    fn report_release(&self, path: std::path::PathBuf, reason: String) {
+        event!("released", path = %path.display());
+        let mut report = lock(&self.report);
+        if !report.released.iter().any(|known| known.path == path) {
+            report.released.push(Released { path, reason });
+        }
     }
 }
 
-/// Hears of one step, and notes in the journal what must not be forgotten.
-struct Watching<'a> {
+/// Records the overlays of one stage.
+struct StageLog<'a> {
     run: &'a Run<'a>,
     stage: usize,
-    step: usize,
-    progress: OfVolume<'a>,
 }
 
-impl Watching<'_> {
-    /// Where the step stands in the plan.
-    fn place(&self) -> (usize, String, usize) {
-        (self.stage, self.progress.volume().to_owned(), self.step)
-    }
-}
-
-impl merge::Progress for Watching<'_> {
-    fn step(&self, step: &merge::Step<'_>) {
-        self.progress.step(step);
+impl CreationLog for StageLog<'_> {
+    fn created(&self, created: Created) {
+        lock(&self.run.created).push(created);
     }
 
-    fn is_cancelled(&self) -> bool {
-        self.progress.is_cancelled()
+    fn completed(&self) -> Result<()> {
+        self.run.note(Record::Created { stage: self.stage })
     }
 }
 
-impl Watch for Watching<'_> {
-    fn before_start(&self) -> Result<()> {
-        let (stage, volume, step) = self.place();
-        self.run.note(Record::Started { stage, volume, step })
-    }
-
-    fn before_switch(&self) -> Result<()> {
-        let (stage, volume, step) = self.place();
-        self.run.note(Record::Switching { stage, volume, step })
-    }
-}
-
-/// Puts the size that a file turned out to have into what is recorded of it.
+/// Puts the size that a survivor has into the records of it.
 fn set_size(edits: &mut [Edit], size: u64) {
     for edit in edits {
         if let Edit::SetActive { record, .. } | Edit::SetFile { record, .. } = edit {

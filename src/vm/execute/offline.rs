@@ -1,64 +1,73 @@
-//! The executor for a VM that is off, and for files that a running VM does not have open.
+//! The executor for a stopped VM, and for files that a running VM does not have open.
 
 use std::collections::BTreeSet;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use super::executor::{Created, CreationLog, Domain, ExecutionContext, Executor, Merged, Watch, sealed};
 use crate::chain::{Chain, Node};
 use crate::format::ClusterBits;
 use crate::image::{CreateOptions, Image, ResizeOptions};
 use crate::merge::{self, CommitOptions, Direction, PullOptions};
-use crate::vm::execute::executor::{Domain, ExecutionContext, Executor, Merged, Watch};
-use crate::vm::files::{Links, give_back_leaks};
-use crate::vm::model::FileRef;
+use crate::storage::{Access, LockMode, Storage};
+use crate::vm::files::{Links, VolumeFiles, free_leaks};
+use crate::vm::model::catalogue::directory_of;
+use crate::vm::model::{FileRef, OverlayShape};
 use crate::vm::plan::{MergeStep, NewOverlay};
+use crate::vm::provider::OverlayRequest;
 use crate::vm::{Error, Refusal, Result};
 
-/// Does everything itself, under QEMU's image locks: what a running VM has open is refused.
+/// Carries out every step itself, under QEMU's image locks. Files that a running VM has open are refused.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct OfflineExecutor;
 
+impl sealed::Sealed for OfflineExecutor {}
+
 impl Executor for OfflineExecutor {
-    fn domain(&self, _vm: &str) -> Result<Domain> {
-        Ok(Domain::default())
+    fn domain(&self, _vm: &str) -> Result<Option<Domain>> {
+        Ok(None)
     }
 
-    fn create(&self, overlays: &[NewOverlay], _quiesce: bool, manner: &ExecutionContext<'_>) -> Result<()> {
-        in_parallel(overlays, manner.jobs, |overlay| create(overlay, manner))?;
-        let directories = overlays.iter().map(|overlay| {
-            let path = manner.place.path(&overlay.file.path);
-            path.parent().unwrap_or(&path).to_owned()
-        });
+    fn create(
+        &self,
+        overlays: &[NewOverlay],
+        _quiesce: bool,
+        context: &ExecutionContext<'_>,
+        log: &dyn CreationLog,
+    ) -> Result<()> {
+        in_parallel(overlays, context.jobs, |overlay| create(overlay, context, log))?;
+        let directories =
+            overlays.iter().map(|overlay| directory_of(&context.files.path(&overlay.file.path)).to_owned());
         for directory in directories.collect::<BTreeSet<_>>() {
-            manner.place.names().sync_dir(&directory)?; // barrier: the overlays' names before the catalogue names them
+            // barrier: the names of the overlays before the catalogue names them
+            context.files.file_system().sync_dir(&directory)?;
         }
-        Ok(())
+        log.completed()
     }
 
-    fn merge(&self, step: &MergeStep, manner: &ExecutionContext<'_>, watch: &dyn Watch) -> Result<Merged> {
+    fn merge(&self, step: &MergeStep, context: &ExecutionContext<'_>, watch: &dyn Watch) -> Result<Merged> {
         match step.direction {
-            Direction::Pull => pull(step, manner, watch),
-            Direction::Commit | Direction::Auto => commit(step, manner, watch),
+            Direction::Pull => pull(step, context, watch),
+            Direction::Commit => commit(step, context, watch),
         }
     }
 
-    fn relink(&self, file: &FileRef, from: &FileRef, to: &FileRef, manner: &ExecutionContext<'_>) -> Result<()> {
-        let layer = manner.place.layer(file, true)?;
+    fn relink(&self, file: &FileRef, from: &FileRef, to: &FileRef, context: &ExecutionContext<'_>) -> Result<()> {
+        let layer = context.files.layer(file, true)?;
         let Node::Qcow2(image) = &layer.node else { return Ok(()) };
-        let name = manner.place.backing_name(&file.path, &to.path);
+        let name = context.files.backing_name(&file.path, &to.path);
         let header = image.header();
-        // By the letters: a file that has both names is no reason to keep the old one.
         if header.backing_file.as_deref() == Some(&name) && header.backing_format() == Some(to.format.name().as_bytes())
         {
             return Ok(());
         }
-        manner.place.check_link(&layer, file, &[from.clone(), to.clone()], Links::MaySkip)?;
+        context.files.check_link(&layer, file, &[from.clone(), to.clone()], Links::MaySkip)?;
         Ok(image.set_backing_file(Some(&name), Some(to.format.name().as_bytes()))?)
     }
 
-    fn resize(&self, file: &FileRef, below: &[FileRef], size: u64, manner: &ExecutionContext<'_>) -> Result<()> {
+    fn resize(&self, file: &FileRef, below: &[FileRef], size: u64, context: &ExecutionContext<'_>) -> Result<()> {
         let files: Vec<FileRef> = std::iter::once(file).chain(below).cloned().collect();
-        let chain = manner.place.chain(&files, 1, Links::Exact)?;
+        let chain = context.files.chain(&files, 1, Links::Exact)?;
         match &chain.top().node {
             Node::Qcow2(image) => {
                 let beneath = chain.below(0);
@@ -74,7 +83,8 @@ impl Executor for OfflineExecutor {
     }
 }
 
-/// Does something with each item on several threads. Returns the first error; all items are tried.
+/// Does something with each item on several threads. Returns the error of the first item that failed; all items are
+/// tried.
 pub(in crate::vm) fn in_parallel<T: Sync>(
     items: &[T],
     jobs: usize,
@@ -87,7 +97,7 @@ pub(in crate::vm) fn in_parallel<T: Sync>(
             let index = next.fetch_add(1, Ordering::Relaxed);
             let Some(item) = items.get(index) else { return };
             if let Err(error) = work(item) {
-                let mut failed = failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
                 if failed.as_ref().is_none_or(|(earlier, _)| index < *earlier) {
                     *failed = Some((index, error));
                 }
@@ -100,67 +110,119 @@ pub(in crate::vm) fn in_parallel<T: Sync>(
         }
         run();
     });
-    let failed = failed.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
     failed.map_or(Ok(()), |(_, error)| Err(error))
 }
 
-fn create(overlay: &NewOverlay, manner: &ExecutionContext<'_>) -> Result<()> {
-    let place = manner.place;
-    let backing = place.backing_name(&overlay.file.path, &overlay.backing.path);
-    let options = CreateOptions::new(overlay.size)
-        .with_cluster_bits(ClusterBits::new(overlay.shape.cluster_bits).unwrap_or_default())
-        .with_extended_l2(overlay.shape.extended_l2)
-        .with_backing(backing, overlay.backing.format.name());
-    let storage = place.names().create_new(&place.path(&overlay.file.path))?;
-    Ok(Image::create(storage, &options)?.close()?)
+fn create(overlay: &NewOverlay, context: &ExecutionContext<'_>, log: &dyn CreationLog) -> Result<()> {
+    let files = context.files;
+    let backing = files.backing_name(&overlay.file.path, &overlay.backing.path);
+    let storage = container(overlay, context)?;
+    log.created(Created { path: overlay.file.path.clone(), identity: storage.file_id(), provided: overlay.provided });
+    Ok(Image::create(storage, &overlay.options(backing))?.close()?)
 }
 
-/// The files of a merge, the topmost first.
-fn files(step: &MergeStep) -> Vec<FileRef> {
+impl NewOverlay {
+    /// Returns the options that create the image, with this name of its backing file.
+    pub(in crate::vm) fn options(&self, backing: Vec<u8>) -> CreateOptions {
+        CreateOptions::new(self.size)
+            .with_cluster_bits(ClusterBits::new(self.shape.cluster_bits).unwrap_or_default())
+            .with_extended_l2(self.shape.extended_l2)
+            .with_backing(backing, self.backing.format.name())
+    }
+}
+
+/// Creates the empty file or device of an overlay, with the attributes of the active file.
+fn container(overlay: &NewOverlay, context: &ExecutionContext<'_>) -> Result<Arc<dyn Storage>> {
+    let files = context.files;
+    let path = files.path(&overlay.file.path);
+    if overlay.provided {
+        let provider = context.provider.ok_or_else(|| no_provider(files, &overlay.file.path))?;
+        provider.create(&request(overlay, context.vm)?)?;
+        return Ok(files.file_system().open(&path, &Access::write())?);
+    }
+    let model = model_of(overlay, files)?;
+    Ok(files.file_system().create_new_like(&path, &*model, context.attributes)?)
+}
+
+/// Opens the file whose attributes an overlay gets: the active file or, where that is lost, the backing file.
+pub(in crate::vm) fn model_of(overlay: &NewOverlay, files: &VolumeFiles) -> Result<Arc<dyn Storage>> {
+    let access = Access::read().with_lock(LockMode::None);
+    match files.storage(&overlay.like, &access) {
+        Ok(storage) => Ok(storage),
+        Err(_) => files.storage(&overlay.backing.path, &access),
+    }
+}
+
+/// Returns the provider's request for an overlay.
+pub(in crate::vm) fn request<'a>(overlay: &'a NewOverlay, vm: &'a str) -> Result<OverlayRequest<'a>> {
+    let name = overlay.file.path.rsplit('/').next().unwrap_or_default();
+    let name = name.strip_suffix(".qcow2").unwrap_or(name);
+    overlay_request(vm, &overlay.volume, name, overlay.size, overlay.shape)
+}
+
+/// Returns the request for an overlay of a volume, with the space that a full overlay takes.
+pub(in crate::vm) fn overlay_request<'a>(
+    vm: &'a str,
+    volume: &'a str,
+    name: &'a str,
+    virtual_size: u64,
+    shape: OverlayShape,
+) -> Result<OverlayRequest<'a>> {
+    let options = CreateOptions::new(virtual_size)
+        .with_cluster_bits(ClusterBits::new(shape.cluster_bits).unwrap_or_default())
+        .with_extended_l2(shape.extended_l2);
+    let full_size = merge::measure(None, &options)?.fully_allocated;
+    Ok(OverlayRequest { vm, volume, name, virtual_size, full_size })
+}
+
+/// Refuses a file of a provider in a set without one.
+pub(in crate::vm) fn no_provider(files: &VolumeFiles, recorded: &str) -> Error {
+    Refusal::Obstacle {
+        path: files.shown(recorded),
+        problem: "an overlay provider manages it, and none is given".to_owned(),
+        remedy: "open the set with its provider".to_owned(),
+    }
+    .into()
+}
+
+/// Returns the files of a merge, the topmost first.
+fn chain_of(step: &MergeStep) -> Vec<FileRef> {
     [&step.top, &step.base].into_iter().chain(&step.below).cloned().collect()
 }
 
-fn commit(step: &MergeStep, manner: &ExecutionContext<'_>, progress: &dyn merge::Progress) -> Result<Merged> {
-    let chain = manner.place.chain(&files(step), 2, Links::Exact)?;
-    let options = CommitOptions::default().with_shrink_base(true).with_rate_limit(manner.rate_limit);
+fn commit(step: &MergeStep, context: &ExecutionContext<'_>, progress: &dyn merge::Progress) -> Result<Merged> {
+    let chain = context.files.chain(&chain_of(step), 2, Links::Exact)?;
+    let options = CommitOptions::default()
+        .with_shrink_base(true)
+        .with_rate_limit(context.rate_limit)
+        .with_allow_stale_snapshots(step.drop_internal);
     let report = merge::commit(&chain, &options, progress)?;
-    finish(chain, 1, report, manner)
+    finish(&chain, 1, report, context)
 }
 
-fn pull(step: &MergeStep, manner: &ExecutionContext<'_>, progress: &dyn merge::Progress) -> Result<Merged> {
-    let place = manner.place;
-    // It may have the base's name already, beside its own or instead of it.
-    let renamed = !place.exists(&step.top.path)? || place.is_same(&step.top.path, &step.base.path);
-    let top =
-        if renamed { FileRef { path: step.base.path.clone(), format: step.top.format } } else { step.top.clone() };
-    let mut without_base = vec![top.clone()];
-    without_base.extend(step.below.iter().cloned());
-    let is_done = {
-        let layer = place.layer(&top, true)?;
-        place.check_link(&layer, &top, &step.below, Links::Exact).is_ok()
-    };
-    if is_done {
-        return finish(place.chain(&without_base, 1, Links::Exact)?, 0, merge::Report::default(), manner);
+fn pull(step: &MergeStep, context: &ExecutionContext<'_>, progress: &dyn merge::Progress) -> Result<Merged> {
+    let files = context.files;
+    if files.has_pulled(step)? {
+        let above: Vec<FileRef> = std::iter::once(&step.top).chain(&step.below).cloned().collect();
+        let chain = files.chain(&above, 1, Links::Exact)?;
+        return finish(&chain, 0, merge::Report::default(), context);
     }
-    let chain = place.chain(&files(step), 1, Links::Exact)?;
-    let mut options = PullOptions::default().with_rate_limit(manner.rate_limit);
+    let chain = files.chain(&chain_of(step), 1, Links::Exact)?;
+    let mut options =
+        PullOptions::default().with_rate_limit(context.rate_limit).with_allow_stale_snapshots(step.drop_internal);
     if let Some(onto) = step.below.first() {
-        options = options.with_base(Some(2)).with_backing_file(place.backing_name(&top.path, &onto.path));
+        options = options.with_base(Some(2)).with_backing_file(files.backing_name(&step.top.path, &onto.path));
     }
     let report = merge::pull(&chain, &options, progress)?;
-    finish(chain, 0, report, manner)
+    finish(&chain, 0, report, context)
 }
 
-/// The result of a merge into the layer of this index.
-fn finish(chain: Chain, into: usize, report: merge::Report, manner: &ExecutionContext<'_>) -> Result<Merged> {
+/// Returns the result of a merge into the layer of this index.
+fn finish(chain: &Chain, into: usize, report: merge::Report, context: &ExecutionContext<'_>) -> Result<Merged> {
     let layer = chain.layers().get(into).unwrap_or(chain.top());
-    if layer.node.is_read_only() {
-        let path = layer.path.display().to_string();
-        return Err(Refusal::Protected { path }.into());
+    if context.recovering && layer.node.as_qcow2().is_some() {
+        free_leaks(&**layer.node.storage())?;
     }
-    if manner.recovering && layer.node.as_qcow2().is_some() {
-        give_back_leaks(&**layer.node.storage())?;
-    }
-    let virtual_size = layer.node.virtual_size();
-    Ok(Merged { virtual_size, report, held: Some(chain), switched: false })
+    Ok(Merged { virtual_size: layer.node.virtual_size(), report, switched: false })
 }

@@ -1,89 +1,136 @@
-//! After an interruption: what the journal tells of is completed or undone.
+//! Recovery: completes or undoes an interrupted operation.
 //!
-//! | found | done |
+//! | found | action |
 //! |---|---|
-//! | no journal, no snapshot being merged | nothing is written |
-//! | a torn journal | it is removed: nothing had happened |
-//! | a create or revert that is not in the catalogue | undone: its overlays are removed |
+//! | no journal, no merging snapshot | none; nothing is written |
+//! | a torn journal | it is removed: nothing had changed |
+//! | a journal of another set, or of another operation | refused |
+//! | a create or revert that the catalogue does not record | undone: the overlays that it created are removed |
+//! | such a create, and the VM writes the overlays | completed |
 //! | a resize | recorded as the image has it |
-//! | anything else | completed: each stage that the catalogue does not have yet, each volume that is not recorded yet |
-//! | a snapshot being merged, without a journal | its deletion is planned anew |
+//! | any other | completed: each stage, and in it each volume, that the catalogue does not record |
+//! | a merging snapshot without a journal | its deletion is planned again |
+//!
+//! A file that is missing or cannot be read proves nothing: the outcome is an error or uncertain.
 
-use crate::vm::execute::Run;
-use crate::vm::execute::executor::Domain;
-use crate::vm::execute::journal::{Found, Journal, clear};
-use crate::vm::execute::progress::Progress;
-use crate::vm::execute::report::Report;
-use crate::vm::model::Model;
+use super::Run;
+use super::executor::Domain;
+use super::journal::{Found, Journal, clear};
+use super::progress::Progress;
+use super::report::{Released, Report};
+use crate::storage::Attributes;
+use crate::vm::files::{Hold, VolumeFiles};
 use crate::vm::model::catalogue::directory_of;
+use crate::vm::model::{Model, SnapshotId};
 use crate::vm::options::MergeOptions;
-use crate::vm::plan::planner::{PlanOptions, Request, plan};
-use crate::vm::plan::{Plan, Purpose};
-use crate::vm::set::{Recovery, SnapshotSet};
-use crate::vm::{Error, Result};
+use crate::vm::plan::planner::plan;
+use crate::vm::plan::request::{MergePreference, PlanOptions, Request};
+use crate::vm::plan::{Plan, Purpose, Step};
+use crate::vm::set::{Operation, SnapshotSet};
+use crate::vm::{Error, Refusal, Result};
+
+/// The result of a recovery.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Recovery {
+    /// No operation was under way. Nothing was written.
+    Clean,
+    /// An operation was undone: volumes and snapshots are as before it.
+    #[non_exhaustive]
+    Undone {
+        /// The purpose of the operation.
+        operation: String,
+        /// Files of the operation that were not removed.
+        released: Vec<Released>,
+    },
+    /// An operation was completed.
+    Completed(Box<Report>),
+}
+
+/// An interrupted operation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Pending {
+    /// Its purpose, if the journal has it.
+    pub operation: Option<Purpose>,
+    /// If set, recovery completes it; if not, recovery undoes it.
+    pub completes: bool,
+    /// The reason why recovery cannot decide, if it cannot.
+    pub uncertain: Option<String>,
+}
+
+impl From<Pending> for Error {
+    fn from(pending: Pending) -> Self {
+        let operation = pending.operation.map_or_else(|| "an unknown one".to_owned(), |purpose| purpose.to_string());
+        Refusal::Unfinished { operation }.into()
+    }
+}
 
 impl SnapshotSet {
-    /// Recovers; `told` is what the VM is doing, by the caller, who knows better than the executor.
+    /// Recovers. `told` is the caller's description of the VM, which overrules that of the executor.
     pub(in crate::vm) fn recover_locked(
         &self,
         told: Option<&Domain>,
         options: &MergeOptions,
         progress: &dyn Progress,
     ) -> Result<Recovery> {
-        match Journal::find(self.place.names(), &self.journal)? {
+        match Journal::find(self.files.file_system(), &self.journal)? {
             Found::Journal(journal, plan) => self.resume(*journal, &plan, told, options, progress),
             Found::Torn => {
-                clear(&**self.place.names(), &self.journal)?;
-                Ok(Recovery::Undone("an operation that had not changed anything".to_owned()))
+                clear(&**self.files.file_system(), &self.journal)?;
+                let operation = "an operation that had not changed anything".to_owned();
+                Ok(Recovery::Undone { operation, released: Vec::new() })
             }
             Found::Nothing => self.resume_without_journal(told, options, progress),
         }
     }
 
+    /// Refuses a journal that does not belong to the catalogue: of another set, or not of the last or the next operation.
+    pub(in crate::vm) fn check_journal(&self, plan: &Plan, model: &Model) -> Result<()> {
+        let last = model.last_operation.id;
+        let why = if plan.set != model.set {
+            format!("its set is {}, that of the catalogue {}", plan.set, model.set)
+        } else if plan.id != last && plan.id != last + 1 {
+            format!("it has operation {}, the catalogue records operation {last}", plan.id)
+        } else {
+            return Ok(());
+        };
+        Err(Refusal::ForeignJournal { path: self.journal.display().to_string(), why }.into())
+    }
+
     fn resume(
         &self,
-        journal: Journal,
+        mut journal: Journal,
         plan: &Plan,
         told: Option<&Domain>,
         options: &MergeOptions,
         progress: &dyn Progress,
     ) -> Result<Recovery> {
-        // What is seen must be durable before anything is built on it.
+        self.check_journal(plan, &self.store.load()?)?;
+        // What recovery builds on must be durable.
         journal.settle()?;
         self.store.settle()?;
         let model = self.store.load()?;
-        let domain = told.map_or_else(|| self.executor.domain(&model.vm), |domain| Ok(domain.clone()))?;
-        // Once it is in the catalogue it does not matter, and the overlays may be merged already.
-        let switched = model.last_operation.id < plan.id && self.is_switched(plan, &domain)?;
-        let run = Run::new(self.tools(&domain, options, progress, true), plan, model);
-        Ok(match run.resume(journal, switched)? {
-            Some(report) => Recovery::Completed(Box::new(report)),
-            None => Recovery::Undone(plan.purpose.to_string()),
+        let domain = told.cloned().map_or_else(|| self.executor.domain(&model.vm), |domain| Ok(Some(domain)))?;
+        let files = self.files.for_operation();
+        // Once the catalogue records the creation, the overlays may be merged already.
+        let created = journal.has_created(0);
+        let switched = model.last_operation.id < plan.id && is_switched(&files, plan, created, domain.as_ref())?;
+        hold_files(&files, plan, &model, domain.as_ref());
+        let operation = Operation {
+            files: &files,
+            domain: domain.as_ref(),
+            jobs: self.jobs,
+            vm: &model.vm,
+            recovering: true,
+            attributes: Attributes::BestEffort,
+        };
+        let run = Run::new(self.tools(&operation, options, progress), plan, model.clone());
+        let outcome = run.resume(journal, switched)?;
+        Ok(match outcome {
+            Outcome::Completed(report) => Recovery::Completed(report),
+            Outcome::Undone(released) => Recovery::Undone { operation: plan.purpose.to_string(), released },
         })
-    }
-
-    /// Whether a running VM writes to the new overlays, although the catalogue does not know them: by its hypervisor, or by
-    /// what they hold. All of them were switched over at one instant, or none.
-    fn is_switched(&self, plan: &Plan, domain: &Domain) -> Result<bool> {
-        let (Some(first), Purpose::Create { .. }) = (plan.stages.first(), &plan.purpose) else { return Ok(false) };
-        let mut overlays = first.create.iter();
-        if overlays.any(|overlay| domain.disk_writing(&self.place, &overlay.file.path).is_some()) {
-            return Ok(true);
-        }
-        for overlay in &first.create {
-            if !self.place.is_written(&overlay.file)? {
-                continue;
-            }
-            // Started anew on the files beneath: either of them holds what the other lacks.
-            if domain.running && domain.disk_writing(&self.place, &overlay.backing.path).is_some() {
-                let (backing, file) = (&overlay.backing, &overlay.file);
-                let what =
-                    format!("the VM writes {backing}, and {file} over it holds data of its own; {}", plan.purpose);
-                return Err(Error::Uncertain { what, source: None });
-            }
-            return Ok(true);
-        }
-        Ok(false)
     }
 
     fn resume_without_journal(
@@ -94,29 +141,30 @@ impl SnapshotSet {
     ) -> Result<Recovery> {
         let model = self.store.load()?;
         let Some(merging) = model.merging() else {
-            // A journal that was taken away, but whose end could not be made durable, would come back after a crash.
-            self.place.names().sync_dir(directory_of(&self.journal))?;
+            // The removal of a journal that could not be made durable would be lost in a crash.
+            self.files.file_system().sync_dir(directory_of(&self.journal))?;
             return Ok(Recovery::Clean);
         };
-        let plan = self.plan_anew(&model, &merging.name.clone())?;
-        let journal = Journal::begin(self.place.names(), &self.journal, &plan)?;
+        let plan = self.plan_anew(&model, merging.id)?;
+        let journal = Journal::begin(self.files.file_system(), &self.journal, &self.catalogue, &plan)?;
         self.resume(journal, &plan, told, options, progress)
     }
 
-    /// The plan that deletes a snapshot on.
-    fn plan_anew(&self, model: &Model, name: &str) -> Result<Plan> {
+    /// Plans the deletion of a merging snapshot again. The direction of a merge that was complete is read from the header
+    /// of its top.
+    fn plan_anew(&self, model: &Model, id: SnapshotId) -> Result<Plan> {
         let mut options = PlanOptions::default();
-        let first = plan(model, &Request::Delete { name: name.to_owned() }, &options)?;
+        let request = Request::ResumeDelete { id };
+        let first = plan(model, &request, &options)?;
         for (volume, step) in first.merges() {
-            // A top that does not stand on its base any more has taken it in.
-            if self.place.has_pulled(step)? {
-                options = options.with_direction(volume, crate::merge::Direction::Pull);
+            if self.files.has_pulled(step)? {
+                options = options.with_direction(volume, MergePreference::Pull);
             }
         }
-        Ok(plan(model, &Request::Delete { name: name.to_owned() }, &options)?)
+        Ok(plan(model, &request, &options)?)
     }
 
-    /// Deletes on a snapshot whose deletion was interrupted; `None` where this was none.
+    /// Resumes an interrupted deletion of this snapshot. Returns `None` if none is under way.
     pub(in crate::vm) fn resume_deletion(
         &self,
         name: &str,
@@ -124,10 +172,12 @@ impl SnapshotSet {
         progress: &dyn Progress,
     ) -> Result<Option<Report>> {
         let model = self.store.load()?;
-        let merging =
-            model.merging().is_some_and(|merging| model.find(name).is_some_and(|found| found.id == merging.id));
-        let journalled = match Journal::find(self.place.names(), &self.journal)? {
-            Found::Journal(_, plan) => plan.purpose == Purpose::Delete { name: name.to_owned() },
+        let Some(found) = model.find(name).map(|found| found.id) else { return Ok(None) };
+        let merging = model.merging().is_some_and(|merging| merging.id == found);
+        let journalled = match Journal::find(self.files.file_system(), &self.journal)? {
+            Found::Journal(_, plan) => {
+                plan.set == model.set && matches!(plan.purpose, Purpose::Delete { id, .. } if id == found)
+            }
             _ => false,
         };
         if !merging && !journalled {
@@ -135,51 +185,191 @@ impl SnapshotSet {
         }
         match self.recover_locked(None, options, progress)? {
             Recovery::Completed(report) => Ok(Some(*report)),
-            Recovery::Undone(_) | Recovery::Clean => Ok(None),
+            Recovery::Undone { .. } | Recovery::Clean => Ok(None),
         }
     }
 
-    /// What [`SnapshotSet::recover`] would do, without doing it: what was under way, and whether it would be completed.
+    /// Returns the interrupted operation, and what [`SnapshotSet::recover`] would do with it. Changes nothing.
     ///
     /// # Errors
-    /// What reading journal and catalogue gives.
+    /// - [`Refusal::ForeignJournal`]: the journal does not belong to the catalogue.
+    /// - [`Error::Journal`], [`Error::Catalogue`]: a file is damaged.
     pub fn pending(&self) -> Result<Option<Pending>> {
         let model = self.store.load()?;
-        match Journal::find(self.place.names(), &self.journal)? {
-            Found::Torn => Ok(Some(Pending { operation: None, completes: false })),
+        match Journal::find(self.files.file_system(), &self.journal)? {
+            Found::Torn => Ok(Some(Pending { operation: None, completes: false, uncertain: None })),
             Found::Nothing => Ok(model.merging().map(|merging| Pending {
-                operation: Some(Purpose::Delete { name: merging.name.clone() }),
+                operation: Some(Purpose::Delete { id: merging.id, name: merging.name.clone() }),
                 completes: true,
+                uncertain: None,
             })),
-            Found::Journal(_, plan) => {
-                let recorded = model.last_operation.id >= plan.id;
-                let asked = || self.executor.domain(&model.vm).and_then(|domain| self.is_switched(&plan, &domain));
-                let switched = !recorded
-                    && match asked() {
-                        // It does neither: people must decide.
-                        Err(Error::Uncertain { .. }) => false,
-                        switched => switched?,
-                    };
-                let undoable = plan.stages.first().is_some_and(|stage| !stage.create.is_empty());
-                Ok(Some(Pending { operation: Some(plan.purpose), completes: recorded || switched || !undoable }))
+            Found::Journal(journal, plan) => {
+                self.check_journal(&plan, &model)?;
+                self.pending_plan(&journal, *plan, &model).map(Some)
             }
         }
     }
+
+    fn pending_plan(&self, journal: &Journal, plan: Plan, model: &Model) -> Result<Pending> {
+        let recorded = model.last_operation.id >= plan.id;
+        let domain = self.executor.domain(&model.vm)?;
+        let mut uncertain = None;
+        let mut switched = false;
+        if !recorded {
+            match is_switched(&self.files, &plan, journal.has_created(0), domain.as_ref()) {
+                Err(Error::Uncertain { what, .. }) => uncertain = Some(what),
+                found => switched = found?,
+            }
+        }
+        if domain.is_none() && journal.used_hypervisor() {
+            uncertain = Some("a hypervisor was merging, and none was asked now".to_owned());
+        }
+        let undoable = plan.stages.first().is_some_and(|stage| !stage.create.is_empty());
+        Ok(Pending { operation: Some(plan.purpose), completes: recorded || switched || !undoable, uncertain })
+    }
 }
 
-/// An operation that was interrupted.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Pending {
-    /// What it was for, if its journal says that.
-    pub operation: Option<Purpose>,
-    /// Whether recovery completes it rather than undo it.
-    pub completes: bool,
+/// The result of resuming a plan.
+pub(super) enum Outcome {
+    Completed(Box<Report>),
+    Undone(Vec<Released>),
 }
 
-impl From<Pending> for Error {
-    fn from(pending: Pending) -> Self {
-        let operation = pending.operation.map_or_else(|| "an unknown one".to_owned(), |purpose| purpose.to_string());
-        crate::vm::Refusal::Unfinished { operation }.into()
+impl Run<'_> {
+    /// Completes an interrupted plan, or undoes it if that is still possible. Journal and catalogue are durable.
+    fn resume(self, journal: Journal, switched: bool) -> Result<Outcome> {
+        let created = journal.has_created(0);
+        *super::lock(&self.journal) = Some(journal);
+        let last = super::lock(&self.model).last_operation;
+        let stages = self.plan.stages.len();
+        let mut done = if last.id == self.plan.id { last.stages.min(stages) } else { 0 };
+        if done == 0 && matches!(self.plan.purpose, Purpose::Resize { .. }) {
+            self.settle_resize()?;
+            return Ok(Outcome::Completed(Box::new(self.finish()?)));
+        }
+        if done == 0 && !switched && !self.plan.stages[0].create.is_empty() {
+            return self.undo_planned(created);
+        }
+        if done == 0 && switched {
+            self.end_stage(0, &self.plan.stages[0])?;
+            done = 1;
+        }
+        if let Some(stage) = done.checked_sub(1).and_then(|last| self.plan.stages.get(last)) {
+            self.leave(&stage.leaving)?;
+        }
+        self.stages(done)?;
+        self.clear().map(|report| Outcome::Completed(Box::new(report)))
+    }
+
+    /// Undoes a create or revert that the catalogue does not record: removes those of the planned overlays that the
+    /// interrupted operation provably created and to which nothing was written.
+    fn undo_planned(self, created: bool) -> Result<Outcome> {
+        let files = self.tools.files();
+        let mut ours = Vec::new();
+        for overlay in self.plan.created() {
+            let path = files.path(&overlay.file.path);
+            if !files.file_system().exists(&path)? {
+                continue;
+            }
+            let kept = if overlay.provided && !created {
+                // The name is unique, and the content of a new container is not defined.
+                None
+            } else if created {
+                self.reason_to_keep(overlay)?
+            } else if files.is_partial_overlay(overlay)? {
+                None
+            } else {
+                Some("it is not the overlay that was planned".to_owned())
+            };
+            match kept {
+                Some(reason) => self.report_release(path, reason),
+                None => ours.push(super::executor::Created {
+                    path: overlay.file.path.clone(),
+                    identity: files.identity(&overlay.file.path)?,
+                    provided: overlay.provided,
+                }),
+            }
+        }
+        self.remove_created(&ours)?;
+        self.end_journal()?;
+        let report = self.finish()?;
+        Ok(Outcome::Undone(report.released))
+    }
+
+    /// Returns the reason to keep a complete overlay, if there is one.
+    fn reason_to_keep(&self, overlay: &crate::vm::plan::NewOverlay) -> Result<Option<String>> {
+        let files = self.tools.files();
+        if files.check_overlay(overlay).is_err() {
+            return Ok(Some("it is not the overlay that was planned".to_owned()));
+        }
+        let written = files.is_written(&overlay.file).map_err(|error| uncertain(overlay, error))?;
+        Ok(written.then(|| "it has data of its own".to_owned()))
+    }
+}
+
+fn uncertain(overlay: &crate::vm::plan::NewOverlay, error: Error) -> Error {
+    let what = format!("it is not known if a VM wrote to {}, which cannot be read: {error}", overlay.file);
+    Error::Uncertain { what, source: Some(Box::new(error)) }
+}
+
+/// Returns true if a VM writes to the new overlays of a snapshot that the catalogue does not record: by its hypervisor or
+/// the caller's statement, or by the data in them. A VM switches to all of them at one instant, or to none.
+fn is_switched(files: &VolumeFiles, plan: &Plan, created: bool, domain: Option<&Domain>) -> Result<bool> {
+    let (Some(first), Purpose::Create { .. }) = (plan.stages.first(), &plan.purpose) else { return Ok(false) };
+    let writes = |path: &str| domain.is_some_and(|domain| domain.disk_writing(files, path).is_some());
+    if first.create.iter().any(|overlay| writes(&overlay.file.path)) {
+        return Ok(true);
+    }
+    // Before the overlays were complete, no VM was switched to them.
+    if !created || domain.is_some_and(|domain| domain.stated) {
+        return Ok(false);
+    }
+    let mut written = None;
+    for overlay in &first.create {
+        if !files.exists(&overlay.file.path)? {
+            let what = format!("the overlay {} was created and is missing now; {}", overlay.file, plan.purpose);
+            return Err(Error::Uncertain { what, source: None });
+        }
+        if files.is_written(&overlay.file).map_err(|error| uncertain(overlay, error))? {
+            written = Some(overlay);
+            break;
+        }
+    }
+    let Some(overlay) = written else { return Ok(false) };
+    if files.check_overlay(overlay).is_err() {
+        let what = format!("{} is not the overlay that was planned; {}", overlay.file, plan.purpose);
+        return Err(Error::Uncertain { what, source: None });
+    }
+    // The VM was started again on the files beneath: each of the two has data that the other lacks.
+    if domain.is_some_and(|domain| domain.running) && writes(&overlay.backing.path) {
+        let (backing, file) = (&overlay.backing, &overlay.file);
+        let what = format!("the VM writes {backing}, and {file} above it has data of its own; {}", plan.purpose);
+        return Err(Error::Uncertain { what, source: None });
+    }
+    Ok(true)
+}
+
+/// Locks the files of the work that is left. A file that cannot be locked makes its volume fail later, and no other.
+fn hold_files(files: &VolumeFiles, plan: &Plan, model: &Model, domain: Option<&Domain>) {
+    let new: Vec<&str> = plan.created().map(|overlay| overlay.file.path.as_str()).collect();
+    for work in plan.works().filter(|work| !work.is_recorded(model)) {
+        for step in &work.steps {
+            let concerned = match step {
+                Step::Merge(merge) => vec![&merge.top, &merge.base],
+                Step::Relink { file, .. } => vec![file],
+                Step::Resize { .. } => Vec::new(),
+            };
+            for file in concerned {
+                let open = domain.is_some_and(|domain| domain.disk_with(files, &file.path).is_some());
+                if open || new.contains(&file.path.as_str()) {
+                    continue;
+                }
+                if let Ok(Hold::Shared(_) | Hold::ReadOnly(_)) = files.hold(&file.path)
+                    && matches!(step, Step::Relink { .. })
+                {
+                    files.held().release(&files.path(&file.path));
+                }
+            }
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! What an operation has changed, for billing and logging.
+//! The report of an operation, for billing and logging.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -9,52 +9,66 @@ use crate::merge::Direction;
 use crate::vm::model::State;
 use crate::vm::plan::{Purpose, SizeChange};
 
-/// A volume's active file is another one.
+/// A change of a volume's active file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct PathChange {
-    /// Which volume.
+    /// The volume.
     pub volume: String,
-    /// The file before.
+    /// The active file before.
     pub old: PathBuf,
-    /// The file now.
+    /// The active file now.
     pub new: PathBuf,
 }
 
-/// What merging one volume moved.
+/// A file that left the set and was not removed. Its fate is the caller's decision.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Released {
+    /// The file.
+    pub path: PathBuf,
+    /// The reason why it was not removed.
+    pub reason: String,
+}
+
+/// The merge of one volume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct MergedVolume {
-    /// Whether the base took in the top, or the top the base.
+    /// The direction.
     pub direction: Direction,
-    /// Bytes of data that were read and written.
+    /// Bytes of data read and written.
     pub copied: u64,
     /// Bytes of data that the kernel copied, sharing blocks where the file system can.
     pub copied_in_kernel: u64,
-    /// Bytes that were made zero.
+    /// Bytes made zero.
     pub zeroed: u64,
-    /// The bitmaps that no longer vouch for their image.
+    /// Bitmaps that are inconsistent now.
     pub bitmaps_invalidated: Vec<String>,
 }
 
-/// What an operation has changed.
+/// The report of an operation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub struct Report {
-    /// What it was for.
+    /// The purpose of the operation.
     pub purpose: Purpose,
-    /// The files that were made.
+    /// Files created.
     pub created: Vec<PathBuf>,
-    /// The files that are gone.
+    /// Files removed.
     pub removed: Vec<PathBuf>,
-    /// The volumes whose active file is another one.
+    /// Files that left the set and were not removed.
+    pub released: Vec<Released>,
+    /// Volumes whose active file is another one now.
     pub moved: Vec<PathChange>,
-    /// The volumes whose virtual size changed, and no others.
+    /// Volumes whose virtual size changed, and no others.
     pub resized: Vec<SizeChange>,
-    /// What was merged.
+    /// Merges by volume.
     pub merged: BTreeMap<String, MergedVolume>,
-    /// The snapshot's state afterwards, if it is still there: a deleted one may be hidden.
+    /// The active file of each volume afterwards.
+    pub paths: BTreeMap<String, PathBuf>,
+    /// The state of the snapshot afterwards, if it still exists: a deleted one may be hidden.
     pub state: Option<State>,
 }
 
@@ -64,9 +78,11 @@ impl Report {
             purpose,
             created: Vec::new(),
             removed: Vec::new(),
+            released: Vec::new(),
             moved: Vec::new(),
             resized: Vec::new(),
             merged: BTreeMap::new(),
+            paths: BTreeMap::new(),
             state: None,
         }
     }

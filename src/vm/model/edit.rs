@@ -1,64 +1,69 @@
-//! Changes of the model: each sets something to a value, so that making it twice is making it once.
+//! Changes of the model. Each sets something to a value, so that applying it twice is applying it once.
 
 use serde::{Deserialize, Serialize};
 
-use crate::vm::model::{FileRecord, Model, Snapshot, SnapshotId, State};
+use super::{FileRecord, Model, Snapshot, SnapshotId, State};
 
 /// One change of the model.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", rename_all_fields = "kebab-case")]
 #[non_exhaustive]
 pub enum Edit {
-    /// A new snapshot.
+    /// Adds a snapshot.
     AddSnapshot(Snapshot),
-    /// A snapshot is no more.
+    /// Removes a snapshot.
     RemoveSnapshot {
-        /// Which.
+        /// The snapshot.
         id: SnapshotId,
     },
-    /// A snapshot's state.
+    /// Sets the state of a snapshot.
     SetState {
-        /// Which snapshot.
+        /// The snapshot.
         id: SnapshotId,
-        /// Its new state.
+        /// The new state.
         state: State,
     },
-    /// What a snapshot stands on.
+    /// Sets the parent of a snapshot.
     SetParent {
-        /// Which snapshot.
+        /// The snapshot.
         id: SnapshotId,
-        /// Its new parent.
+        /// The new parent.
         parent: Option<SnapshotId>,
     },
-    /// A snapshot's file of one volume.
+    /// Sets a snapshot's file of one volume.
     SetFile {
-        /// Which snapshot.
+        /// The snapshot.
         id: SnapshotId,
-        /// Which volume.
+        /// The volume.
         volume: String,
-        /// Its new file.
+        /// The new file.
         record: FileRecord,
     },
-    /// A snapshot has no file of this volume any more.
+    /// Removes a snapshot's file of one volume from the records.
     DropFile {
-        /// Which snapshot.
+        /// The snapshot.
         id: SnapshotId,
-        /// Which volume.
+        /// The volume.
         volume: String,
     },
-    /// The file that the VM writes.
+    /// Sets the active file of a volume. A detached volume becomes attached.
     SetActive {
-        /// Which volume.
+        /// The volume.
         volume: String,
-        /// Its new file.
+        /// The new file.
         record: FileRecord,
     },
-    /// What the active files stand on.
+    /// Detaches a volume. Its active file leaves the set.
+    Detach {
+        /// The volume.
+        volume: String,
+    },
+    /// Sets the current snapshot.
     SetCurrent {
-        /// Which snapshot.
+        /// The snapshot.
         id: Option<SnapshotId>,
     },
-    /// Numbers up to these are given.
+    /// Raises the numbers to assign next.
     Advance {
         /// The number of the next snapshot.
         next_snapshot: u64,
@@ -68,7 +73,7 @@ pub enum Edit {
 }
 
 impl Edit {
-    /// Makes the change. What it is about may be gone: then there is nothing to change.
+    /// Applies the change. If its subject does not exist any more, nothing changes.
     pub fn apply(&self, model: &mut Model) {
         match self {
             Self::AddSnapshot(snapshot) => {
@@ -76,6 +81,7 @@ impl Edit {
             }
             Self::RemoveSnapshot { id } => {
                 model.snapshots.remove(id);
+                forget_detached(model);
             }
             Self::SetState { id, state } => {
                 if let Some(snapshot) = model.snapshots.get_mut(id) {
@@ -96,10 +102,14 @@ impl Edit {
                 if let Some(snapshot) = model.snapshots.get_mut(id) {
                     snapshot.files.remove(volume);
                 }
+                forget_detached(model);
             }
-            Self::SetActive { volume, record } => {
-                if let Some(volume) = model.volumes.iter_mut().find(|known| known.name == *volume) {
-                    volume.active = record.clone();
+            Self::SetActive { volume, record } => set_active(model, volume, record),
+            Self::Detach { volume } => {
+                if let Some(at) = model.volumes.iter().position(|known| known.name == *volume) {
+                    let volume = model.volumes.remove(at);
+                    model.detached.push(volume);
+                    forget_detached(model);
                 }
             }
             Self::SetCurrent { id } => model.current = *id,
@@ -110,10 +120,27 @@ impl Edit {
         }
     }
 
-    /// Makes several changes.
+    /// Applies several changes in order.
     pub fn apply_all(edits: &[Self], model: &mut Model) {
         for edit in edits {
             edit.apply(model);
         }
     }
+}
+
+fn set_active(model: &mut Model, name: &str, record: &FileRecord) {
+    if let Some(at) = model.detached.iter().position(|known| known.name == name) {
+        let volume = model.detached.remove(at);
+        model.volumes.push(volume);
+    }
+    if let Some(volume) = model.volumes.iter_mut().find(|known| known.name == name) {
+        volume.active = record.clone();
+    }
+}
+
+/// Removes detached volumes of which no snapshot holds a file any more.
+fn forget_detached(model: &mut Model) {
+    let snapshots = &model.snapshots;
+    let is_held = |name: &str| snapshots.values().any(|snapshot| snapshot.files.contains_key(name));
+    model.detached.retain(|volume| is_held(&volume.name));
 }

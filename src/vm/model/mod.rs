@@ -1,10 +1,12 @@
-//! What is known of a VM: its volumes, its snapshots, and which file each of them is.
+//! The model of a VM: its volumes, its snapshots, and the file of each.
 //!
-//! Snapshot *s* owns, for each volume, the file that the VM was writing **before** *s* was taken: a snapshot's files are frozen,
-//! the volumes' active files are written. What a file stands on follows from the tree and is not recorded twice.
+//! Snapshot *s* owns, for each volume, the file that the VM wrote **before** *s* was taken. The files
+//! of snapshots are frozen; each volume's active file is written. The backing order follows from the
+//! tree and is not recorded a second time.
 
 pub(super) mod catalogue;
 pub(super) mod edit;
+pub(super) mod identity;
 pub(super) mod store;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,13 +15,16 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::chain::Format;
+use crate::storage::FileStamp;
+
+pub use identity::SetId;
 
 /// The longest name of a snapshot, in bytes.
 pub const MAX_NAME: usize = 255;
-/// No snapshot, overlay or operation gets this number, so that there is always a next one.
+/// The exclusive upper limit of snapshot, overlay and operation numbers, so that a next one always exists.
 const END_OF_NUMBERS: u64 = 1 << 62;
 
-/// What tells a snapshot from others of its VM for ever: no number is given twice.
+/// The number of a snapshot, unique in its set for ever: no number is assigned twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct SnapshotId(pub u64);
@@ -30,15 +35,15 @@ impl fmt::Display for SnapshotId {
     }
 }
 
-/// What may be done with a snapshot. None of these is a dead end.
+/// The state of a snapshot. Every state has a way out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// It can be listed, read, reverted to and deleted.
+    /// Listed, readable, revertible and deletable.
     Ready,
-    /// It was deleted while several things still stood on its files. It goes as soon as only one does.
+    /// Deleted by the user while several dependents need its files. It is merged as soon as one is left.
     Hidden,
-    /// Its deletion has begun and can only be resumed.
+    /// A journalled deletion is under way. It can be resumed, or called off while nothing is published.
     Merging,
 }
 
@@ -52,11 +57,11 @@ impl fmt::Display for State {
     }
 }
 
-/// An image file by its name and its format, which is never guessed.
+/// An image file: its path and its format. The format is never guessed.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct FileRef {
-    /// The path, relative to the catalogue's directory, or absolute.
+    /// The path, absolute or relative to the catalogue's directory.
     pub path: String,
     /// The format.
     pub format: Format,
@@ -68,53 +73,67 @@ impl fmt::Display for FileRef {
     }
 }
 
-/// What is recorded of an image file.
+/// The record of an image file that belongs to the set.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct FileRecord {
-    /// Which file.
+    /// The file.
     #[serde(flatten)]
     pub file: FileRef,
-    /// Its virtual size in bytes. Of an active file: when it was last looked at.
+    /// The virtual size in bytes. For an active file: the size at the last operation.
     pub virtual_size: u64,
-    /// The bytes that it occupied when it was frozen, if that could be told.
+    /// The bytes that the file occupied when it was frozen, if known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes_on_disk: Option<u64>,
-    /// Whether it belongs to others too: it is neither written nor removed.
+    /// If set, the file is never written once it is frozen, and never removed: it is shared with others.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub protected: bool,
+    /// If set, an [`OverlayProvider`](super::OverlayProvider) created the file, and only it may remove it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub provided: bool,
 }
 
-/// By what a base is recognised, so that one that was replaced is noticed.
+impl FileRecord {
+    /// Creates the record of a file of this virtual size in bytes, neither protected nor provided.
+    #[must_use]
+    pub fn new(file: FileRef, virtual_size: u64) -> Self {
+        Self { file, virtual_size, bytes_on_disk: None, protected: false, provided: false }
+    }
+}
+
+/// The fingerprint of a base, by which a change or replacement is detected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Fingerprint {
     /// The file's length in bytes.
     pub len: u64,
-    /// The CRC-32 of what its first 64 KiB hold, the header among it.
+    /// The CRC-32 of the first 64 KiB, which include the header.
     pub header: u32,
-    /// The CRC-32 of its L1 table; 0 for a raw image.
+    /// The CRC-32 of the L1 table; 0 for a raw image.
     pub l1: u32,
+    /// The inode and times of the file, where the file system has them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stamp: Option<FileStamp>,
 }
 
-/// A file beneath a volume's first one: a template that others may use too. It is neither written nor removed.
+/// A file beneath a volume's first file: a template that others may share. It is never written or removed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Base {
-    /// Which file.
+    /// The file.
     #[serde(flatten)]
     pub file: FileRef,
-    /// What it was like when the volume was taken in.
+    /// The fingerprint at adoption, or when it was last accepted.
     pub fingerprint: Fingerprint,
 }
 
-/// How a volume's overlays are made.
+/// The geometry of a volume's overlays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct OverlayShape {
-    /// The cluster size, as a power of two.
+    /// The cluster size as a power of two.
     pub cluster_bits: u32,
-    /// Whether L2 entries are extended.
+    /// If set, overlays have extended L2 entries.
     pub extended_l2: bool,
 }
 
@@ -124,74 +143,92 @@ impl Default for OverlayShape {
     }
 }
 
-/// A disk of the VM.
+/// A virtual disk of the VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Volume {
-    /// Its name, unique in the VM: `vda`.
+    /// The name, unique in the VM, such as `vda`.
     pub name: String,
     /// The file that the VM writes.
     pub active: FileRecord,
-    /// What the tree's first file stands on, the topmost first.
+    /// The files beneath the tree's first file, the topmost first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub bases: Vec<Base>,
-    /// How its overlays are made.
+    /// The geometry of new overlays.
     #[serde(default)]
     pub overlay: OverlayShape,
+    /// The directory for new overlays. If absent, they are created beside the active file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlay_dir: Option<String>,
 }
 
-/// A moment of all volumes.
+impl Volume {
+    /// Creates a volume without bases and with the default geometry of overlays.
+    #[must_use]
+    pub fn new(name: impl Into<String>, active: FileRecord) -> Self {
+        let overlay = OverlayShape::default();
+        Self { name: name.into(), active, bases: Vec::new(), overlay, overlay_dir: None }
+    }
+}
+
+/// The state of all volumes at one instant.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Snapshot {
-    /// Its number.
+    /// The number.
     pub id: SnapshotId,
-    /// Its name, unique among those that are ready.
+    /// The name, unique among ready snapshots.
     pub name: String,
-    /// What its maker said of it.
+    /// The description given at creation.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub description: String,
-    /// When it was made, in seconds since 1970.
+    /// The creation time in seconds since 1970.
     pub created: u64,
-    /// What may be done with it.
+    /// The state.
     pub state: State,
-    /// The snapshot on whose files its files stand.
+    /// The snapshot whose files back this snapshot's files.
     pub parent: Option<SnapshotId>,
-    /// Its file of each volume. Only one that is being merged may lack some: those are merged already.
+    /// The frozen file of each volume, by volume name. A volume that was attached later is absent, and so is one whose
+    /// file is merged already while the snapshot is [`State::Merging`].
     pub files: BTreeMap<String, FileRecord>,
 }
 
-/// The last operation that changed the catalogue, and how many of its stages are in it.
+/// The last operation that changed the catalogue, and how many of its stages are recorded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct LastOperation {
-    /// Its number; no number is given twice.
+    /// The operation's number; no number is assigned twice.
     pub id: u64,
-    /// How many of its stages are completed.
+    /// The number of completed stages.
     pub stages: usize,
 }
 
-/// What stands directly on a snapshot's files.
+/// A direct dependent of a snapshot's files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Dependent {
-    /// Another snapshot's files.
+    /// The files of another snapshot.
     Snapshot(SnapshotId),
     /// The active files.
     Volumes,
 }
 
-/// All that is known of a VM.
+/// The model of a VM. The catalogue is its file form.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Model {
+    /// The random identity of the set. A journal belongs to the catalogue with the same identity.
+    pub set: SetId,
     /// The VM's name.
     pub vm: String,
-    /// Its volumes.
+    /// The attached volumes.
     pub volumes: Vec<Volume>,
-    /// Its snapshots.
+    /// Detached volumes of which snapshots still hold files. `active` is the file that was released.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub detached: Vec<Volume>,
+    /// The snapshots.
     #[serde(with = "as_list")]
     pub snapshots: BTreeMap<SnapshotId, Snapshot>,
-    /// The snapshot on whose files the active files stand.
+    /// The snapshot whose files back the active files.
     pub current: Option<SnapshotId>,
     /// The number of the next snapshot.
     pub next_snapshot: u64,
@@ -201,25 +238,25 @@ pub struct Model {
     pub last_operation: LastOperation,
 }
 
-/// Snapshots as a list: they carry their numbers.
+/// Serialises the map of snapshots as a list, as each carries its number.
 mod as_list {
     use super::{BTreeMap, Deserialize, Snapshot, SnapshotId};
 
-    pub(in crate::vm) fn serialize<S: serde::Serializer>(
+    pub(super) fn serialize<S: serde::Serializer>(
         snapshots: &BTreeMap<SnapshotId, Snapshot>,
         serializer: S,
     ) -> Result<S::Ok, S::Error> {
         serializer.collect_seq(snapshots.values())
     }
 
-    pub(in crate::vm) fn deserialize<'de, D: serde::Deserializer<'de>>(
+    pub(super) fn deserialize<'de, D: serde::Deserializer<'de>>(
         deserializer: D,
     ) -> Result<BTreeMap<SnapshotId, Snapshot>, D::Error> {
         let mut snapshots = BTreeMap::new();
         for snapshot in Vec::<Snapshot>::deserialize(deserializer)? {
             let id = snapshot.id;
             if snapshots.insert(id, snapshot).is_some() {
-                return Err(serde::de::Error::custom(format!("snapshot {id} twice")));
+                return Err(serde::de::Error::custom(format!("snapshot {id} is listed twice")));
             }
         }
         Ok(snapshots)
@@ -227,12 +264,14 @@ mod as_list {
 }
 
 impl Model {
-    /// A VM without snapshots.
+    /// Creates the model of a VM without snapshots, with a new random identity.
     #[must_use]
     pub fn new(vm: impl Into<String>, volumes: Vec<Volume>) -> Self {
         Self {
+            set: SetId::random(),
             vm: vm.into(),
             volumes,
+            detached: Vec::new(),
             snapshots: BTreeMap::new(),
             current: None,
             next_snapshot: 1,
@@ -241,51 +280,71 @@ impl Model {
         }
     }
 
-    /// The volume of this name.
+    /// Returns the attached volume of this name.
     #[must_use]
     pub fn volume(&self, name: &str) -> Option<&Volume> {
         self.volumes.iter().find(|volume| volume.name == name)
     }
 
-    /// The snapshot of this number.
+    /// Returns the volume of this name, attached or detached.
+    #[must_use]
+    pub fn any_volume(&self, name: &str) -> Option<&Volume> {
+        self.all_volumes().find(|volume| volume.name == name)
+    }
+
+    /// Returns the attached volumes, then the detached ones.
+    pub fn all_volumes(&self) -> impl Iterator<Item = &Volume> {
+        self.volumes.iter().chain(&self.detached)
+    }
+
+    /// Returns the snapshot of this number.
     #[must_use]
     pub fn snapshot(&self, id: SnapshotId) -> Option<&Snapshot> {
         self.snapshots.get(&id)
     }
 
-    /// The snapshot of this name: one that is ready, else one whose deletion has begun. Hidden ones have no name to be found
-    /// by: it may have been given to another.
+    /// Returns the snapshot of this name: a ready one, else one whose deletion has begun. A hidden snapshot is not found
+    /// by its name, which another snapshot may have by now.
     #[must_use]
     pub fn find(&self, name: &str) -> Option<&Snapshot> {
         let of_state = |state| self.snapshots.values().find(|known| known.name == name && known.state == state);
         of_state(State::Ready).or_else(|| of_state(State::Merging))
     }
 
-    /// The snapshot whose deletion has begun, if there is one.
+    /// Returns the snapshot whose deletion has begun.
     #[must_use]
     pub fn merging(&self) -> Option<&Snapshot> {
         self.snapshots.values().find(|snapshot| snapshot.state == State::Merging)
     }
 
-    /// The snapshots directly on this one.
+    /// Returns the snapshots directly above this one.
     pub fn children(&self, id: SnapshotId) -> impl Iterator<Item = &Snapshot> {
         self.snapshots.values().filter(move |snapshot| snapshot.parent == Some(id))
     }
 
-    /// What stands directly on a snapshot's files.
+    /// Returns the direct dependents of a snapshot's files.
     #[must_use]
     pub fn deps(&self, id: SnapshotId) -> Vec<Dependent> {
         let volumes = (self.current == Some(id)).then_some(Dependent::Volumes);
         self.children(id).map(|child| Dependent::Snapshot(child.id)).chain(volumes).collect()
     }
 
-    /// The files of a volume from what stands on a snapshot downwards: the snapshot's own first, the bases last. Without a
-    /// snapshot, the bases alone.
+    /// Returns the record of a dependent's file of a volume, which may have none.
+    #[must_use]
+    pub fn record_of(&self, dependent: Dependent, volume: &str) -> Option<&FileRecord> {
+        match dependent {
+            Dependent::Volumes => self.volume(volume).map(|volume| &volume.active),
+            Dependent::Snapshot(id) => self.snapshot(id)?.files.get(volume),
+        }
+    }
+
+    /// Returns the files of a volume from a snapshot downwards, its own file first and the bases last. Without a
+    /// snapshot, returns the bases.
     #[must_use]
     pub fn files_from(&self, from: Option<SnapshotId>, volume: &Volume) -> Vec<FileRef> {
         let mut files = Vec::new();
         let mut next = from;
-        // A tree has no more steps than snapshots.
+        // A path through the tree has no more steps than snapshots.
         for _ in 0..=self.snapshots.len() {
             let Some(snapshot) = next.and_then(|id| self.snapshot(id)) else { break };
             files.extend(snapshot.files.get(&volume.name).map(|record| record.file.clone()));
@@ -295,7 +354,7 @@ impl Model {
         files
     }
 
-    /// The files of a volume as the VM sees it: the active one first.
+    /// Returns the files of an attached volume, the active one first.
     #[must_use]
     pub fn active_chain(&self, volume: &Volume) -> Vec<FileRef> {
         let mut files = vec![volume.active.file.clone()];
@@ -303,35 +362,42 @@ impl Model {
         files
     }
 
-    /// All records of files that are neither bases nor twice: (volume, what the file stands on, record).
+    /// Returns all records except bases: volume, the snapshot beneath, record.
     pub fn records(&self) -> impl Iterator<Item = (&Volume, Option<SnapshotId>, &FileRecord)> {
         let active = self.volumes.iter().map(|volume| (volume, self.current, &volume.active));
         let frozen = self.snapshots.values().flat_map(move |snapshot| {
-            let known = move |(name, record): (&String, _)| Some((self.volume(name)?, snapshot.parent, record));
+            let known = move |(name, record): (&String, _)| Some((self.any_volume(name)?, snapshot.parent, record));
             snapshot.files.iter().filter_map(known)
         });
         active.chain(frozen)
     }
 
-    /// Whether the records contradict one another: what is wrong, in words; empty where nothing is.
+    /// Returns true if a record or a base names this path.
+    #[must_use]
+    pub fn names(&self, path: &str) -> bool {
+        self.records().any(|(_, _, record)| record.file.path == path)
+            || self.all_volumes().flat_map(|volume| &volume.bases).any(|base| base.file.path == path)
+    }
+
+    /// Returns the contradictions between records, as messages; none if the model is consistent.
     #[must_use]
     pub fn contradictions(&self) -> Vec<String> {
         let mut wrong = Vec::new();
         let mut names = BTreeSet::new();
-        for volume in &self.volumes {
+        for volume in self.all_volumes() {
             if !names.insert(&volume.name) {
-                wrong.push(format!("volume {} is there twice", volume.name));
+                wrong.push(format!("volume {} is recorded twice", volume.name));
             }
         }
         let mut visible = BTreeSet::new();
         for snapshot in self.snapshots.values() {
             self.find_wrong_in(snapshot, &mut wrong);
             if snapshot.state == State::Ready && !visible.insert(&snapshot.name) {
-                wrong.push(format!("the name {} is taken twice", snapshot.name));
+                wrong.push(format!("two ready snapshots have the name {}", snapshot.name));
             }
         }
         if self.snapshots.values().filter(|snapshot| snapshot.state == State::Merging).count() > 1 {
-            wrong.push("two snapshots are being merged".to_owned());
+            wrong.push("two snapshots are in the state merging".to_owned());
         }
         for (what, number) in [
             ("next snapshot", self.next_snapshot),
@@ -339,53 +405,64 @@ impl Model {
             ("last operation", self.last_operation.id),
         ] {
             if number >= END_OF_NUMBERS {
-                wrong.push(format!("the {what} has the number {number}: they end before {END_OF_NUMBERS}"));
+                wrong.push(format!("the number of the {what} is {number}, the limit is {END_OF_NUMBERS}"));
             }
         }
         match self.current {
             Some(id) if self.snapshot(id).is_none() => wrong.push(format!("the current snapshot {id} does not exist")),
-            None if !self.snapshots.is_empty() => wrong.push("no snapshot is the current one".to_owned()),
+            None if !self.snapshots.is_empty() => wrong.push("no snapshot is current".to_owned()),
             _ => {}
         }
+        self.find_wrong_paths(&mut wrong);
+        wrong
+    }
+
+    /// Finds files that are recorded twice, and paths that cannot be printed safely.
+    fn find_wrong_paths(&self, wrong: &mut Vec<String>) {
         let mut paths = BTreeSet::new();
         for (_, _, record) in self.records() {
             if !paths.insert(&record.file.path) {
                 wrong.push(format!("{} is recorded twice", record.file.path));
             }
         }
-        for base in self.volumes.iter().flat_map(|volume| &volume.bases) {
+        for base in self.all_volumes().flat_map(|volume| &volume.bases) {
             if paths.contains(&base.file.path) {
-                wrong.push(format!("{} is a base and is not", base.file.path));
+                wrong.push(format!("{} is recorded as a base and as a file of the set", base.file.path));
+            }
+            paths.remove(&base.file.path);
+        }
+        let bases = self.all_volumes().flat_map(|volume| &volume.bases).map(|base| &base.file.path);
+        for path in bases.chain(self.records().map(|(_, _, record)| &record.file.path)) {
+            if path.chars().any(char::is_control) {
+                wrong.push(format!("the path {path:?} has control characters"));
             }
         }
-        wrong
     }
 
     fn find_wrong_in(&self, snapshot: &Snapshot, wrong: &mut Vec<String>) {
         let name = &snapshot.name;
         if snapshot.id.0 >= self.next_snapshot {
-            wrong.push(format!("snapshot {name} has a number that was not given yet"));
+            wrong.push(format!("the number of snapshot {name} is {}, which is not assigned yet", snapshot.id));
         }
-        if name.is_empty() || name.len() > MAX_NAME {
-            wrong.push(format!("a snapshot's name has {} bytes", name.len()));
+        if name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control) {
+            wrong.push(format!("a snapshot has the name {name:?}, which is not allowed"));
         }
         // A parent is older than its children, so that there are no loops. (A merge hands a child to its grandparent.)
         match snapshot.parent {
-            Some(parent) if parent >= snapshot.id => wrong.push(format!("snapshot {name} is older than its parent")),
-            Some(parent) if self.snapshot(parent).is_none() => wrong.push(format!("{name}'s parent does not exist")),
+            Some(parent) if parent >= snapshot.id => {
+                wrong.push(format!("snapshot {name} is older than its parent {parent}"));
+            }
+            Some(parent) if self.snapshot(parent).is_none() => {
+                wrong.push(format!("the parent {parent} of snapshot {name} does not exist"));
+            }
             _ => {}
         }
-        for volume in self.volumes.iter().filter(|volume| !snapshot.files.contains_key(&volume.name)) {
-            if snapshot.state != State::Merging {
-                wrong.push(format!("snapshot {name} lacks volume {}", volume.name));
-            }
-        }
-        for volume in snapshot.files.keys().filter(|volume| self.volume(volume).is_none()) {
-            wrong.push(format!("snapshot {name} has a volume {volume} that does not exist"));
+        for volume in snapshot.files.keys().filter(|volume| self.any_volume(volume).is_none()) {
+            wrong.push(format!("snapshot {name} has a file of volume {volume}, which does not exist"));
         }
     }
 
-    /// The hidden snapshots that should be gone: fewer than two things stand on them. Between two operations there are none.
+    /// Returns the hidden snapshots with fewer than two dependents. Between two operations there are none.
     #[must_use]
     pub fn overdue(&self) -> Vec<&Snapshot> {
         let hidden = self.snapshots.values().filter(|snapshot| snapshot.state == State::Hidden);

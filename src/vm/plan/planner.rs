@@ -1,102 +1,27 @@
-//! From what is known and what is wanted to what will be done, without any I/O.
-
-use std::collections::BTreeMap;
+//! The planner: computes the plan of an operation from the model and the request, without any I/O.
 
 use crate::chain::Format;
-use crate::merge::Direction;
 
 use crate::vm::model::edit::Edit;
 use crate::vm::model::{Dependent, FileRecord, FileRef, MAX_NAME, Model, Snapshot, SnapshotId, State, Volume};
-use crate::vm::plan::refusal::Refusal;
-use crate::vm::plan::{MergeStep, NewOverlay, Plan, Purpose, SizeChange, Stage, Step, VolumeWork};
 
-/// What is wanted.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Request {
-    /// A snapshot of all volumes.
-    Create {
-        /// Its name.
-        name: String,
-        /// What is to be remembered with it.
-        description: String,
-        /// Now, in seconds since 1970.
-        created: u64,
-        /// Whether the guest is asked to bring its file systems in order first.
-        quiesce: bool,
-        /// The most files that a volume may consist of afterwards.
-        max_depth: usize,
-    },
-    /// All volumes as they were at a snapshot.
-    Revert {
-        /// Its name.
-        name: String,
-    },
-    /// A snapshot less.
-    Delete {
-        /// Its name.
-        name: String,
-    },
-    /// Another size of a volume.
-    Resize {
-        /// The volume's name.
-        volume: String,
-        /// Its new size in bytes.
-        size: u64,
-        /// Whether it may become smaller.
-        shrink: bool,
-    },
-}
+use super::refusal::Refusal;
+use super::request::{FileFacts, PlanOptions, Request};
+use super::{Leaving, NewOverlay, Plan, Purpose, Release, Removal, SizeChange, Stage, Step, VolumeWork};
 
-/// What the planner is told besides.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct PlanOptions {
-    /// Whether the VM is running.
-    pub running: bool,
-    /// Which way each volume is merged; [`Direction::Commit`] where nothing is said and it can be.
-    pub directions: BTreeMap<String, Direction>,
-    /// Whether a merged file keeps the upper file's name where that took in the lower one. By default it takes the lower
-    /// one's name, so that a volume without snapshots has its first path.
-    pub keep_top_names: bool,
-}
+mod merge;
 
-impl PlanOptions {
-    /// The same, for a running VM or not.
-    #[must_use]
-    pub fn with_running(mut self, running: bool) -> Self {
-        self.running = running;
-        self
-    }
-
-    /// The same with another way to merge a volume.
-    #[must_use]
-    pub fn with_direction(mut self, volume: impl Into<String>, direction: Direction) -> Self {
-        self.directions.insert(volume.into(), direction);
-        self
-    }
-
-    /// The same, keeping the upper files' names or not.
-    #[must_use]
-    pub fn with_keep_top_names(mut self, keep: bool) -> Self {
-        self.keep_top_names = keep;
-        self
-    }
-}
-
-/// Decides what an operation will do.
+/// Computes the plan of an operation.
 ///
 /// # Errors
-/// Why it is not done. Nothing is changed by asking.
+/// [`Refusal`]: the reason why the operation is not possible.
 ///
 /// ```
 /// use qcow2_chain::chain::Format;
 /// use qcow2_chain::vm::{FileRecord, FileRef, Model, PlanOptions, Request, Volume, plan};
 ///
 /// let file = FileRef { path: "vda.qcow2".into(), format: Format::Qcow2 };
-/// let active = FileRecord { file, virtual_size: 1 << 30, bytes_on_disk: None, protected: false };
-/// let volume = Volume { name: "vda".into(), active, bases: Vec::new(), overlay: Default::default() };
-/// let model = Model::new("vm", vec![volume]);
+/// let model = Model::new("vm", vec![Volume::new("vda", FileRecord::new(file, 1 << 30))]);
 /// let request = Request::Create {
 ///     name: "s1".into(),
 ///     description: String::new(),
@@ -104,26 +29,59 @@ impl PlanOptions {
 ///     quiesce: false,
 ///     max_depth: 256,
 /// };
-/// let after = plan(&model, &request, &PlanOptions::default())?.outcome(&model);
+/// let options = PlanOptions::default().with_token("5eed");
+/// let after = plan(&model, &request, &options)?.outcome(&model);
 /// assert_eq!(after.find("s1").unwrap().files["vda"].file.path, "vda.qcow2");
+/// assert_eq!(after.volumes[0].active.file.path, "vm-vda.1-5eed.qcow2");
 /// # Ok::<(), qcow2_chain::vm::Refusal>(())
 /// ```
 pub fn plan(model: &Model, request: &Request, options: &PlanOptions) -> Result<Plan, Refusal> {
     let planner = Planner { model, options };
-    if let Some(merging) = model.merging()
-        && !matches!(request, Request::Delete { name } if model.find(name).is_some_and(|found| found.id == merging.id))
-    {
-        return Err(Refusal::Unfinished { operation: Purpose::Delete { name: merging.name.clone() }.to_string() });
+    if let Some(merging) = model.merging() {
+        let resumes = match request {
+            Request::Delete { name } => model.find(name).is_some_and(|found| found.id == merging.id),
+            Request::ResumeDelete { id } => *id == merging.id,
+            _ => false,
+        };
+        if !resumes {
+            let (id, name) = (merging.id, merging.name.clone());
+            return Err(Refusal::Unfinished { operation: Purpose::Delete { id, name }.to_string() });
+        }
     }
     match request {
         Request::Create { name, description, created, quiesce, max_depth } => {
             let snapshot = planner.new_snapshot(name, description, *created)?;
             planner.create(snapshot, *quiesce, *max_depth)
         }
-        Request::Revert { name } => planner.revert(planner.find(name)?),
+        Request::Revert { name, detach_missing } => planner.revert(planner.find(name)?, *detach_missing),
         Request::Delete { name } => planner.delete(planner.find(name)?),
+        Request::ResumeDelete { id } => {
+            let unknown = || Refusal::UnknownSnapshot { name: id.to_string() };
+            planner.delete(model.snapshot(*id).ok_or_else(unknown)?)
+        }
         Request::Resize { volume, size, shrink } => planner.resize(volume, *size, *shrink),
     }
+}
+
+/// Refuses a snapshot name that is empty, too long or has control characters.
+pub(in crate::vm) fn check_snapshot_name(name: &str) -> Result<(), Refusal> {
+    if name.is_empty() || name.len() > MAX_NAME {
+        return Err(Refusal::NameLength { len: name.len(), max: MAX_NAME });
+    }
+    if name.chars().any(char::is_control) {
+        return Err(Refusal::NameControl { name: name.escape_debug().to_string() });
+    }
+    Ok(())
+}
+
+/// Returns the file name of a new overlay.
+pub(in crate::vm) fn overlay_name(vm: &str, volume: &str, number: u64, token: &str) -> String {
+    format!("{}.{number}-{token}.qcow2", overlay_stem(vm, volume))
+}
+
+/// Returns the beginning of the file names of a volume's overlays, up to the dot before the number.
+pub(in crate::vm) fn overlay_stem(vm: &str, volume: &str) -> String {
+    format!("{vm}-{volume}")
 }
 
 struct Planner<'a> {
@@ -134,20 +92,26 @@ struct Planner<'a> {
 impl Planner<'_> {
     fn plan(&self, purpose: Purpose, stages: Vec<Stage>) -> Plan {
         let id = self.model.last_operation.id + 1;
-        Plan { id, purpose, stages, size_changes: Vec::new(), costs: BTreeMap::new() }
+        Plan {
+            set: self.model.set.clone(),
+            id,
+            purpose,
+            stages,
+            size_changes: Vec::new(),
+            costs: std::collections::BTreeMap::new(),
+        }
     }
 
     fn find(&self, name: &str) -> Result<&Snapshot, Refusal> {
         self.model.find(name).ok_or_else(|| Refusal::UnknownSnapshot { name: name.to_owned() })
     }
 
+    fn facts(&self, path: &str) -> FileFacts {
+        self.options.facts.get(path).cloned().unwrap_or_default()
+    }
+
     fn new_snapshot(&self, name: &str, description: &str, created: u64) -> Result<Snapshot, Refusal> {
-        if name.is_empty() || name.len() > MAX_NAME {
-            return Err(Refusal::NameLength { len: name.len(), max: MAX_NAME });
-        }
-        if name.chars().any(char::is_control) {
-            return Err(Refusal::NameControl);
-        }
+        check_snapshot_name(name)?;
         if self.model.find(name).is_some() {
             return Err(Refusal::NameTaken { name: name.to_owned() });
         }
@@ -163,19 +127,24 @@ impl Planner<'_> {
         })
     }
 
-    /// The overlay that takes this number, of a size, over a file.
-    fn overlay(&self, volume: &Volume, number: u64, size: u64, backing: &FileRef) -> NewOverlay {
-        let path = overlay_path(&self.model.vm, volume, number);
-        NewOverlay {
-            volume: volume.name.clone(),
-            file: FileRef { path, format: Format::Qcow2 },
-            backing: backing.clone(),
-            size,
-            shape: volume.overlay,
+    /// Returns the path of a volume's new overlay, and whether a provider creates it.
+    fn overlay_path(&self, volume: &Volume, number: u64) -> (String, bool) {
+        if let Some(given) = self.options.overlays.get(&volume.name) {
+            return (given.path.clone(), given.provided);
         }
+        let name = overlay_name(&self.model.vm, &volume.name, number, &self.options.token);
+        let directory = match &volume.overlay_dir {
+            Some(directory) if directory == "." => String::new(),
+            Some(directory) => format!("{}/", directory.trim_end_matches('/')),
+            None => {
+                let path = &volume.active.file.path;
+                path.rfind('/').map_or_else(String::new, |at| path[..=at].to_owned())
+            }
+        };
+        (format!("{directory}{name}"), false)
     }
 
-    /// New overlays for all volumes, numbered on, and the edits that make them the active files.
+    /// Returns new overlays on these files, and the edits that make them the active files.
     fn overlays<'a>(
         &self,
         on: impl Iterator<Item = (&'a Volume, &'a FileRecord)>,
@@ -183,15 +152,19 @@ impl Planner<'_> {
         let mut number = self.model.next_file;
         let (mut create, mut edits) = (Vec::new(), Vec::new());
         for (volume, record) in on {
-            let overlay = self.overlay(volume, number, record.virtual_size, &record.file);
-            let active = FileRecord {
-                file: overlay.file.clone(),
-                virtual_size: overlay.size,
-                bytes_on_disk: None,
-                protected: false,
-            };
+            let (path, provided) = self.overlay_path(volume, number);
+            let file = FileRef { path, format: Format::Qcow2 };
+            let active = FileRecord { provided, ..FileRecord::new(file.clone(), record.virtual_size) };
             edits.push(Edit::SetActive { volume: volume.name.clone(), record: active });
-            create.push(overlay);
+            create.push(NewOverlay {
+                volume: volume.name.clone(),
+                file,
+                backing: record.file.clone(),
+                size: record.virtual_size,
+                shape: volume.overlay,
+                like: volume.active.file.path.clone(),
+                provided,
+            });
             number += 1;
         }
         (create, edits, number)
@@ -217,24 +190,39 @@ impl Planner<'_> {
         Ok(self.plan(Purpose::Create { name, quiesce }, vec![stage]))
     }
 
-    fn revert(&self, to: &Snapshot) -> Result<Plan, Refusal> {
+    fn revert(&self, to: &Snapshot, detach_missing: bool) -> Result<Plan, Refusal> {
         if self.options.running {
             return Err(Refusal::Running { operation: "revert" });
         }
         if to.state != State::Ready {
             return Err(Refusal::NotReady { name: to.name.clone(), state: to.state });
         }
-        let mut on = Vec::new();
-        for volume in &self.model.volumes {
-            on.push((volume, record(to, volume)?));
+        let (held, lacking): (Vec<_>, Vec<_>) =
+            self.model.volumes.iter().partition(|volume| to.files.contains_key(&volume.name));
+        if !lacking.is_empty() && !detach_missing {
+            let volumes = lacking.iter().map(|volume| volume.name.clone()).collect();
+            return Err(Refusal::LacksVolumes { snapshot: to.name.clone(), volumes });
+        }
+        let on: Vec<(&Volume, &FileRecord)> =
+            self.model.all_volumes().filter_map(|volume| Some((volume, to.files.get(&volume.name)?))).collect();
+        if on.is_empty() {
+            return Err(Refusal::LacksVolumes { snapshot: to.name.clone(), volumes: Vec::new() });
         }
         let (create, mut end, next_file) = self.overlays(on.iter().copied());
+        let mut leaving = Leaving::default();
+        for volume in &held {
+            self.discard(&volume.active, &mut leaving)?;
+        }
+        for volume in &lacking {
+            end.push(Edit::Detach { volume: volume.name.clone() });
+            let reason = format!("volume {} is detached: snapshot {} lacks it", volume.name, to.name);
+            leaving.release.push(Release { path: volume.active.file.path.clone(), reason });
+        }
         end.push(Edit::SetCurrent { id: Some(to.id) });
         end.push(Edit::Advance { next_snapshot: self.model.next_snapshot, next_file });
-        let removable = self.model.volumes.iter().filter(|volume| !volume.active.protected);
-        let unlink = removable.map(|volume| volume.active.file.path.clone()).collect();
-        let stage = Stage { create, end, unlink, ..Stage::default() };
-        let changed = on.iter().filter(|(volume, record)| volume.active.virtual_size != record.virtual_size);
+        let stage = Stage { create, end, leaving, ..Stage::default() };
+        let attached = on.iter().filter(|(volume, _)| self.model.volume(&volume.name).is_some());
+        let changed = attached.filter(|(volume, record)| volume.active.virtual_size != record.virtual_size);
         let size_changes = changed.map(|(volume, record)| SizeChange {
             volume: volume.name.clone(),
             old: volume.active.virtual_size,
@@ -250,7 +238,7 @@ impl Planner<'_> {
         if snapshot.state == State::Hidden {
             return Err(Refusal::NotReady { name: snapshot.name.clone(), state: snapshot.state });
         }
-        let purpose = Purpose::Delete { name: snapshot.name.clone() };
+        let purpose = Purpose::Delete { id: snapshot.id, name: snapshot.name.clone() };
         match self.model.deps(snapshot.id).as_slice() {
             [] => {
                 let mut plan = self.plan(purpose, vec![self.drop_files(snapshot)?]);
@@ -265,21 +253,38 @@ impl Planner<'_> {
         }
     }
 
-    /// The stage that removes a snapshot on which nothing stands.
+    /// Returns the stage that removes a snapshot without dependents.
     fn drop_files(&self, snapshot: &Snapshot) -> Result<Stage, Refusal> {
-        for volume in self.model.volumes.iter().filter(|_| snapshot.state != State::Merging) {
-            record(snapshot, volume)?;
+        let mut leaving = Leaving::default();
+        for record in snapshot.files.values() {
+            self.discard(record, &mut leaving)?;
         }
-        let removable = snapshot.files.values().filter(|record| !record.protected);
-        Ok(Stage {
-            end: vec![Edit::RemoveSnapshot { id: snapshot.id }],
-            unlink: removable.map(|record| record.file.path.clone()).collect(),
-            ..Stage::default()
-        })
+        Ok(Stage { end: vec![Edit::RemoveSnapshot { id: snapshot.id }], leaving, ..Stage::default() })
     }
 
-    /// Something that stood on a snapshot is gone after the plan so far: a hidden one on which only one thing still stands
-    /// goes too. A merge leaves as many on the snapshot beneath as before, so that nothing follows from it.
+    /// Decides on a file that no record will name: it is removed, or released where it may not be removed.
+    fn discard(&self, record: &FileRecord, leaving: &mut Leaving) -> Result<(), Refusal> {
+        let path = record.file.path.clone();
+        let facts = self.facts(&path);
+        if !facts.dependents.is_empty() {
+            return Err(Refusal::Dependents { path, images: facts.dependents });
+        }
+        if let Some(held) = facts.in_use {
+            return Err(Refusal::InUse { path, held });
+        }
+        let reason = match facts.unremovable {
+            _ if record.protected => Some("it is protected".to_owned()),
+            reason => reason,
+        };
+        match reason {
+            Some(reason) => leaving.release.push(Release { path, reason }),
+            None => leaving.remove.push(Removal { path, identity: facts.identity, provided: record.provided }),
+        }
+        Ok(())
+    }
+
+    /// Adds the merge of a hidden snapshot that has only one dependent left after the plan so far. A merge leaves the
+    /// number of dependents of the snapshot beneath unchanged, so that one such merge is enough.
     fn clean_up(&self, plan: &mut Plan, parent: Option<SnapshotId>) -> Result<(), Refusal> {
         let after = plan.outcome(self.model);
         let Some(hidden) = parent.and_then(|id| after.snapshot(id)).filter(|parent| parent.state == State::Hidden)
@@ -292,89 +297,6 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// The stage that merges a snapshot with the one thing that stands on it.
-    fn merge(&self, model: &Model, merged: &Snapshot, dep: Dependent) -> Result<Stage, Refusal> {
-        let mut work = Vec::new();
-        for volume in &model.volumes {
-            let Some(base) = merged.files.get(&volume.name) else {
-                if merged.state == State::Merging {
-                    continue; // it is merged already
-                }
-                return Err(lacks(merged, volume));
-            };
-            work.push(self.merge_volume(model, merged, dep, volume, base)?);
-        }
-        let handed_on = match dep {
-            Dependent::Volumes => Edit::SetCurrent { id: merged.parent },
-            Dependent::Snapshot(id) => Edit::SetParent { id, parent: merged.parent },
-        };
-        Ok(Stage {
-            begin: vec![Edit::SetState { id: merged.id, state: State::Merging }],
-            work,
-            end: vec![handed_on, Edit::RemoveSnapshot { id: merged.id }],
-            ..Stage::default()
-        })
-    }
-
-    fn merge_volume(
-        &self,
-        model: &Model,
-        merged: &Snapshot,
-        dep: Dependent,
-        volume: &Volume,
-        base: &FileRecord,
-    ) -> Result<VolumeWork, Refusal> {
-        let (top, on_top) = match dep {
-            Dependent::Volumes => (&volume.active, Vec::new()),
-            Dependent::Snapshot(id) => {
-                let dep = model.snapshot(id).ok_or_else(|| lacks(merged, volume))?;
-                (record(dep, volume)?, files_on(model, id, volume)?)
-            }
-        };
-        let is_open = self.options.running && model.active_chain(volume).contains(&top.file);
-        if is_open && base.protected {
-            return Err(Refusal::Running { operation: "merge into the file above a protected one" });
-        }
-        let direction = match self.options.directions.get(&volume.name) {
-            // A hypervisor merges downwards.
-            _ if is_open => Direction::Commit,
-            _ if base.protected => Direction::Pull,
-            Some(Direction::Pull) => Direction::Pull,
-            _ => Direction::Commit,
-        };
-        if top.protected {
-            return Err(Refusal::Protected { path: top.file.path.clone() });
-        }
-        let commit = direction == Direction::Commit;
-        let renamed = !commit && !base.protected && !self.options.keep_top_names;
-        let path = if commit || renamed { &base.file.path } else { &top.file.path };
-        let format = if commit { base.file.format } else { top.file.format };
-        let survivor = FileRecord { file: FileRef { path: path.clone(), format }, ..top.clone() };
-
-        let mut steps = vec![Step::Merge(MergeStep {
-            top: top.file.clone(),
-            base: base.file.clone(),
-            below: model.files_from(merged.parent, volume),
-            direction,
-            active: dep == Dependent::Volumes,
-        })];
-        if renamed {
-            steps.push(Step::TakeName { from: top.file.path.clone(), to: base.file.path.clone() });
-        }
-        if survivor.file.path != top.file.path {
-            let relink = |file| Step::Relink { file, from: top.file.clone(), to: survivor.file.clone() };
-            steps.extend(on_top.into_iter().map(relink));
-        }
-        let dead = if commit || renamed { Some(&top.file) } else { Some(&base.file).filter(|_| !base.protected) };
-        let unlink = dead.map(|file| file.path.clone()).into_iter().collect();
-        let moved = match dep {
-            Dependent::Volumes => Edit::SetActive { volume: volume.name.clone(), record: survivor },
-            Dependent::Snapshot(id) => Edit::SetFile { id, volume: volume.name.clone(), record: survivor },
-        };
-        let dropped = Edit::DropFile { id: merged.id, volume: volume.name.clone() };
-        Ok(VolumeWork { volume: volume.name.clone(), steps, edits: vec![moved, dropped], unlink })
-    }
-
     fn resize(&self, volume: &str, size: u64, shrink: bool) -> Result<Plan, Refusal> {
         let unknown = || Refusal::UnknownVolume { name: volume.to_owned() };
         let volume = self.model.volume(volume).ok_or_else(unknown)?;
@@ -385,8 +307,19 @@ impl Planner<'_> {
         if size < old && !shrink {
             return Err(Refusal::Shrinks { volume: volume.name.clone(), old, new: size });
         }
+        let path = &volume.active.file.path;
         if volume.active.protected {
-            return Err(Refusal::Protected { path: volume.active.file.path.clone() });
+            return Err(Refusal::Protected { path: path.clone() });
+        }
+        let facts = self.facts(path);
+        if let Some(reason) = facts.unwritable {
+            return Err(Refusal::Unwritable { path: path.clone(), reason });
+        }
+        if let Some(held) = facts.in_use {
+            return Err(Refusal::InUse { path: path.clone(), held });
+        }
+        if !facts.dependents.is_empty() {
+            return Err(Refusal::Dependents { path: path.clone(), images: facts.dependents });
         }
         let below = self.model.files_from(self.model.current, volume);
         let record = FileRecord { virtual_size: size, ..volume.active.clone() };
@@ -394,7 +327,7 @@ impl Planner<'_> {
             volume: volume.name.clone(),
             steps: vec![Step::Resize { file: volume.active.file.clone(), below, size }],
             edits: vec![Edit::SetActive { volume: volume.name.clone(), record }],
-            unlink: Vec::new(),
+            leaving: Leaving::default(),
         };
         let stage = Stage { work: vec![work], ..Stage::default() };
         let mut plan = self.plan(Purpose::Resize { volume: volume.name.clone(), size }, vec![stage]);
@@ -405,41 +338,9 @@ impl Planner<'_> {
     }
 }
 
-/// A snapshot's file of a volume.
-fn record<'a>(snapshot: &'a Snapshot, volume: &Volume) -> Result<&'a FileRecord, Refusal> {
-    snapshot.files.get(&volume.name).ok_or_else(|| lacks(snapshot, volume))
-}
-
-fn lacks(snapshot: &Snapshot, volume: &Volume) -> Refusal {
-    Refusal::Incomplete { snapshot: snapshot.name.clone(), volume: volume.name.clone() }
-}
-
-/// The files of a volume that stand on a snapshot's, hidden ones and the active one included.
-fn files_on(model: &Model, id: SnapshotId, volume: &Volume) -> Result<Vec<FileRef>, Refusal> {
-    let mut files = Vec::new();
-    for dep in model.deps(id) {
-        match dep {
-            Dependent::Volumes => files.push(volume.active.file.clone()),
-            Dependent::Snapshot(child) => {
-                let Some(child) = model.snapshot(child) else { continue };
-                let record = child.files.get(&volume.name).ok_or_else(|| lacks(child, volume))?;
-                files.push(record.file.clone());
-            }
-        }
-    }
-    Ok(files)
-}
-
-/// The path of a volume's overlay of this number: beside the active file.
-pub(in crate::vm) fn overlay_path(vm: &str, volume: &Volume, number: u64) -> String {
-    let name = format!("{}.{number}.qcow2", overlay_stem(vm, &volume.name));
-    match volume.active.file.path.rfind('/') {
-        Some(at) => format!("{}{name}", &volume.active.file.path[..=at]),
-        None => name,
-    }
-}
-
-/// How the names of a volume's overlays begin, up to the dot before the number.
-pub(in crate::vm) fn overlay_stem(vm: &str, volume: &str) -> String {
-    format!("{vm}-{volume}")
+/// Returns the files of a volume that are backed by a snapshot's file: those of hidden snapshots and the active one
+/// included.
+fn files_on(model: &Model, id: SnapshotId, volume: &str) -> Vec<FileRef> {
+    let deps = model.deps(id).into_iter();
+    deps.filter_map(|dep: Dependent| Some(model.record_of(dep, volume)?.file.clone())).collect()
 }

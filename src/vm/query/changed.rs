@@ -4,7 +4,7 @@ use crate::chain::{self, Chain, ChainExtent, ChainExtents};
 use crate::image::ExtentKind;
 use crate::vm::Result;
 use crate::vm::model::{FileRef, Model, Volume};
-use crate::vm::set::{SnapshotSet, find_ready, find_volume};
+use crate::vm::set::{SnapshotSet, file_of, find_attached, find_ready, find_volume};
 
 /// A moment of a volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -185,8 +185,12 @@ impl SnapshotSet {
     fn files_at(model: &Model, volume: &Volume, point: Point<'_>) -> Result<Option<Vec<FileRef>>> {
         Ok(match point {
             Point::Nothing => None,
-            Point::Snapshot(name) => Some(model.files_from(Some(find_ready(model, name)?.id), volume)),
-            Point::Active => Some(model.active_chain(volume)),
+            Point::Snapshot(name) => {
+                let snapshot = find_ready(model, name)?;
+                file_of(snapshot, volume)?;
+                Some(model.files_from(Some(snapshot.id), volume))
+            }
+            Point::Active => Some(model.active_chain(find_attached(model, &volume.name)?)),
         })
     }
 
@@ -221,9 +225,9 @@ impl SnapshotSet {
             let pairs = from.iter().rev().zip(to.iter().rev());
             pairs.take_while(|(a, b)| a == b).count()
         });
-        let to_chain = self.place.disk(&model, volume, &to)?;
+        let to_chain = self.files.disk(&model, volume, &to)?;
         let from = match from {
-            Some(files) => Some((self.place.disk(&model, volume, &files)?, files.len() - shared)),
+            Some(files) => Some((self.files.disk(&model, volume, &files)?, files.len() - shared)),
             None => None,
         };
         Ok(Changes { from, to: to_chain, to_layers: to.len() - shared })

@@ -7,7 +7,7 @@ use crate::chain::Format;
 use crate::format::{ClusterBits, GuestOffset};
 use crate::image::{Backing, CreateOptions, Image, RawImage, Space};
 use crate::merge::Phase;
-use crate::storage::Storage;
+use crate::storage::{Attributes, Storage};
 use crate::vm::execute::progress::{Progress, VolumeStep};
 use crate::vm::query::changed::{ChangedRange, Changes};
 use crate::vm::set::SnapshotSet;
@@ -217,15 +217,17 @@ impl SnapshotSet {
         options: &ExportOptions,
         progress: &dyn Progress,
     ) -> Result<Exported> {
-        let (names, path) = (self.place.names(), path.as_ref());
-        let storage = names.create_new(path)?;
+        let (file_system, path) = (self.files.file_system(), path.as_ref());
+        // The export is not more readable than the image that it comes from.
+        let model = changes.to().top().node.storage();
+        let storage = file_system.create_new_like(path, &**model, Attributes::BestEffort)?;
         let done = write(changes, storage, options, progress).and_then(|exported| {
-            names.sync_dir(crate::vm::model::catalogue::directory_of(path))?;
+            file_system.sync_dir(crate::vm::model::catalogue::directory_of(path))?;
             Ok(exported)
         });
         if done.is_err() {
-            // What went wrong is what the caller must hear of.
-            let _ = names.unlink(path);
+            // The first error is the one to report.
+            let _ = file_system.unlink(path);
         }
         done
     }

@@ -60,8 +60,8 @@ pub struct ListedSnapshot {
 impl Listing {
     /// Lists a model, with the hidden snapshots or without.
     #[must_use]
-    pub fn of(model: &Model, place: &VolumeFiles, hidden: bool) -> Self {
-        let path = |recorded: &str| place.path(recorded).display().to_string();
+    pub fn of(model: &Model, files: &VolumeFiles, hidden: bool) -> Self {
+        let path = |recorded: &str| files.path(recorded).display().to_string();
         let listed = |snapshot: &&Snapshot| hidden || snapshot.state != State::Hidden;
         // The next listed one from here downwards.
         let next = |from: Option<SnapshotId>| {

@@ -1,8 +1,8 @@
-//! Whether catalogue, headers and directories agree, and whether the images are sound.
+//! Verification: compares records, headers, directories and the hypervisor, and checks images.
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
@@ -12,52 +12,57 @@ use crate::image::{CheckOptions, check};
 use crate::storage::{Access, LockMode};
 use crate::vm::execute::executor::Domain;
 use crate::vm::execute::progress::Progress;
+use crate::vm::execute::recover::{Pending, Recovery};
 use crate::vm::files::Links;
 use crate::vm::model::catalogue::directory_of;
-use crate::vm::model::{FileRecord, Model, State, Volume};
+use crate::vm::model::{FileRecord, FileRef, Model, State, Volume};
 use crate::vm::plan::planner::overlay_stem;
-use crate::vm::set::{Recovery, SnapshotSet};
-use crate::vm::{Error, Pending, Refusal, Result};
+use crate::vm::set::SnapshotSet;
+use crate::vm::{Error, Refusal, Result};
 
-/// What kind of thing is wrong.
+/// The kind of a problem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum ProblemKind {
-    /// An operation was interrupted: recovery deals with it.
+    /// An operation was interrupted. Recovery completes or undoes it.
     Unfinished,
-    /// A hidden snapshot should be gone.
+    /// The journal does not belong to the catalogue, or is damaged.
+    Journal,
+    /// A hidden snapshot has fewer than two dependents.
     Overdue,
     /// A recorded file does not exist.
     Missing,
-    /// A recorded file cannot be opened in its recorded format.
+    /// A recorded file cannot be opened in its recorded format, or a directory cannot be read.
     Unreadable,
-    /// A header names another backing file or format than is recorded.
+    /// A header names another backing file or format than the catalogue.
     Link,
-    /// A frozen file's virtual size is not the recorded one.
+    /// The virtual size of a frozen file is not the recorded one.
     Size,
-    /// A base is not what it was.
+    /// A base was changed or replaced.
     BaseChanged,
-    /// A file looks like an overlay of this VM and is not recorded.
+    /// A file has the name of an overlay of this VM, depends on its files, and is not recorded.
     Orphan,
-    /// An image is marked corrupt, or a check found corruption.
+    /// An image is marked corrupt, or the check found corruption.
     Corrupt,
-    /// A check found clusters that are allocated and not used.
+    /// The check found clusters that are allocated and unused.
     Leaks,
-    /// The hypervisor writes another file than the recorded one.
+    /// The hypervisor writes another file than the active one.
     Domain,
+    /// Another program writes a file that is not the active one: probably the VM, on the wrong file.
+    WrongFile,
 }
 
-/// Something that is wrong.
+/// A problem that was found.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub struct Problem {
-    /// What kind of thing.
+    /// The kind.
     pub kind: ProblemKind,
-    /// The file, if it is about one.
+    /// The file, if the problem concerns one.
     pub file: Option<PathBuf>,
-    /// In words.
+    /// The description.
     pub what: String,
 }
 
@@ -70,40 +75,40 @@ impl fmt::Display for Problem {
     }
 }
 
-/// What a guest reads of a volume at a moment, as one number.
+/// The digest of a volume's guest-visible content at a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub struct ContentDigest {
-    /// The snapshot; none for the present.
+    /// The snapshot; `None` for the present.
     pub snapshot: Option<String>,
     /// The volume.
     pub volume: String,
-    /// Its virtual size in bytes.
+    /// The virtual size in bytes.
     pub size: u64,
-    /// The CRC-32 of all of it.
+    /// The CRC-32 of the whole content.
     pub crc32: u32,
 }
 
-/// How much is verified.
+/// Options of [`SnapshotSet::verify`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct VerifyOptions {
-    /// Whether every cluster of every image is checked.
+    /// If set, every cluster of every image is checked. Default: false.
     pub deep: bool,
-    /// Whether all content is read and digested.
+    /// If set, all content is read and digested. Default: false.
     pub digests: bool,
 }
 
 impl VerifyOptions {
-    /// The same, checking every cluster or not.
+    /// Sets whether every cluster of every image is checked.
     #[must_use]
     pub fn with_deep(mut self, deep: bool) -> Self {
         self.deep = deep;
         self
     }
 
-    /// The same, digesting all content or not.
+    /// Sets whether all content is read and digested.
     #[must_use]
     pub fn with_digests(mut self, digests: bool) -> Self {
         self.digests = digests;
@@ -111,21 +116,21 @@ impl VerifyOptions {
     }
 }
 
-/// What was found.
+/// The result of [`SnapshotSet::verify`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub struct Verification {
-    /// What is wrong; empty where nothing is.
+    /// The problems; empty if there are none.
     pub problems: Vec<Problem>,
-    /// The digests that were asked for, of every ready snapshot and of the present.
+    /// The requested digests, of every ready snapshot and of the present.
     pub digests: Vec<ContentDigest>,
-    /// How many images were looked at.
+    /// The number of images examined.
     pub images: usize,
 }
 
 impl Verification {
-    /// Whether nothing is wrong.
+    /// Returns true if there are no problems.
     #[must_use]
     pub fn is_sound(&self) -> bool {
         self.problems.is_empty()
@@ -136,62 +141,68 @@ impl Verification {
     }
 }
 
-/// What [`SnapshotSet::reconcile`] found and did.
+/// The result of [`SnapshotSet::reconcile`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Reconciliation {
-    /// What was under way.
+    /// The operation that was under way.
     pub pending: Option<Pending>,
-    /// What became of it; none in a dry run.
+    /// The recovery; `None` in a dry run.
     pub recovery: Option<Recovery>,
-    /// What is wrong and is for people to decide.
+    /// The problems that are left for people to decide on.
     pub problems: Vec<Problem>,
 }
 
 impl SnapshotSet {
-    /// Compares records, headers, directories and what the hypervisor says, and looks deeper where asked to. Images in use are
-    /// looked at without locks; what a running VM writes meanwhile may show as leaks.
+    /// Compares records, headers, directories and the hypervisor's description. Images in use are examined without a
+    /// lock; data that a running VM writes meanwhile may appear as leaks.
     ///
     /// # Errors
-    /// What reading the catalogue gives; [`Error::Cancelled`]. What is wrong with images is no error but a
-    /// [`Problem`].
+    /// - Any error of the store. A problem of an image is a [`Problem`].
+    /// - [`Error::Cancelled`].
     pub fn verify(&self, options: &VerifyOptions, progress: &dyn Progress) -> Result<Verification> {
         let domain = self.executor.domain(&self.store.load()?.vm)?;
-        self.verify_with(&domain, *options, progress)
+        self.verify_with(domain.as_ref(), *options, progress)
     }
 
-    fn verify_with(&self, domain: &Domain, options: VerifyOptions, progress: &dyn Progress) -> Result<Verification> {
+    fn verify_with(
+        &self,
+        domain: Option<&Domain>,
+        options: VerifyOptions,
+        progress: &dyn Progress,
+    ) -> Result<Verification> {
         let model = self.store.load()?;
         let mut found = Verification::default();
-        if let Some(pending) = self.pending()? {
-            found.add(ProblemKind::Unfinished, None, Error::from(pending).to_string());
+        match self.pending() {
+            Ok(None) => {}
+            Ok(Some(pending)) => found.add(ProblemKind::Unfinished, None, Error::from(pending).to_string()),
+            Err(error @ (Error::Refused(Refusal::ForeignJournal { .. }) | Error::Journal { .. })) => {
+                found.add(ProblemKind::Journal, None, error.to_string());
+            }
+            Err(error) => found.add(ProblemKind::Journal, Some(self.journal.clone()), error.to_string()),
         }
         for snapshot in model.overdue() {
-            found.add(ProblemKind::Overdue, None, format!("snapshot {} is hidden and not needed", snapshot.name));
+            let what = format!("snapshot {} is hidden and has fewer than two dependents", snapshot.name);
+            found.add(ProblemKind::Overdue, None, what);
         }
         for (volume, on, record) in model.records() {
             if progress.is_cancelled() {
                 return Err(Error::Cancelled);
             }
-            let is_active = *record == volume.active;
-            self.verify_record(&model, volume, &model.files_from(on, volume), record, is_active, &mut found)?;
+            let is_active = model.volume(&volume.name).is_some_and(|attached| attached.active == *record);
+            self.verify_record(&model, &model.files_from(on, volume), record, is_active, &mut found);
+            if !is_active {
+                self.verify_writer(&model, volume, record, domain, &mut found);
+            }
             if options.deep && record.file.format == Format::Qcow2 {
                 self.verify_clusters(record, &mut found);
             }
         }
-        for base in model.volumes.iter().flat_map(|volume| &volume.bases) {
-            match self.place.check_base(base) {
-                Ok(()) => {}
-                Err(Error::Refused(refusal @ Refusal::BaseChanged { .. })) => {
-                    found.add(ProblemKind::BaseChanged, Some(self.place.path(&base.file.path)), refusal.to_string());
-                }
-                Err(error) => {
-                    found.add(ProblemKind::Unreadable, Some(self.place.path(&base.file.path)), error.to_string());
-                }
-            }
+        self.verify_bases(&model, &mut found);
+        self.find_orphans(&model, &mut found);
+        if let Some(domain) = domain {
+            self.compare_with_domain(&model, domain, &mut found);
         }
-        self.find_orphans(&model, &mut found)?;
-        self.compare_with_domain(&model, domain, &mut found);
         if options.digests {
             self.digest(&model, &mut found, progress)?;
         }
@@ -201,32 +212,29 @@ impl SnapshotSet {
     fn verify_record(
         &self,
         model: &Model,
-        _volume: &Volume,
-        below: &[crate::vm::FileRef],
+        below: &[FileRef],
         record: &FileRecord,
         is_active: bool,
         found: &mut Verification,
-    ) -> Result<()> {
-        let path = self.place.path(&record.file.path);
+    ) {
+        let path = self.files.path(&record.file.path);
         found.images += 1;
-        if !self.place.exists(&record.file.path)? {
-            found.add(ProblemKind::Missing, Some(path), "it does not exist");
-            return Ok(());
+        match self.files.exists(&record.file.path) {
+            Ok(true) => {}
+            Ok(false) => return found.add(ProblemKind::Missing, Some(path), "the file does not exist"),
+            Err(error) => return found.add(ProblemKind::Unreadable, Some(path), error.to_string()),
         }
-        let layer = match self.place.look_layer(&record.file) {
+        let layer = match self.files.look_layer(&record.file) {
             Ok(layer) => layer,
-            Err(error) => {
-                found.add(ProblemKind::Unreadable, Some(path), error.to_string());
-                return Ok(());
-            }
+            Err(error) => return found.add(ProblemKind::Unreadable, Some(path), error.to_string()),
         };
         let links = if model.merging().is_some() { Links::MaySkip } else { Links::Exact };
-        if let Err(error) = self.place.check_link(&layer, &record.file, below, links) {
+        if let Err(error) = self.files.check_link(&layer, &record.file, below, links) {
             found.add(ProblemKind::Link, Some(path.clone()), error.to_string());
         }
         let size = layer.node.virtual_size();
         if !is_active && size != record.virtual_size && model.merging().is_none() {
-            let what = format!("its size is {size} bytes, recorded are {}", record.virtual_size);
+            let what = format!("the virtual size is {size} bytes, recorded are {}", record.virtual_size);
             found.add(ProblemKind::Size, Some(path.clone()), what);
         }
         let corrupt = layer
@@ -234,15 +242,50 @@ impl SnapshotSet {
             .as_qcow2()
             .is_some_and(|image| image.header().header.incompatible_features.has(IncompatibleFeatures::CORRUPT));
         if corrupt {
-            found.add(ProblemKind::Corrupt, Some(path), "it is marked corrupt");
+            let what = format!("the image is marked corrupt; repair it: qcow2-chain check -r all {}", path.display());
+            found.add(ProblemKind::Corrupt, Some(path), what);
         }
-        Ok(())
+    }
+
+    /// Reports a frozen file that another program writes, unless the hypervisor does so with the merge of a running VM.
+    fn verify_writer(
+        &self,
+        model: &Model,
+        volume: &Volume,
+        record: &FileRecord,
+        domain: Option<&Domain>,
+        found: &mut Verification,
+    ) {
+        let path = &record.file.path;
+        if domain.is_some_and(|domain| domain.disk_with(&self.files, path).is_some()) {
+            return;
+        }
+        if let Err(Error::Refused(Refusal::InUse { .. })) = self.files.refuse_writer(path) {
+            let active = model.volume(&volume.name).map(|volume| self.files.shown(&volume.active.file.path));
+            let active = active.unwrap_or_else(|| "none".to_owned());
+            let what =
+                format!("another program writes this file; the active file of volume {} is {active}", volume.name);
+            found.add(ProblemKind::WrongFile, Some(self.files.path(path)), what);
+        }
+    }
+
+    fn verify_bases(&self, model: &Model, found: &mut Verification) {
+        for base in model.all_volumes().flat_map(|volume| &volume.bases) {
+            let path = self.files.path(&base.file.path);
+            match self.files.check_base(base) {
+                Ok(()) => {}
+                Err(Error::Refused(refusal @ Refusal::BaseChanged { .. })) => {
+                    found.add(ProblemKind::BaseChanged, Some(path), refusal.to_string());
+                }
+                Err(error) => found.add(ProblemKind::Unreadable, Some(path), error.to_string()),
+            }
+        }
     }
 
     fn verify_clusters(&self, record: &FileRecord, found: &mut Verification) {
-        let path = self.place.path(&record.file.path);
+        let path = self.files.path(&record.file.path);
         let access = Access::read().with_lock(LockMode::None);
-        let checked = self.place.storage(&record.file.path, &access);
+        let checked = self.files.storage(&record.file.path, &access);
         let checked = checked.and_then(|storage| Ok(check(&*storage, &CheckOptions::default())?));
         match checked {
             Ok(report) if report.corruptions + report.check_errors > 0 => {
@@ -250,47 +293,64 @@ impl SnapshotSet {
                 found.add(ProblemKind::Corrupt, Some(path), what);
             }
             Ok(report) if report.leaks > 0 => {
-                found.add(ProblemKind::Leaks, Some(path), format!("{} clusters are not used", report.leaks));
+                let what = format!("{} clusters are allocated and unused", report.leaks);
+                found.add(ProblemKind::Leaks, Some(path), what);
             }
             Ok(_) => {}
-            Err(error) => found.add(ProblemKind::Unreadable, Some(path), error.to_string()),
+            // A missing or unreadable file is reported with its record.
+            Err(_) => {}
         }
     }
 
-    /// Files beside the recorded ones that are called like this VM's overlays.
-    fn find_orphans(&self, model: &Model, found: &mut Verification) -> Result<()> {
+    /// Finds files beside the recorded ones that are named like overlays of this VM and depend on its files. An overlay of
+    /// another VM with the same name depends on other files.
+    fn find_orphans(&self, model: &Model, found: &mut Verification) {
         let recorded: BTreeSet<PathBuf> =
-            model.records().map(|(_, _, record)| self.place.path(&record.file.path)).collect();
-        let directories: BTreeSet<PathBuf> = recorded.iter().map(|path| directory_of(path).to_owned()).collect();
-        let stems: Vec<String> = model.volumes.iter().map(|volume| overlay_stem(&model.vm, &volume.name)).collect();
-        let is_overlay = |name: &str| {
-            let number = stems.iter().find_map(|stem| name.strip_prefix(stem.as_str())?.strip_prefix('.'));
-            let number = number.and_then(|rest| rest.strip_suffix(".qcow2"));
-            number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
-        };
+            model.records().map(|(_, _, record)| self.files.path(&record.file.path)).collect();
+        let mut directories: BTreeSet<PathBuf> = recorded.iter().map(|path| directory_of(path).to_owned()).collect();
+        let named = model.all_volumes().filter_map(|volume| volume.overlay_dir.as_ref());
+        directories.extend(named.map(|directory| self.files.path(directory)));
         for directory in directories {
-            for path in self.place.names().list(&directory)? {
-                let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                if is_overlay(&name) && !recorded.contains(&path) {
-                    found.add(ProblemKind::Orphan, Some(path), "no record names it");
+            let paths = match self.files.file_system().list(&directory) {
+                Ok(paths) => paths,
+                Err(error) => {
+                    found.add(ProblemKind::Unreadable, Some(directory), error.to_string());
+                    continue;
+                }
+            };
+            for path in paths {
+                if is_overlay_name(model, &path) && !recorded.contains(&path) && self.is_of_set(model, &path) {
+                    found.add(ProblemKind::Orphan, Some(path), "no record names this file");
                 }
             }
         }
-        Ok(())
+    }
+
+    /// Returns true if an image is backed by a file of the set, or cannot be read.
+    fn is_of_set(&self, model: &Model, path: &Path) -> bool {
+        let Ok(recorded) = self.files.record(path) else { return false };
+        let Ok(layer) = self.files.look_layer(&FileRef { path: recorded, format: Format::Qcow2 }) else { return true };
+        let header = layer.node.as_qcow2().map(crate::image::Image::header);
+        let Some(name) = header.and_then(|header| header.backing_file.clone()) else { return false };
+        let backing = directory_of(path).join(String::from_utf8_lossy(&name).as_ref());
+        let mut files = model.records().map(|(_, _, record)| self.files.path(&record.file.path));
+        files.any(|file| self.files.leads_to(&file, &backing))
     }
 
     fn digest(&self, model: &Model, found: &mut Verification, progress: &dyn Progress) -> Result<()> {
         let ready = model.snapshots.values().filter(|snapshot| snapshot.state == State::Ready);
         let points: Vec<_> = ready.map(Some).chain([None]).collect();
         for snapshot in points {
-            for volume in &model.volumes {
+            for volume in model.all_volumes() {
                 let files = match snapshot {
+                    Some(snapshot) if !snapshot.files.contains_key(&volume.name) => continue,
                     Some(snapshot) => model.files_from(Some(snapshot.id), volume),
+                    None if model.volume(&volume.name).is_none() => continue,
                     None => model.active_chain(volume),
                 };
-                let path = files.first().map(|file| self.place.path(&file.path));
+                let path = files.first().map(|file| self.files.path(&file.path));
                 let digested = self
-                    .place
+                    .files
                     .disk(model, volume, &files)
                     .and_then(|chain| Ok((chain.virtual_size(), chain.digest(&|| progress.is_cancelled())?)));
                 match digested {
@@ -308,33 +368,53 @@ impl SnapshotSet {
         Ok(())
     }
 
-    /// Brings the catalogue and the world together: completes or undoes what was interrupted, then tells what else does not
-    /// agree, the hypervisor's view among it, if that is given: it decides where recovery would have to ask the hypervisor. A dry run only
-    /// tells.
+    /// Recovers, then verifies. `domain` is the caller's description of the VM, which overrules that of the executor. A dry
+    /// run changes nothing.
     ///
     /// # Errors
-    /// As [`SnapshotSet::recover`] and [`SnapshotSet::verify`].
+    /// See [`SnapshotSet::recover`] and [`SnapshotSet::verify`].
     pub fn reconcile(&self, domain: Option<&Domain>, dry_run: bool, progress: &dyn Progress) -> Result<Reconciliation> {
         let pending = self.pending()?;
         let recovery = if dry_run { None } else { Some(self.recover_told(domain, progress)?) };
-        let asked = || self.executor.domain(&self.store.load()?.vm);
-        let domain = domain.map_or_else(asked, |told| Ok(told.clone()))?;
-        let found = self.verify_with(&domain, VerifyOptions::default(), progress)?;
+        let asked = match domain {
+            Some(domain) => Some(domain.clone()),
+            None => self.executor.domain(&self.store.load()?.vm)?,
+        };
+        let found = self.verify_with(asked.as_ref(), VerifyOptions::default(), progress)?;
         Ok(Reconciliation { pending, recovery, problems: found.problems })
     }
 
-    /// Whether the VM's disk of a volume's name writes another file than the volume's. A volume may be the file of a disk of
-    /// another name.
+    /// Compares the files that the VM writes with the active files. A disk belongs to a volume by its files, or by its
+    /// name.
     fn compare_with_domain(&self, model: &Model, domain: &Domain, found: &mut Verification) {
         for volume in &model.volumes {
-            if domain.disk_writing(&self.place, &volume.active.file.path).is_some() {
+            if domain.disk_writing(&self.files, &volume.active.file.path).is_some() {
                 continue;
             }
-            if let Some(written) = domain.disks.get(&volume.name).and_then(|files| files.first()) {
-                let recorded = self.place.path(&volume.active.file.path);
-                let what = format!("the hypervisor writes it; volume {} is {}", volume.name, recorded.display());
-                found.add(ProblemKind::Domain, Some(written.clone()), what);
+            let frozen = model.snapshots.values().filter_map(|snapshot| snapshot.files.get(&volume.name));
+            let frozen = frozen.map(|record| &record.file.path);
+            let wrong = frozen.filter(|path| domain.disk_writing(&self.files, path).is_some());
+            let wrong = wrong.map(|path| self.files.path(path)).next();
+            let of_name = || domain.disks.get(&volume.name).and_then(|files| files.first()).cloned();
+            if let Some(written) = wrong.or_else(of_name) {
+                let active = self.files.shown(&volume.active.file.path);
+                let what =
+                    format!("the hypervisor writes this file; the active file of volume {} is {active}", volume.name);
+                found.add(ProblemKind::Domain, Some(written), what);
             }
         }
     }
+}
+
+/// Returns true for a path whose file name is that of an overlay of this VM: `VM-VOLUME.NUMBER-TOKEN.qcow2`.
+fn is_overlay_name(model: &Model, path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    model.all_volumes().any(|volume| {
+        let stem = overlay_stem(&model.vm, &volume.name);
+        let rest = name.strip_prefix(stem.as_str()).and_then(|rest| rest.strip_prefix('.'));
+        let rest = rest.and_then(|rest| rest.strip_suffix(".qcow2"));
+        let Some((number, token)) = rest.and_then(|rest| rest.split_once('-')) else { return false };
+        let digits = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+        digits && !token.is_empty() && token.bytes().all(|byte| byte.is_ascii_hexdigit())
+    })
 }

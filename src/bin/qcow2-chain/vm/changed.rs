@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use qcow2_chain::vm::{ChangedRange, Point, SnapshotSet};
 use serde::Serialize;
 
-use super::telling::{explain, json};
+use super::outcome::{explain, json};
 use crate::failure::Outcome;
 use crate::output::emit;
 
@@ -40,7 +40,7 @@ struct Told<'a> {
     ranges: Vec<ChangedRange>,
 }
 
-/// Does it.
+/// Runs the verb.
 pub(crate) fn run(args: &Args) -> Outcome {
     let set = SnapshotSet::load(&args.catalogue).map_err(explain)?;
     let named = |name: &'_ String| (name != "-").then_some(name.clone());

@@ -12,8 +12,8 @@ use crate::size;
 use crate::zone::local_time;
 
 /// Draws all that a model knows.
-pub(super) fn draw(model: &Model, place: &VolumeFiles) -> String {
-    let mut drawing = Drawing { model, place, trunk: BTreeSet::new(), out: String::new() };
+pub(super) fn draw(model: &Model, files: &VolumeFiles) -> String {
+    let mut drawing = Drawing { model, files, trunk: BTreeSet::new(), out: String::new() };
     let mut next = model.current;
     while let Some(snapshot) = next.and_then(|id| model.snapshot(id)) {
         if !drawing.trunk.insert(snapshot.id) {
@@ -29,7 +29,7 @@ pub(super) fn draw(model: &Model, place: &VolumeFiles) -> String {
 
 struct Drawing<'a> {
     model: &'a Model,
-    place: &'a VolumeFiles,
+    files: &'a VolumeFiles,
     /// The snapshots that the active files stand on.
     trunk: BTreeSet<SnapshotId>,
     out: String,
@@ -165,7 +165,7 @@ impl<'a> Drawing<'a> {
 
     /// What a file occupies now.
     fn on_disk(&self, path: &str) -> String {
-        let opened = self.place.names().open(&self.place.path(path), &Access::read().with_lock(LockMode::None));
+        let opened = self.files.file_system().open(&self.files.path(path), &Access::read().with_lock(LockMode::None));
         match opened.and_then(|file| file.allocated_len()) {
             Ok(Some(bytes)) => format!("{} on disk", size::human(bytes)),
             Ok(None) => String::new(),

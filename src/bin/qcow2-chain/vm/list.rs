@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use qcow2_chain::vm::{ListedSnapshot, ListedVolume, Listing, SnapshotSet, State};
 use serde::Serialize;
 
+use super::outcome::{explain, json};
 use super::table::{Table, one_line};
-use super::telling::{explain, json};
 use crate::failure::Outcome;
 use crate::output::{Form, emit};
 use crate::size;
@@ -54,7 +54,7 @@ impl<'a> ToldSnapshot<'a> {
     }
 }
 
-/// Does it.
+/// Runs the verb.
 pub(crate) fn run(args: &Args) -> Outcome {
     let set = SnapshotSet::load(&args.catalogue).map_err(explain)?;
     let listing = set.list(args.all).map_err(explain)?;

@@ -1,19 +1,25 @@
-//! `vm`: snapshots of a VM over all its volumes. One file a verb.
+//! `vm`: snapshots of a VM over all of its volumes. One file per verb.
 
+mod accept_base;
+mod attach;
 mod bars;
+mod cancel;
 mod changed;
 mod delete;
+mod detach;
 mod drawing;
 mod hypervisor;
 mod init;
 mod list;
+mod outcome;
 mod path;
+mod reconcile;
 mod recover;
 mod resize;
 mod revert;
+mod safety;
 mod snapshot;
 mod table;
-mod telling;
 mod tree;
 mod verify;
 
@@ -21,11 +27,11 @@ use clap::Subcommand;
 
 use crate::failure::Outcome;
 
-/// Snapshots of a virtual machine over all its volumes
+/// Snapshots of a virtual machine over all of its volumes
 ///
-/// CATALOGUE is a file that remembers the volumes, the snapshots and the file of each. Only its journal and lock lie beside
-/// it; new overlays lie beside the files that they stand on. The machine must be off, or
-/// run under a libvirt that --connect and --domain name.
+/// CATALOGUE is a file that records the volumes, the snapshots and the files of each. Its journal and its lock are beside
+/// it. New overlays are created beside the active files, or in the directory that the volume names. The machine must be
+/// stopped, or run under a libvirt that --connect and --domain name.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -35,6 +41,9 @@ pub(crate) struct Args {
 #[derive(Subcommand, Debug)]
 enum Verb {
     Init(init::Args),
+    Attach(attach::Args),
+    Detach(detach::Args),
+    AcceptBase(accept_base::Args),
     Snapshot(snapshot::Args),
     Revert(revert::Args),
     Delete(delete::Args),
@@ -44,13 +53,18 @@ enum Verb {
     Path(path::Args),
     Verify(verify::Args),
     Recover(recover::Args),
+    Reconcile(reconcile::Args),
+    Cancel(cancel::Args),
     Changed(changed::Args),
 }
 
-/// Does what the command line says.
+/// Runs the verb of the command line.
 pub(crate) fn run(args: &Args) -> Outcome {
     match &args.verb {
         Verb::Init(args) => init::run(args),
+        Verb::Attach(args) => attach::run(args),
+        Verb::Detach(args) => detach::run(args),
+        Verb::AcceptBase(args) => accept_base::run(args),
         Verb::Snapshot(args) => snapshot::run(args),
         Verb::Revert(args) => revert::run(args),
         Verb::Delete(args) => delete::run(args),
@@ -60,6 +74,8 @@ pub(crate) fn run(args: &Args) -> Outcome {
         Verb::Path(args) => path::run(args),
         Verb::Verify(args) => verify::run(args),
         Verb::Recover(args) => recover::run(args),
+        Verb::Reconcile(args) => reconcile::run(args),
+        Verb::Cancel(args) => cancel::run(args),
         Verb::Changed(args) => changed::run(args),
     }
 }

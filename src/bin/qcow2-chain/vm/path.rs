@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use qcow2_chain::vm::SnapshotSet;
 
-use super::telling::explain;
+use super::outcome::explain;
 use crate::failure::Outcome;
 use crate::output::emit;
 
@@ -20,7 +20,7 @@ pub(crate) struct Args {
     snapshot: Option<String>,
 }
 
-/// Does it.
+/// Runs the verb.
 pub(crate) fn run(args: &Args) -> Outcome {
     let set = SnapshotSet::load(&args.catalogue).map_err(explain)?;
     let path = match &args.snapshot {

@@ -1,15 +1,15 @@
-//! `vm resize`: a volume gets another size. Its snapshots keep theirs.
+//! `vm resize`: resizes a volume.
 
 use std::path::PathBuf;
 
 use qcow2_chain::vm::Refusal;
 
 use super::hypervisor::HypervisorArgs;
-use super::telling::{TellArgs, explain};
+use super::outcome::{OutputArgs, explain};
 use crate::failure::Outcome;
 use crate::resize::Target;
 
-/// Change the size of a volume; its snapshots keep the size that they have
+/// Resize a volume; its snapshots keep their sizes
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     /// The VM's catalogue
@@ -19,16 +19,16 @@ pub(crate) struct Args {
     /// The new size, or +SIZE or -SIZE to grow or shrink by (suffixes k M G T P E, powers of 1024)
     #[arg(value_name = "[+-]SIZE")]
     size: String,
-    /// Allow the volume to become smaller: what lies behind the new end is lost
+    /// Allow the volume to become smaller: data past the new end is lost
     #[arg(long)]
     shrink: bool,
     #[command(flatten)]
-    tell: TellArgs,
+    output: OutputArgs,
     #[command(flatten)]
     hypervisor: HypervisorArgs,
 }
 
-/// Does it.
+/// Runs the verb.
 pub(crate) fn run(args: &Args) -> Outcome {
     let target = Target::parse(&args.size)?;
     let set = args.hypervisor.load(&args.catalogue)?;
@@ -37,5 +37,5 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let unknown = || explain(Refusal::UnknownVolume { name: args.volume.clone() }.into());
     let size = target.from(volume.ok_or_else(unknown)?.virtual_size)?;
     let report = set.resize(&args.volume, size, args.shrink).map_err(explain)?;
-    args.tell.tell("Volume resized.", &report)
+    args.output.report("Volume resized.", &report)
 }

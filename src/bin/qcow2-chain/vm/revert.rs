@@ -1,4 +1,4 @@
-//! `vm revert`: all volumes go back to a snapshot.
+//! `vm revert`: reverts all volumes to a snapshot.
 
 use std::path::PathBuf;
 
@@ -6,40 +6,54 @@ use qcow2_chain::vm::{MergeOptions, Request};
 
 use super::bars::with_bars;
 use super::hypervisor::HypervisorArgs;
-use super::telling::{TellArgs, explain};
+use super::outcome::{OutputArgs, explain};
+use super::safety::LossArgs;
 use crate::failure::Outcome;
 use crate::planning::MergeArgs;
 
-/// Bring all volumes back to a snapshot: what was written since the last one is gone
+/// Revert all volumes to a snapshot; data written since the last snapshot is discarded
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     /// The VM's catalogue
     catalogue: PathBuf,
     /// The snapshot
     name: String,
-    /// Say nothing
+    /// Detach volumes that the snapshot lacks
+    #[arg(long)]
+    detach_missing: bool,
+    /// Accept overlays without attributes of the active file that may not be set (owner, ACL, label)
+    #[arg(long)]
+    ignore_attributes: bool,
+    /// Print nothing
     #[arg(short, long)]
     quiet: bool,
-    /// Show how far it is, where a hidden snapshot is merged away
+    /// Show the progress of a merge that follows
     #[arg(short, long)]
     progress: bool,
+    #[command(flatten)]
+    loss: LossArgs,
     #[command(flatten)]
     merge: MergeArgs,
     #[command(flatten)]
     hypervisor: HypervisorArgs,
 }
 
-/// Does it.
+/// Runs the verb.
 pub(crate) fn run(args: &Args) -> Outcome {
     let set = args.hypervisor.load(&args.catalogue)?;
-    let options = MergeOptions::default().with_rate_limit(args.merge.rate()?);
+    let options = MergeOptions::default()
+        .with_rate_limit(args.merge.rate()?)
+        .with_detach_missing(args.detach_missing)
+        .with_ignore_attributes(args.ignore_attributes);
+    let options = args.loss.apply(options);
     if args.merge.dry_run {
-        let plan = set.plan(&Request::Revert { name: args.name.clone() }, &options).map_err(explain)?;
+        let request = Request::Revert { name: args.name.clone(), detach_missing: args.detach_missing };
+        let plan = set.plan(&request, &options).map_err(explain)?;
         args.merge.show(&plan)?;
         return Ok(0);
     }
     let done = with_bars(args.progress && !args.quiet, |face| set.revert(&args.name, &options, face));
     let report = done.map_err(explain)?;
-    let tell = TellArgs::new(args.quiet, args.merge.wants_json());
-    tell.tell(&format!("Reverted to snapshot {}.", args.name), &report)
+    let output = OutputArgs::new(args.quiet, args.merge.wants_json());
+    output.report(&format!("Reverted to snapshot {}.", args.name), &report)
 }

@@ -1,36 +1,42 @@
-//! `vm snapshot`: all volumes are frozen as they are.
+//! `vm snapshot`: creates a snapshot.
 
 use std::path::PathBuf;
 
 use qcow2_chain::vm::SnapshotOptions;
 
 use super::hypervisor::HypervisorArgs;
-use super::telling::{TellArgs, explain};
+use super::outcome::{OutputArgs, explain};
 use crate::failure::Outcome;
 
-/// Take a snapshot of all volumes, or of none
+/// Create a snapshot of all volumes, or of none
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     /// The VM's catalogue
     catalogue: PathBuf,
     /// The snapshot's name
     name: String,
-    /// What is to be remembered with it
+    /// A description, kept in the catalogue
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     description: String,
-    /// Let the guest agent of a running VM bring its file systems in order first
+    /// Let the guest agent of a running VM flush and freeze its file systems first
     #[arg(long)]
     quiesce: bool,
+    /// Accept overlays without attributes of the active file that may not be set (owner, ACL, label)
+    #[arg(long)]
+    ignore_attributes: bool,
     #[command(flatten)]
-    tell: TellArgs,
+    output: OutputArgs,
     #[command(flatten)]
     hypervisor: HypervisorArgs,
 }
 
-/// Does it.
+/// Runs the verb.
 pub(crate) fn run(args: &Args) -> Outcome {
     let set = args.hypervisor.load(&args.catalogue)?;
-    let options = SnapshotOptions::default().with_description(&args.description).with_quiesce(args.quiesce);
+    let options = SnapshotOptions::default()
+        .with_description(&args.description)
+        .with_quiesce(args.quiesce)
+        .with_ignore_attributes(args.ignore_attributes);
     let report = set.create(&args.name, &options).map_err(explain)?;
-    args.tell.tell(&format!("Snapshot {} taken.", args.name), &report)
+    args.output.report(&format!("Snapshot {} created.", args.name), &report)
 }

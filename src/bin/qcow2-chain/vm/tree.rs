@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use qcow2_chain::vm::SnapshotSet;
 
 use super::drawing::draw;
-use super::telling::explain;
+use super::outcome::explain;
 use crate::failure::Outcome;
 use crate::output::emit;
 
@@ -19,10 +19,10 @@ pub(crate) struct Args {
     catalogue: PathBuf,
 }
 
-/// Does it.
+/// Runs the verb.
 pub(crate) fn run(args: &Args) -> Outcome {
     let set = SnapshotSet::load(&args.catalogue).map_err(explain)?;
     let model = set.model().map_err(explain)?;
-    emit(&draw(&model, set.place()))?;
+    emit(&draw(&model, set.files()))?;
     Ok(0)
 }

@@ -1,4 +1,4 @@
-//! `vm verify`: whether catalogue, headers and files agree.
+//! `vm verify`: compares the catalogue with headers, directories and hypervisor.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -7,14 +7,14 @@ use qcow2_chain::vm::{ProblemKind, VerifyOptions};
 
 use super::bars::with_bars;
 use super::hypervisor::HypervisorArgs;
+use super::outcome::{explain, json};
 use super::table::counted;
-use super::telling::{explain, json};
 use crate::failure::Outcome;
 use crate::output::emit;
 
-/// Compare the catalogue with the files' headers and the directory
+/// Compare the catalogue with the headers of the files, the directories and the hypervisor
 ///
-/// Exit codes: 0 all agrees, 1 it could not be told, 2 something is wrong, 3 clusters are leaked and nothing else is wrong.
+/// Exit codes: 0 no problem, 1 the catalogue cannot be read, 2 problems were found, 3 leaked clusters and no other problem.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     /// The VM's catalogue
@@ -22,17 +22,17 @@ pub(crate) struct Args {
     /// Check every cluster of every image as well
     #[arg(long)]
     deep: bool,
-    /// Read all that the VM and each snapshot hold, and tell its CRC-32
+    /// Read the content of the VM and of each snapshot, and print its CRC-32
     #[arg(long)]
     digests: bool,
-    /// Tell what was found as JSON
+    /// Print the result as JSON
     #[arg(long)]
     json: bool,
     #[command(flatten)]
     hypervisor: HypervisorArgs,
 }
 
-/// Does it.
+/// Runs the verb.
 pub(crate) fn run(args: &Args) -> Outcome {
     let set = args.hypervisor.load(&args.catalogue)?;
     let options = VerifyOptions::default().with_deep(args.deep).with_digests(args.digests);

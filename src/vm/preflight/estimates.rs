@@ -1,0 +1,229 @@
+//! Estimates of merges, and the obstacles that follow from them.
+
+use std::collections::BTreeMap;
+
+use super::Checks;
+use crate::chain::{Chain, Format};
+use crate::format::{IncompatibleFeatures, Version};
+use crate::merge::{self, Direction, MergePlan};
+use crate::storage;
+use crate::vm::files::Links;
+use crate::vm::model::FileRef;
+use crate::vm::plan::request::MergePreference;
+use crate::vm::plan::{Cost, MergeStep, Plan, Step};
+use crate::vm::{Error, Refusal, Result};
+
+/// The descriptors that an operation needs besides those of images: catalogue, journal, locks, directories.
+const RESERVED_DESCRIPTORS: u64 = 16;
+
+/// The estimate of one volume's merge.
+pub(super) enum Estimate {
+    /// The library merges: both directions.
+    Offline(Box<MergePlan>),
+    /// The hypervisor merges: at most these bytes of data.
+    Live(u64),
+}
+
+impl Estimate {
+    /// Returns the volume and the cost of the direction that the plan has for it.
+    pub(super) fn cost(&self, plan: &Plan, volume: &str) -> Option<(String, Cost)> {
+        let direction = plan.merges().find(|(name, _)| *name == volume).map(|(_, step)| step.direction)?;
+        let cost = match self {
+            Self::Live(data) => {
+                Cost { direction, data: *data, space_needed: *data, space_free: None, other_direction_data: None }
+            }
+            Self::Offline(estimate) => {
+                let (way, other) = match direction {
+                    Direction::Commit => (&estimate.commit, &estimate.pull),
+                    Direction::Pull => (&estimate.pull, &estimate.commit),
+                };
+                Cost {
+                    direction,
+                    data: way.data,
+                    space_needed: way.space_needed,
+                    space_free: way.space_free,
+                    other_direction_data: Some(other.data),
+                }
+            }
+        };
+        Some((volume.to_owned(), cost))
+    }
+}
+
+/// A refusal that [`Checks::explain_writer`] explains.
+fn in_use(path: &str) -> Error {
+    Refusal::InUse { path: path.to_owned(), held: String::new() }.into()
+}
+
+impl Checks<'_> {
+    /// Estimates the merges of a plan. Each table is walked once, for both directions.
+    pub(super) fn estimate(&self, plan: &Plan) -> Result<BTreeMap<String, Estimate>> {
+        let mut estimates = BTreeMap::new();
+        for (volume, step) in plan.merges() {
+            let estimate = if self.is_live(step) {
+                // The tables of a file that is being written cannot be relied on: all of it may move.
+                Estimate::Live(self.files.look(&step.top)?.bytes_on_disk.unwrap_or_default())
+            } else {
+                let chain = self.chain_of(step)?;
+                Estimate::Offline(Box::new(merge::plan(&chain, 1)?))
+            };
+            estimates.insert(volume.to_owned(), estimate);
+        }
+        Ok(estimates)
+    }
+
+    /// Returns true if the running VM has a file of a merge open: its hypervisor merges then.
+    fn is_live(&self, step: &MergeStep) -> bool {
+        [&step.top, &step.base].iter().any(|file| self.is_open_in_vm(&file.path))
+    }
+
+    fn chain_of(&self, step: &MergeStep) -> Result<Chain> {
+        let files: Vec<FileRef> = [&step.top, &step.base].into_iter().chain(&step.below).cloned().collect();
+        self.files.chain(&files, 0, Links::Exact).map_err(|error| match &error {
+            Error::Refused(Refusal::InUse { path, .. }) => {
+                let busy = files.iter().find(|file| self.files.shown(&file.path) == *path);
+                busy.map(|file| file.path.clone()).map_or(error, |path| self.explain_writer(&path, in_use(&path)))
+            }
+            _ => error,
+        })
+    }
+
+    /// Resolves the preferred direction for each volume.
+    pub(super) fn preferences(&self, estimates: &BTreeMap<String, Estimate>) -> Vec<(String, MergePreference)> {
+        let resolve = |estimate: &Estimate| match (self.options.direction, estimate) {
+            (MergePreference::Auto, Estimate::Offline(estimate)) if estimate.cheapest == Direction::Pull => {
+                MergePreference::PullElseCommit
+            }
+            (MergePreference::Auto, _) => MergePreference::CommitElsePull,
+            (told, _) => told,
+        };
+        estimates.iter().map(|(volume, estimate)| (volume.clone(), resolve(estimate))).collect()
+    }
+
+    /// Refuses merges that cannot succeed: images that may not be written, devices that are too small, and lack of space.
+    /// Volumes on one file system share its space.
+    pub(super) fn check_merges(&self, plan: &Plan, estimates: &BTreeMap<String, Estimate>) -> Result<()> {
+        let mut needs: BTreeMap<Option<u64>, (u64, u64, String)> = BTreeMap::new();
+        for (volume, step) in plan.merges() {
+            if self.is_live(step) {
+                self.check_live(step)?;
+                continue;
+            }
+            self.check_survivor(step)?;
+            let Some(Estimate::Offline(estimate)) = estimates.get(volume) else { continue };
+            let way = estimate.way(step.direction);
+            let Some(free) = way.space_free else { continue };
+            let path = self.files.path(&step.survivor().path);
+            let device = self.files.held().storage(&path).and_then(|storage| storage.file_id()).map(|id| id.device);
+            let entry = needs.entry(device).or_insert((0, u64::MAX, path.display().to_string()));
+            entry.0 += way.space_needed;
+            entry.1 = entry.1.min(free);
+        }
+        if let Some((need, have, file)) = needs.into_values().find(|(need, have, _)| need > have) {
+            return Err(Error::NoSpace { file, need, have });
+        }
+        self.check_relinks(plan)
+    }
+
+    fn check_live(&self, step: &MergeStep) -> Result<()> {
+        // A hypervisor leaves the base as large as it is, and the VM would see what is past the end of its disk.
+        if self.files.look(&step.base)?.virtual_size > self.files.look(&step.top)?.virtual_size {
+            return Err(Refusal::Running { operation: "merge into a larger file" }.into());
+        }
+        Ok(())
+    }
+
+    fn check_survivor(&self, step: &MergeStep) -> Result<()> {
+        self.check_writable_image(step.survivor())?;
+        if step.direction == Direction::Pull {
+            return Ok(());
+        }
+        let (base, top) = (self.files.look_layer(&step.base)?, self.files.look(&step.top)?);
+        let (size, have) = (top.virtual_size, base.node.virtual_size());
+        if step.base.format == Format::Raw && base.node.storage().is_fixed_size() && have < size {
+            return Err(Refusal::DeviceTooSmall { path: self.files.shown(&step.base.path), need: size, have }.into());
+        }
+        let fixed = base.node.as_qcow2().is_some_and(|image| {
+            let header = image.header().header;
+            header.version == Version::V2 && header.nb_snapshots > 0
+        });
+        if fixed && have != size {
+            return Err(Refusal::Obstacle {
+                path: self.files.shown(&step.base.path),
+                problem: format!(
+                    "it has {have} bytes and would get {size}, and a version 2 image with internal snapshots cannot be \
+                     resized"
+                ),
+                remedy: "delete its internal snapshots".to_owned(),
+            }
+            .into());
+        }
+        Ok(())
+    }
+
+    /// Refuses to write an image that is marked corrupt or was not closed.
+    fn check_writable_image(&self, file: &FileRef) -> Result<()> {
+        let layer = self.files.look_layer(file)?;
+        let Some(image) = layer.node.as_qcow2() else { return Ok(()) };
+        let features = image.header().header.incompatible_features;
+        let problem = if features.has(IncompatibleFeatures::CORRUPT) {
+            "it is marked corrupt"
+        } else if features.has(IncompatibleFeatures::DIRTY) {
+            "it was not closed, and its refcounts are not up to date"
+        } else {
+            return Ok(());
+        };
+        let path = self.files.shown(&file.path);
+        let remedy = format!("repair it: qcow2-chain check -r all {path}");
+        Err(Refusal::Obstacle { path, problem: problem.to_owned(), remedy }.into())
+    }
+
+    /// Refuses files to relink whose header names neither the old nor the new backing file, or may not be written.
+    fn check_relinks(&self, plan: &Plan) -> Result<()> {
+        let new: Vec<&str> = plan.created().map(|overlay| overlay.file.path.as_str()).collect();
+        for step in plan.works().flat_map(|work| &work.steps) {
+            let Step::Relink { file, from, to } = step else { continue };
+            if new.contains(&file.path.as_str()) {
+                continue;
+            }
+            let layer = self.files.look_layer(file)?;
+            self.files.check_link(&layer, file, &[from.clone(), to.clone()], Links::MaySkip)?;
+            if self.is_open_in_vm(&file.path) {
+                continue;
+            }
+            let facts = self.facts.get(&file.path).cloned().unwrap_or_default();
+            let path = self.files.shown(&file.path);
+            match (facts.unwritable, facts.in_use) {
+                (Some(reason), _) => return Err(Refusal::Unwritable { path, reason }.into()),
+                (None, Some(held)) => return Err(Refusal::InUse { path, held }.into()),
+                (None, None) => self.check_writable_image(file)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses an operation for which the process may not open enough files.
+    pub(super) fn check_descriptors(&self, plan: &Plan, files: usize) -> Result<()> {
+        let Some(have) = storage::descriptors_left() else { return Ok(()) };
+        let need = files as u64 + self.chain_descriptors(plan) + RESERVED_DESCRIPTORS;
+        if need > have { Err(Refusal::Descriptors { need, have }.into()) } else { Ok(()) }
+    }
+
+    /// Returns the descriptors that the work on one volume needs besides the locked files.
+    fn chain_descriptors(&self, plan: &Plan) -> u64 {
+        let deepest = plan.merges().map(|(_, step)| step.below.len() as u64).max().unwrap_or_default();
+        deepest + 4
+    }
+
+    /// Returns the number of volumes that can be worked on at once with the descriptors that are left.
+    pub(super) fn jobs(&self, plan: &Plan) -> Result<usize> {
+        let wanted = self.set.jobs;
+        let Some(left) = storage::descriptors_left() else { return Ok(wanted) };
+        let each = self.chain_descriptors(plan);
+        let possible = left.saturating_sub(RESERVED_DESCRIPTORS) / each;
+        if possible == 0 {
+            return Err(Refusal::Descriptors { need: each + RESERVED_DESCRIPTORS, have: left }.into());
+        }
+        Ok(wanted.min(usize::try_from(possible).unwrap_or(usize::MAX)))
+    }
+}

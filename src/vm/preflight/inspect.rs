@@ -1,0 +1,252 @@
+//! Inspection and locking of the files that an operation concerns.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+use super::Checks;
+use crate::chain::find_dependents;
+use crate::storage::{self, Access, EntryKind, FileId, LockMode};
+use crate::vm::files::{Hold, facts};
+use crate::vm::model::Volume;
+use crate::vm::plan::request::{FileFacts, Request};
+use crate::vm::plan::{Plan, Step};
+use crate::vm::{Error, Refusal, Result};
+
+impl Checks<'_> {
+    /// Refuses if the running VM writes a file other than the active one, by its hypervisor.
+    pub(super) fn refuse_wrong_disks(&self) -> Result<()> {
+        if !self.domain.running {
+            return Ok(());
+        }
+        for (volume, _, record) in self.model.records() {
+            let path = &record.file.path;
+            if !self.is_active(path) && self.domain.disk_writing(&self.files, path).is_some() {
+                return Err(self.wrong_file(&volume.name, path).into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses if another program writes a file other than the active one: probably the VM, on the wrong file. Files that
+    /// were opened with a lock before are not opened again.
+    pub(super) fn refuse_writers(&self, examined: &BTreeSet<String>) -> Result<()> {
+        for (volume, _, record) in self.model.records() {
+            let path = &record.file.path;
+            if self.is_active(path) || examined.contains(path) || self.is_open_in_vm(path) {
+                continue;
+            }
+            match self.files.refuse_writer(path) {
+                Err(Error::Refused(Refusal::InUse { .. })) => {
+                    return Err(self.wrong_file(&volume.name, path).into());
+                }
+                // A file that is not concerned may be missing or unreadable: `verify` reports it.
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn is_active(&self, path: &str) -> bool {
+        self.model.volumes.iter().any(|volume| volume.active.file.path == path)
+    }
+
+    fn wrong_file(&self, volume: &str, path: &str) -> Refusal {
+        let active = self.model.volume(volume).map(|volume| self.files.shown(&volume.active.file.path));
+        Refusal::WrongFile {
+            volume: volume.to_owned(),
+            path: self.files.shown(path),
+            active: active.unwrap_or_else(|| "none".to_owned()),
+        }
+    }
+
+    /// Turns the refusal of a frozen file that another program writes into one that names the probable cause.
+    pub(super) fn explain_writer(&self, path: &str, error: Error) -> Error {
+        let of = self.model.records().find(|(_, _, record)| record.file.path == path);
+        match (error, of) {
+            (Error::Refused(Refusal::InUse { .. }), Some((volume, _, _))) if !self.is_active(path) => {
+                self.wrong_file(&volume.name, path).into()
+            }
+            (error, _) => error,
+        }
+    }
+
+    /// Reads the sizes of the active files, and locks those that the operation freezes or discards.
+    pub(super) fn inspect_active_files(&mut self) -> Result<()> {
+        let concerned = match self.request {
+            Request::Create { .. } | Request::Revert { .. } => None,
+            Request::Resize { volume, .. } => Some(volume.clone()),
+            _ => Some(String::new()),
+        };
+        for index in 0..self.model.volumes.len() {
+            let volume = self.model.volumes[index].clone();
+            let holds = concerned.as_ref().is_none_or(|name| *name == volume.name);
+            match self.inspect_active(&volume, holds) {
+                Ok((size, bytes)) => {
+                    let active = &mut self.model.volumes[index].active;
+                    (active.virtual_size, active.bytes_on_disk) = (size, bytes);
+                }
+                Err(error) if self.may_be_lost(&error) => {
+                    self.lost.push(volume.active.file.path.clone());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn inspect_active(&self, volume: &Volume, hold: bool) -> Result<(u64, Option<u64>)> {
+        let file = &volume.active.file;
+        if hold
+            && !self.is_open_in_vm(&file.path)
+            && let Hold::Shared(held) = self.files.hold(&file.path)?
+        {
+            return Err(Refusal::InUse { path: self.files.shown(&file.path), held }.into());
+        }
+        let found = facts(&self.files.look_layer(file)?)?;
+        Ok((found.virtual_size, found.bytes_on_disk))
+    }
+
+    /// Returns true if an error about a file that the operation discards may be passed over, as the caller said.
+    fn may_be_lost(&self, error: &Error) -> bool {
+        let discards = matches!(self.request, Request::Revert { .. } | Request::Delete { .. });
+        let held = matches!(error, Error::Refused(Refusal::InUse { .. }));
+        self.options.discard_lost && discards && !held
+    }
+
+    /// Locks all files that the plan writes, relinks or removes, and gathers the facts that decide on their fate.
+    pub(super) fn inspect_files(&mut self, plan: &Plan) -> Result<()> {
+        let concerned = concerned(plan);
+        self.check_descriptors(plan, concerned.len())?;
+        let mut identities: BTreeMap<FileId, String> = BTreeMap::new();
+        for (path, provided) in concerned {
+            let facts = match self.inspect_file(&path, provided) {
+                Ok(facts) => facts,
+                Err(error) if self.may_be_lost(&error) && self.is_discarded(plan, &path) => {
+                    self.lost.push(path.clone());
+                    FileFacts::default()
+                }
+                Err(error) => return Err(error),
+            };
+            if let Some(identity) = facts.identity
+                && let Some(first) = identities.insert(identity, path.clone())
+            {
+                let (first, second) = (self.files.shown(&first), self.files.shown(&path));
+                return Err(Refusal::SameFile { first, second }.into());
+            }
+            self.facts.insert(path, facts);
+        }
+        Ok(())
+    }
+
+    fn is_discarded(&self, plan: &Plan, path: &str) -> bool {
+        plan.stages.iter().any(|stage| stage.leaving.remove.iter().any(|removal| removal.path == path))
+    }
+
+    fn inspect_file(&self, path: &str, provided: bool) -> Result<FileFacts> {
+        let mut facts = FileFacts::default();
+        match self.files.file_system().entry(&self.files.path(path))? {
+            EntryKind::Link => facts.unremovable = Some("its path is a symbolic link now".to_owned()),
+            EntryKind::BlockDevice if !provided => facts.unremovable = Some("it is a block device".to_owned()),
+            EntryKind::Other => facts.unremovable = Some("it is not a regular file".to_owned()),
+            _ if provided && self.set.provider.is_none() => {
+                facts.unremovable = Some("its overlay provider is not given".to_owned());
+            }
+            _ => {}
+        }
+        if self.is_open_in_vm(path) {
+            facts.identity = self.files.identity(path)?;
+            facts.unwritable = self.unwritable(path)?;
+            return Ok(facts);
+        }
+        match self.files.hold(path).map_err(|error| self.explain_writer(path, error))? {
+            Hold::Writable => {}
+            Hold::ReadOnly(reason) => facts.unwritable = Some(reason),
+            Hold::Shared(held) => facts.in_use = Some(held),
+        }
+        facts.identity = self.files.held().storage(&self.files.path(path)).and_then(|storage| storage.file_id());
+        Ok(facts)
+    }
+
+    /// Returns the reason why a file that a running VM has open may not be written.
+    fn unwritable(&self, path: &str) -> Result<Option<String>> {
+        let storage = match self.files.storage(path, &Access::write().with_lock(LockMode::None)) {
+            Ok(storage) => storage,
+            Err(Error::Storage(storage::Error::Io { source, .. }))
+                if source.kind() == std::io::ErrorKind::PermissionDenied
+                    || source.kind() == std::io::ErrorKind::ReadOnlyFilesystem =>
+            {
+                return Ok(Some(source.to_string()));
+            }
+            Err(error) => return Err(error),
+        };
+        let mode = storage.as_file().and_then(|file| file.metadata().ok()).map(|metadata| metadata.permissions());
+        let read_only = storage.is_read_only() || mode.is_some_and(|mode| mode.readonly());
+        Ok(read_only.then(|| "it is read-only".to_owned()))
+    }
+
+    /// Searches for images outside the set that depend on files which the plan writes or removes.
+    pub(super) fn find_dependents(&mut self, plan: &Plan) -> Result<()> {
+        let mut files: BTreeMap<PathBuf, String> = BTreeMap::new();
+        let merged = plan.merges().flat_map(|(_, step)| [&step.top.path, &step.base.path]);
+        let leaving = plan.removals().map(|removal| &removal.path);
+        for path in merged.chain(leaving).filter(|path| !self.lost.contains(path)) {
+            files.insert(self.files.path(path), path.clone());
+        }
+        if files.is_empty() || !self.options.dependents.enabled {
+            return Ok(());
+        }
+        let own: Vec<PathBuf> = self.model.records().map(|(_, _, record)| self.files.path(&record.file.path)).collect();
+        let searched: Vec<PathBuf> = files.keys().cloned().collect();
+        let found = find_dependents(self.files.file_system(), &searched, &own, &self.options.dependents)?;
+        for dependent in found {
+            if let Some(path) = files.get(&dependent.file) {
+                let facts = self.facts.entry(path.clone()).or_default();
+                facts.dependents.push(dependent.image.display().to_string());
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses to remove or relink a file that the running VM has open, other than the top of a merge that its hypervisor
+    /// does.
+    pub(super) fn refuse_open_in_vm(&self, plan: &Plan) -> Result<()> {
+        let tops: BTreeSet<&str> = plan
+            .merges()
+            .filter(|(_, step)| self.is_open_in_vm(&step.base.path))
+            .map(|(_, step)| step.top.path.as_str())
+            .collect();
+        for removal in plan.removals().filter(|removal| !tops.contains(removal.path.as_str())) {
+            if let Some((disk, _)) = self.domain.disk_with(&self.files, &removal.path) {
+                let (path, disk) = (self.files.shown(&removal.path), disk.to_owned());
+                return Err(Refusal::OpenInVm { path, disk, action: "remove" }.into());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Returns the files that a plan writes, relinks or removes, without the overlays that it creates; and for each if a
+/// provider manages it.
+fn concerned(plan: &Plan) -> BTreeMap<String, bool> {
+    let mut files = BTreeMap::new();
+    for work in plan.works() {
+        for step in &work.steps {
+            match step {
+                Step::Merge(merge) => {
+                    files.entry(merge.top.path.clone()).or_insert(false);
+                    files.entry(merge.base.path.clone()).or_insert(false);
+                }
+                Step::Relink { file, .. } | Step::Resize { file, .. } => {
+                    files.entry(file.path.clone()).or_insert(false);
+                }
+            }
+        }
+    }
+    for removal in plan.removals() {
+        files.insert(removal.path.clone(), removal.provided);
+    }
+    for overlay in plan.created() {
+        files.remove(&overlay.file.path);
+    }
+    files
+}
