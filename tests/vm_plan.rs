@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use qcow2_chain::chain::Format;
 use qcow2_chain::merge::Direction;
 use qcow2_chain::vm::{
-    Base, Edit, FileRecord, FileRef, Fingerprint, MergePreference, Model, Plan, PlanOptions, Refusal,
-    Request, SnapshotId, State, Step, Volume, plan,
+    Base, Edit, FileRecord, FileRef, Fingerprint, MergePreference, Model, Plan, PlanOptions, Refusal, Request,
+    SnapshotId, State, Step, Volume, plan,
 };
 
 use crate::support::rng::{Rng, cases, count};

@@ -2,8 +2,11 @@
 //! dropped.
 
 use std::ffi::OsStr;
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+
+use nix::sys::stat::{Mode, SFlag, mknod};
 
 use super::program::tool;
 use crate::support::say;
@@ -13,6 +16,8 @@ use crate::support::say;
 pub struct Loop {
     pub path: PathBuf,
     backing: PathBuf,
+    /// The device number, to create the node again if the program under test removed it.
+    number: u64,
 }
 
 impl Loop {
@@ -26,7 +31,8 @@ impl Loop {
             say("SKIPPED: no loop device can be attached (root is needed)");
             return None;
         };
-        Some(Self { path: path.into(), backing: backing.to_owned() })
+        let number = std::os::unix::fs::MetadataExt::rdev(&std::fs::metadata(&path).expect("a device"));
+        Some(Self { path: path.into(), backing: backing.to_owned(), number })
     }
 
     /// Changes the length of the device.
@@ -40,6 +46,11 @@ impl Loop {
 
 impl Drop for Loop {
     fn drop(&mut self) {
+        let is_device = |path: &Path| path.metadata().is_ok_and(|found| found.file_type().is_block_device());
+        if !is_device(&self.path) {
+            let _ = std::fs::remove_file(&self.path);
+            let _ = mknod(&self.path, SFlag::S_IFBLK, Mode::from_bits_truncate(0o660), self.number);
+        }
         let _ = tool("losetup", &["--detach".as_ref(), self.path.as_os_str()]);
         let _ = std::fs::remove_file(&self.backing);
     }

@@ -64,8 +64,7 @@ impl Life<'_> {
         let now = Tree::read(&self.world.watched);
         if !run.done() {
             before.assert_unchanged(&now, "init");
-            let lacks_option = self.world.recipe.device && !self.world.grounds.verbs.overlay_dir;
-            assert!(self.world.recipe.may_refuse_init() || lacks_option, "init is refused: {}", run.stderr);
+            assert!(self.world.recipe.may_refuse_init(), "init is refused: {}", run.stderr);
             return false;
         }
         // Paths that are not UTF-8 cannot be read back from JSON.
@@ -159,7 +158,7 @@ impl Life<'_> {
         let after = op.after(&self.world.state);
         self.can_start(&after, rng);
         let mut candidates = after;
-        if matches!(op, Op::Delete { .. }) && self.world.grounds.verbs.cancel && rng.chance(1, 3) {
+        if matches!(op, Op::Delete { .. }) && rng.chance(1, 3) {
             let called_off = self.cancel(rng);
             if called_off {
                 candidates.clear();
@@ -283,7 +282,6 @@ impl Life<'_> {
         let mut discards = false;
         if let Op::Revert { more, .. } = &mut op
             && lost
-            && self.world.grounds.verbs.discard_lost
             && !self.world.has_clones()
         {
             more.push("--discard-lost");
@@ -377,7 +375,7 @@ impl Life<'_> {
             world.watched.push(old);
         }
         self.count(if copies { "copy" } else { "move" }, true);
-        if copies && self.world.recipe.template && self.world.grounds.verbs.accept_base {
+        if copies && self.world.recipe.template {
             for volume in self.world.state.now.clone().into_keys() {
                 let base = self.world.root.join("templates").join(format!("{volume}.qcow2"));
                 let args = self.world.verb("accept-base", &[base.into()], rng);
@@ -389,7 +387,7 @@ impl Life<'_> {
     }
 
     fn attach(&mut self, rng: &mut Rng) {
-        let Some((before, run, after)) = self.world.attach(rng) else { return };
+        let (before, run, after) = self.world.attach(rng);
         assert!(run.done(), "attach: {}", run.stderr);
         self.count("attach", true);
         self.world.judge_done(&before, &run, &[after], rng);

@@ -2,11 +2,9 @@
 
 use std::ffi::OsString;
 use std::fmt::Display;
-use std::path::Path;
 use std::time::Instant;
 
-use qcow2_chain::merge::Direction;
-use qcow2_chain::vm::{MergeOptions, SnapshotOptions, SnapshotSet};
+use qcow2_chain::vm::{MergeOptions, MergePreference, SnapshotOptions, SnapshotSet};
 
 use super::images::{self, commands};
 use super::names::volume_argument;
@@ -14,40 +12,6 @@ use super::oracle::{Before, Listing};
 use super::program::{Run, args};
 use super::world::{State, World};
 use crate::support::rng::Rng;
-
-/// The verbs and options that the program has.
-#[derive(Clone, Copy, Debug)]
-pub struct Verbs {
-    pub cancel: bool,
-    pub attach: bool,
-    pub overlay_dir: bool,
-    pub discard_lost: bool,
-    pub detach_missing: bool,
-    pub accept_base: bool,
-    pub dependents: bool,
-}
-
-impl Verbs {
-    /// Asks a program for its verbs and options.
-    pub fn of(binary: &Path) -> Self {
-        let help = |verb: &str| {
-            let verb = [verb].into_iter().filter(|verb| !verb.is_empty());
-            let output = std::process::Command::new(binary).arg("vm").args(verb).arg("--help").output();
-            String::from_utf8_lossy(&output.expect("the program starts").stdout).into_owned()
-        };
-        let (all, init, revert) = (help(""), help("init"), help("revert"));
-        let verb = |name: &str| all.lines().any(|line| line.trim_start().starts_with(name));
-        Self {
-            cancel: verb("cancel"),
-            attach: verb("attach"),
-            accept_base: verb("accept-base"),
-            overlay_dir: init.contains("overlay_dir"),
-            dependents: init.contains("--no-dependents"),
-            discard_lost: revert.contains("--discard-lost"),
-            detach_missing: revert.contains("--detach-missing"),
-        }
-    }
-}
 
 /// The expected outcome of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,7 +46,7 @@ impl Op {
                 let fixed = world.device.is_some() && volume == "vda";
                 if fixed { Self::snapshot(world, rng) } else { Self::Resize { volume, size } }
             }
-            10 if world.grounds.verbs.attach && volumes.len() > 1 => Self::Detach { volume: rng.pick(&volumes) },
+            10 if volumes.len() > 1 => Self::Detach { volume: rng.pick(&volumes) },
             _ => Self::snapshot(world, rng),
         }
     }
@@ -106,7 +70,7 @@ impl Op {
     fn revert(world: &World<'_>, names: &[String], rng: &mut Rng) -> Self {
         let name = rng.pick(names);
         let lacks = lacks_a_volume(&world.state, &name);
-        let consents = lacks && world.grounds.verbs.detach_missing && rng.chance(1, 2);
+        let consents = lacks && rng.chance(1, 2);
         let more = if consents { vec!["--detach-missing"] } else { Vec::new() };
         Self::Revert { name, more }
     }
@@ -250,9 +214,9 @@ impl World<'_> {
                 let options = MergeOptions::default();
                 let options = match direction {
                     None => options,
-                    Some("pull") => options.with_direction(Direction::Pull),
-                    Some("auto") => options.with_direction(Direction::Auto),
-                    Some(_) => options.with_direction(Direction::Commit),
+                    Some("pull") => options.with_direction(MergePreference::Pull),
+                    Some("auto") => options.with_direction(MergePreference::Auto),
+                    Some(_) => options.with_direction(MergePreference::Commit),
                 };
                 set.delete(name, &options, &())
             }
@@ -286,11 +250,8 @@ impl World<'_> {
         self.log.push("guest writes".to_owned());
     }
 
-    /// Attaches a new volume; `None` if the program cannot.
-    pub fn attach(&mut self, rng: &mut Rng) -> Option<(Before, Run, State)> {
-        if !self.grounds.verbs.attach {
-            return None;
-        }
+    /// Attaches a new volume.
+    pub fn attach(&mut self, rng: &mut Rng) -> (Before, Run, State) {
         self.next += 1;
         let (name, size) = (format!("more{}", self.next), 256 << 10);
         let path = self.dirs[0].join(self.recipe.naming.image(&name, "qcow2"));
@@ -305,6 +266,6 @@ impl World<'_> {
         let args = self.verb("attach", &["--volume".into(), volume_argument(&name, &path, &[])], rng);
         let run = self.caller.run(&args);
         self.log.push(format!("attach {name} -> {:?} {}", run.code, run.stderr));
-        Some((before, run, after))
+        (before, run, after)
     }
 }

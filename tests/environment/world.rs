@@ -12,7 +12,6 @@ use super::devices::{Loop, Mount};
 use super::images;
 use super::names::{Naming, backing_name, relative, volume_argument};
 use super::neighbours::{Neighbour, Template, Twin, bystanders};
-use super::operations::Verbs;
 use super::program::{Caller, args, give, is_root};
 use super::recipe::{Call, Layout, Link, Recipe};
 use crate::support::qemu::Qemu;
@@ -38,7 +37,6 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_qcow2-chain");
 /// The directories, tools and rights that all worlds of a test share.
 pub struct Grounds {
     pub qemu: Qemu,
-    pub verbs: Verbs,
     pub root: bool,
     pub attributes: bool,
     /// A second file system.
@@ -79,8 +77,7 @@ impl Grounds {
         });
         let mount = if root && second { Mount::new(dir.path()) } else { None };
         let other = mount.as_ref().map(|mount| mount.path().to_owned());
-        let verbs = Verbs::of(Path::new(PROGRAM));
-        Some(Self { qemu, verbs, root, attributes, other, open_binary: OnceLock::new(), _mount: mount, dir })
+        Some(Self { qemu, root, attributes, other, open_binary: OnceLock::new(), _mount: mount, dir })
     }
 
     /// A path in memory that no other world uses.
