@@ -1,11 +1,11 @@
-//! Names that remember what was opened.
+//! A file system that records the paths that are opened.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use qcow2_chain::storage::{Access, MemoryFileSystem, FileSystem, Resolved, Result, Storage};
+use qcow2_chain::storage::{Access, Attributes, EntryKind, FileSystem, MemoryFileSystem, Resolved, Result, Storage};
 
-/// Names in memory that note every path that was opened, and refuse to be changed.
+/// A file system in memory that records every opened path and refuses changes.
 #[derive(Debug, Default)]
 pub struct WatchedFileSystem {
     /// The files.
@@ -14,7 +14,7 @@ pub struct WatchedFileSystem {
 }
 
 impl WatchedFileSystem {
-    /// What was opened so far, as it was asked for.
+    /// Returns the paths that were opened, as they were given.
     pub fn opened(&self) -> Vec<PathBuf> {
         self.opened.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -29,6 +29,14 @@ impl FileSystem for WatchedFileSystem {
 
     fn create_new(&self, path: &Path) -> Result<Arc<dyn Storage>> {
         panic!("{} is created", path.display());
+    }
+
+    fn create_new_like(&self, path: &Path, _model: &dyn Storage, _attributes: Attributes) -> Result<Arc<dyn Storage>> {
+        panic!("{} is created", path.display());
+    }
+
+    fn check_create_like(&self, directory: &Path, model: &dyn Storage) -> Result<()> {
+        self.files.check_create_like(directory, model)
     }
 
     fn rename(&self, from: &Path, _to: &Path) -> Result<()> {
@@ -49,6 +57,14 @@ impl FileSystem for WatchedFileSystem {
 
     fn exists(&self, path: &Path) -> Result<bool> {
         self.files.exists(path)
+    }
+
+    fn entry(&self, path: &Path) -> Result<EntryKind> {
+        self.files.entry(path)
+    }
+
+    fn is_memory_backed(&self, directory: &Path) -> Result<bool> {
+        self.files.is_memory_backed(directory)
     }
 
     fn resolve(&self, path: &Path) -> Result<Resolved> {

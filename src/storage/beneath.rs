@@ -1,11 +1,12 @@
-//! Names that must not leave a directory.
+//! Opening of paths that must not leave a directory.
 
 use std::fs::File;
 use std::path::{Component, Path, PathBuf};
 
 use super::{Error, Result};
 
-/// A path without `.` and with every `..` taken by its letters, or nothing where `..` leads above the root.
+/// Returns a path without `.` and `..`, computed without the disk, or `None` if it leads above the
+/// root.
 pub(super) fn by_letters(path: &Path) -> Option<PathBuf> {
     let mut out = PathBuf::new();
     for component in path.components() {
@@ -22,8 +23,8 @@ pub(super) fn by_letters(path: &Path) -> Option<PathBuf> {
     Some(out)
 }
 
-/// Splits an absolute path where it has arrived in an absolute directory, by its letters: the longest such beginning, and
-/// the rest, which is what a kernel resolves beneath the directory.
+/// Splits an absolute path into the longest beginning that means the absolute directory, computed
+/// without the disk, and the rest, which the kernel resolves beneath the directory.
 pub(super) fn split(path: &Path, directory: &Path) -> Option<(PathBuf, PathBuf)> {
     let directory = by_letters(directory)?;
     let components: Vec<_> = path.components().collect();
@@ -39,7 +40,7 @@ pub(super) fn refused(path: &Path, directory: &Path, why: &str) -> Error {
     Error::Refused { name: path.display().to_string(), why }
 }
 
-/// Opens a path that must lie beneath a directory.
+/// Opens a path that must be beneath a directory.
 #[cfg(unix)]
 pub(super) fn open(path: &Path, directory: &Path, write: bool) -> Result<File> {
     use super::file::cannot_open;
@@ -55,8 +56,8 @@ pub(super) fn open(path: &Path, directory: &Path, write: bool) -> Result<File> {
     let cannot = |error| Error::io(&directory.display().to_string(), "open the directory", 0, error);
     let handle = sys::open_directory(directory).map_err(cannot)?;
     if start.components().any(|component| component == Component::ParentDir) {
-        // The letters say that this is the directory. After a symbolic link `..` may be elsewhere: then the path means
-        // another file than the one that would be opened.
+        // Computed without the disk, this is the directory. After a symbolic link `..` may lead
+        // elsewhere, and the path would mean another file than the one that is opened below.
         let same = |meant: std::fs::Metadata| -> Result<bool> {
             let there = File::from(handle.try_clone().map_err(cannot)?).metadata().map_err(cannot)?;
             Ok(sys::file_id(&meant) == sys::file_id(&there))
@@ -71,7 +72,7 @@ pub(super) fn open(path: &Path, directory: &Path, write: bool) -> Result<File> {
     })
 }
 
-/// Elsewhere nothing keeps a name in a directory while it is resolved, and this does not pretend to.
+/// Other platforms have no calls that keep a path beneath a directory while it is resolved.
 #[cfg(not(unix))]
 pub(super) fn open(path: &Path, _directory: &Path, _write: bool) -> Result<File> {
     Err(Error::unsupported(&path.display().to_string(), "keeping a name beneath a directory"))
@@ -82,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn letters() {
+    fn by_letters_removes_dots() {
         let plain = |path: &str| by_letters(Path::new(path)).map(|path| path.display().to_string());
         assert_eq!(plain("/a/./b/../c").as_deref(), Some("/a/c"));
         assert_eq!(plain("a/..").as_deref(), Some(""));
@@ -91,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn splits_where_the_directory_ends() {
+    fn split_ends_at_the_directory() {
         let rest = |path: &str, directory: &str| {
             split(Path::new(path), Path::new(directory)).map(|(_, rest)| rest.display().to_string())
         };
@@ -99,7 +100,7 @@ mod tests {
         assert_eq!(rest("/a/b/c", "/a/b/").as_deref(), Some("c"));
         assert_eq!(rest("/a/x/../b/c", "/a/b").as_deref(), Some("c"));
         assert_eq!(rest("/a/b/../b/c", "/a/b").as_deref(), Some("c"));
-        // What leaves the directory later is the kernel's to refuse.
+        // The kernel refuses a rest that leaves the directory.
         assert_eq!(rest("/a/b/../../etc/passwd", "/a/b").as_deref(), Some("../../etc/passwd"));
         assert_eq!(rest("/ab/c", "/a"), None);
         assert_eq!(rest("/etc/passwd", "/a"), None);

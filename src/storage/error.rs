@@ -1,4 +1,4 @@
-//! What a storage says when it cannot.
+//! The errors of storages and file systems.
 
 use std::io;
 
@@ -7,34 +7,34 @@ use thiserror::Error;
 /// The result of a storage operation.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why a storage could not do what was asked.
+/// The error of a storage or file system operation.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The operating system failed.
+    /// The operating system returned an error.
     #[error("{name}: cannot {action}")]
     Io {
         /// The storage's name.
         name: String,
-        /// What was tried, with its offset.
+        /// The attempted action, with its offset.
         action: String,
-        /// The system's own word.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// There is no room left. Nothing is lost by trying again when there is.
+    /// The medium is full. The operation can be repeated when there is space.
     #[error("{name}: no space left for {need} bytes")]
     NoSpace {
         /// The storage's name.
         name: String,
-        /// How many bytes were to be written.
+        /// The bytes that the operation needs.
         need: u64,
     },
-    /// Another program (or another handle) holds the image.
+    /// Another program, or another handle of this one, holds a lock on the image.
     #[error("{name}: {held} (is another process using the image?)")]
     Busy {
         /// The storage's name.
         name: String,
-        /// What is held, in QEMU's words: `failed to get "write" lock`.
+        /// The lock that is held, in QEMU's words: `failed to get "write" lock`.
         held: String,
     },
     /// The storage was opened for reading only.
@@ -43,33 +43,36 @@ pub enum Error {
         /// The storage's name.
         name: String,
     },
-    /// The storage or the platform cannot do this.
+    /// The storage or the platform does not support the operation.
     #[error("{name}: {what} is not supported here")]
     Unsupported {
         /// The storage's name.
         name: String,
-        /// What was asked for.
+        /// The operation.
         what: String,
     },
-    /// A name was refused: it leads out of the directory it must stay in, or is not a file that may hold an image.
+    /// A name was refused: it leads out of its directory, or is neither a regular file nor a block
+    /// device.
     #[error("{name}: refused: {why}")]
     Refused {
         /// The name.
         name: String,
-        /// Why it was refused.
+        /// The reason.
         why: String,
     },
-    /// An attribute of a model cannot be set on a new file, see [`super::FileSystem::create_new_like`].
+    /// An attribute of a model cannot be set on a new file, see
+    /// [`super::FileSystem::create_new_like`].
     #[error("{name}: cannot set {attribute} on a new file")]
     Attribute {
         /// The new file, or the directory that it would be created in.
         name: String,
-        /// The attribute with its value: `owner 64055`, `mode 0640`, `extended attribute user.note`.
+        /// The attribute with its value: `owner 64055`, `mode 0640`, `extended attribute
+        /// user.note`.
         attribute: String,
         /// The error of the operating system.
         source: io::Error,
     },
-    /// An earlier `sync` failed: what was written before it may be lost.
+    /// An earlier `sync` failed. Data that was written before it may be lost.
     #[error("{name}: an earlier sync failed, the handle is no longer used")]
     Poisoned {
         /// The storage's name.
@@ -78,7 +81,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// An [`Error::Io`] or, where the system says so, an [`Error::NoSpace`] for `len` bytes.
+    /// Converts an error of the operating system: to [`Error::NoSpace`] for `len` bytes where it
+    /// reports a full medium, quota or file, to [`Error::Io`] otherwise.
     pub fn io(name: &str, action: impl Into<String>, len: u64, source: io::Error) -> Self {
         match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
@@ -88,7 +92,7 @@ impl Error {
         }
     }
 
-    /// An [`Error::Unsupported`].
+    /// Returns an [`Error::Unsupported`].
     pub fn unsupported(name: &str, what: impl Into<String>) -> Self {
         Self::Unsupported { name: name.to_owned(), what: what.into() }
     }

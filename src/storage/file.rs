@@ -8,34 +8,36 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use super::sys::{self, Kind};
-use super::{Access, Error, FileId, LockMode, MAX_LEN, Result, Storage, beneath, lock, whole};
+use super::{Access, Error, FileId, FileStamp, LockMode, MAX_LEN, Result, Storage, beneath, lock, whole};
 
-/// What a write around the page cache is a multiple of, in place, length and memory. No medium's sectors are larger.
+/// The unit of writes around the page cache, in bytes: offset, length and memory address are
+/// multiples of it. No medium has larger sectors.
 const DIRECT_UNIT: usize = 4096;
 
 /// A regular file or block device with its image locks.
 ///
-/// Reads and writes are positional and go through the kernel's page cache, but for [`Storage::write_bulk_at`], which goes
-/// around it where the system allows; nothing is kept in this program. The locks
-/// end when the last clone of an `Arc` around it is dropped.
+/// Reads and writes are positional and go through the kernel's page cache, except for
+/// [`Storage::write_bulk_at`], which bypasses it where the system allows. Nothing is cached in this
+/// process. The locks end when the storage is dropped.
 #[derive(Debug)]
 pub struct FileStorage {
     file: File,
     name: String,
     write: bool,
     fixed: bool,
-    /// Set by a failed sync. What was written before it may be lost, and no later sync would tell.
+    /// Set by a failed sync. Earlier writes may be lost, and no later sync would report it.
     poisoned: AtomicBool,
     lock: Mutex<LockMode>,
-    /// The same file, written around the page cache: opened by the first bulk write, none where that cannot be had.
+    /// The same file, opened to bypass the page cache by the first bulk write. `None` where that is
+    /// not possible.
     direct: OnceLock<Option<File>>,
 }
 
 impl FileStorage {
     /// Opens an existing file.
     ///
-    /// Nothing is read before the locks of [`Access::lock`] are held, and only regular files and block devices are
-    /// opened. Where [`Access::beneath`] is given, the path must lie in that directory; see there.
+    /// Nothing is read before the locks of [`Access::lock`] are held. Only regular files and block
+    /// devices are opened. If [`Access::beneath`] is set, the path must be in that directory.
     ///
     /// # Errors
     /// As [`super::FileSystem::open`].
@@ -52,19 +54,31 @@ impl FileStorage {
         Self::new(opened, name, access)
     }
 
-    /// Creates a new file, which must not exist, with a writer's locks where the platform has them
-    /// ([`FileStorage::lock_mode`] tells).
+    /// Creates a new file, which must not exist. It has a writer's locks where the platform
+    /// supports them, see [`FileStorage::lock_mode`].
     ///
     /// # Errors
     /// As [`super::FileSystem::create_new`].
     pub fn create_new(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
+        Self::take_new(path, sys::create_new(path))
+    }
+
+    /// Creates a new file as [`FileStorage::create_new`] does, with mode 0600.
+    #[cfg(unix)]
+    pub(super) fn create_private(path: &Path) -> Result<Self> {
+        Self::take_new(path, sys::create_private(path))
+    }
+
+    /// Locks a file that was just created.
+    fn take_new(path: &Path, created: io::Result<File>) -> Result<Self> {
         let name = path.display().to_string();
-        let file = sys::create_new(path).map_err(|error| Error::io(&name, "create it", 0, error))?;
+        let file = created.map_err(|error| Error::io(&name, "create it", 0, error))?;
         let lock = if sys::HAS_IMAGE_LOCKS { LockMode::Write } else { LockMode::None };
         let created = Self::new(file, name, &Access::write().with_lock(lock));
         if created.as_ref().is_err_and(|error| !matches!(error, Error::Busy { .. })) {
-            // A file system without locks: leave no empty file behind. (Where somebody else holds it, it stays.)
+            // A file system without locks: leave no empty file behind. A file that another program
+            // holds stays.
             let _ = std::fs::remove_file(path);
         }
         created
@@ -89,16 +103,19 @@ impl FileStorage {
         })
     }
 
-    /// The locks that are held.
+    /// Returns the locks that are held.
     #[must_use]
     pub fn lock_mode(&self) -> LockMode {
         *self.lock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes the locks that are held. Where the new ones cannot be had, the old ones were never let go.
+    /// Changes the locks that are held. If the new locks cannot be taken, the old ones are kept
+    /// throughout.
     ///
     /// # Errors
-    /// [`Error::Busy`], [`Error::Unsupported`] on a platform or file system without these locks, [`Error::Io`].
+    /// - [`Error::Busy`]: another program's locks forbid it.
+    /// - [`Error::Unsupported`]: the platform or file system has no such locks.
+    /// - [`Error::Io`]: the operating system returned an error.
     pub fn set_lock(&self, wanted: LockMode) -> Result<()> {
         let mut held = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
         lock::change(&self.file, &self.name, *held, wanted)?;
@@ -120,7 +137,8 @@ impl FileStorage {
         Ok(())
     }
 
-    /// Writes around the page cache as far as that goes, and returns how far.
+    /// Writes a beginning of `buf` around the page cache. Returns its length, which is 0 where that
+    /// is not possible.
     fn write_directly(&self, buf: &[u8], offset: u64) -> usize {
         let aligned = offset.is_multiple_of(DIRECT_UNIT as u64)
             && buf.len().is_multiple_of(DIRECT_UNIT)
@@ -129,11 +147,12 @@ impl FileStorage {
             return 0;
         }
         let Some(direct) = self.direct.get_or_init(|| sys::reopen_direct(&self.file)) else { return 0 };
-        // What went wrong, the ordinary way finds out again and tells; after a part, it does the rest.
+        // The caller writes the rest through the page cache, and reports an error that occurs
+        // again.
         whole::write_units(buf, offset, DIRECT_UNIT, |part, at| sys::write_some_at(direct, part, at))
     }
 
-    /// Why a range operation of the system failed.
+    /// Converts the error of a range operation.
     fn range_failed(&self, what: &str, range: &Range<u64>, error: io::Error) -> Error {
         let len = range.end.saturating_sub(range.start);
         match error.kind() {
@@ -142,7 +161,7 @@ impl FileStorage {
         }
     }
 
-    /// What a range operation of the system came to.
+    /// Converts the result of a range operation.
     fn done(&self, what: &str, range: &Range<u64>, result: io::Result<()>) -> Result<()> {
         result.map_err(|error| self.range_failed(what, range, error))
     }
@@ -160,8 +179,8 @@ pub(super) fn cannot_open(name: String, error: io::Error) -> Error {
 }
 
 impl Drop for FileStorage {
-    /// Gives the locks back, rather than leave that to the closing of the file: a child process that was just forked, and
-    /// has not yet come to its `exec`, holds a copy of the descriptor and with it the locks.
+    /// Releases the locks explicitly. Closing the file may not release them: a forked child process
+    /// holds a copy of the descriptor, and with it the locks, until its `exec`.
     fn drop(&mut self) {
         let _ = self.set_lock(LockMode::None);
     }
@@ -190,7 +209,8 @@ impl Storage for FileStorage {
 
     fn len(&self) -> Result<u64> {
         if self.fixed {
-            // The metadata of a block device gives no length. Seeking moves a position that nobody uses.
+            // The metadata of a block device has no length. The file position is not used
+            // elsewhere.
             (&self.file)
                 .seek(SeekFrom::End(0))
                 .map_err(|error| Error::io(&self.name, "find the end of the device", 0, error))
@@ -219,8 +239,8 @@ impl Storage for FileStorage {
         if self.poisoned.load(Ordering::Acquire) {
             return Err(Error::Poisoned { name: self.name.clone() });
         }
-        // The length is part of what is needed to read the data back, so this makes it durable as well; only times of
-        // change and access are left out.
+        // This includes the length, which is needed to read the data back, but not the times of
+        // change and access.
         self.file.sync_data().map_err(|error| {
             self.poisoned.store(true, Ordering::Release);
             Error::io(&self.name, "make it durable", 0, error)
@@ -239,6 +259,10 @@ impl Storage for FileStorage {
         self.metadata().ok().and_then(|metadata| sys::file_id(&metadata))
     }
 
+    fn stamp(&self) -> Result<Option<FileStamp>> {
+        Ok(sys::stamp(&self.metadata()?))
+    }
+
     fn zero_range(&self, range: Range<u64>) -> Result<()> {
         self.may_change()?;
         if range.is_empty() {
@@ -246,7 +270,7 @@ impl Storage for FileStorage {
         }
         let mut result = sys::zero_range(&self.file, &range);
         if result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::Unsupported) && range.end <= self.len()? {
-            // A hole reads as zeroes too; tmpfs and others have only this one.
+            // A hole reads as zeroes too. tmpfs and others support only this call.
             result = sys::punch_range(&self.file, &range);
         }
         self.done("zeroing a range", &range, result)
@@ -309,7 +333,7 @@ impl Storage for FileStorage {
 
     fn free_space(&self) -> Result<Option<u64>> {
         if self.fixed {
-            // A device has its length and no more; the file system of its node has nothing to say.
+            // A device cannot grow. The free space of its node's file system does not matter.
             return Ok(None);
         }
         sys::free_space(&self.file).map_err(|error| Error::io(&self.name, "ask for the free space", 0, error))

@@ -1,51 +1,55 @@
-//! The seam for names: open, create, rename, unlink, and the sync of a directory.
+//! The file system trait: open, create, rename, unlink, and the sync of a directory.
 
 use std::fmt;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
+#[cfg(unix)]
+use super::attributes;
 use super::{Error, FileId, FileStorage, LockMode, Result, Storage, sys};
 
-/// How a storage is opened by name.
+/// The mode of opening a storage by name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Access {
-    /// Whether it will be written.
+    /// Opens for reading and writing if `true`, for reading only if `false`.
     pub write: bool,
-    /// Which of QEMU's image locks to take before anything is read.
+    /// The image locks to take before anything is read.
     pub lock: LockMode,
-    /// Where given, the path must lie in this directory and is resolved so that it cannot leave it.
+    /// The directory that the path must be in, or `None` for no such restriction.
     ///
-    /// The path means the same file as without this field (a relative one starts at the current directory). By its
-    /// letters it must have the directory as its beginning; what follows is resolved beneath the directory by the kernel
-    /// (`openat2`, or component by component where that is missing), which refuses a `..` that leads out of it, symbolic
-    /// links and magic links. The directory itself is the caller's and may be reached through links.
-    /// [`super::Error::Unsupported`] where the platform is no unix.
+    /// The path means the same file as without this field: a relative path starts at the current
+    /// directory. It must begin with the directory, compared component by component without looking
+    /// at the disk. The kernel resolves the rest beneath the directory (by `openat2`, or one
+    /// component at a time where that is missing), and refuses a `..` that leads out of it,
+    /// symbolic links and magic links. The directory itself may be reached through links.
+    ///
+    /// On other platforms than unix, opening fails with [`super::Error::Unsupported`].
     pub beneath: Option<PathBuf>,
 }
 
 impl Access {
-    /// Reading only, with the locks that QEMU takes for a backing file.
+    /// Returns the mode for reading, with the locks that QEMU takes for a backing file.
     #[must_use]
     pub fn read() -> Self {
         Self { write: false, lock: LockMode::Read, beneath: None }
     }
 
-    /// Reading and writing, with the locks that QEMU takes for a disk in use.
+    /// Returns the mode for reading and writing, with the locks that QEMU takes for a disk in use.
     #[must_use]
     pub fn write() -> Self {
         Self { write: true, lock: LockMode::Write, beneath: None }
     }
 
-    /// The same with other locks.
+    /// Sets the image locks. Default: those of [`Access::read`] or [`Access::write`].
     #[must_use]
     pub fn with_lock(mut self, lock: LockMode) -> Self {
         self.lock = lock;
         self
     }
 
-    /// The same, kept beneath a directory.
+    /// Sets the directory that the path must be in. Default: none.
     #[must_use]
     pub fn with_beneath(mut self, directory: impl Into<PathBuf>) -> Self {
         self.beneath = Some(directory.into());
@@ -69,56 +73,65 @@ pub enum EntryKind {
     Other,
 }
 
-/// The treatment of attributes that cannot be set on a new file, see [`FileSystem::create_new_like`].
+/// The treatment of attributes that cannot be set on a new file, see
+/// [`FileSystem::create_new_like`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Attributes {
     /// Fails, and removes the new file.
     Require,
-    /// Skips the attribute. The permissions are reduced so that the file is still not more accessible than its model.
+    /// Skips the attribute. The permissions are reduced so that the file is still not more
+    /// accessible than its model.
     BestEffort,
 }
 
-/// Names of storages: a file system, or a test's model of one.
+/// Directories and the files in them: a file system, or a test's model of one.
 ///
-/// A name is durable only after [`FileSystem::sync_dir`] of its directory; bytes only after [`Storage::sync`].
+/// A name is durable only after [`FileSystem::sync_dir`] of its directory, content only after
+/// [`Storage::sync`].
 pub trait FileSystem: Send + Sync + fmt::Debug {
     /// Opens an existing regular file or block device.
     ///
     /// # Errors
-    /// [`super::Error::Io`] where it does not exist, [`super::Error::Busy`] where its locks are held,
-    /// [`super::Error::Refused`] where it leaves `access.beneath` or is no regular file or block device.
+    /// - [`super::Error::Io`]: it does not exist or cannot be opened.
+    /// - [`super::Error::Busy`]: another program's locks forbid it.
+    /// - [`super::Error::Refused`]: it is outside of `access.beneath`, or neither a regular file
+    ///   nor a block device.
     fn open(&self, path: &Path, access: &Access) -> Result<Arc<dyn Storage>>;
 
     /// Creates a new, empty file for writing, with a writer's locks where the platform has them.
     ///
     /// # Errors
-    /// [`super::Error::Io`] where the name is taken.
+    /// [`super::Error::Io`]: the name is taken, or the file cannot be created.
     fn create_new(&self, path: &Path) -> Result<Arc<dyn Storage>>;
 
-    /// Creates a new, empty file as [`FileSystem::create_new`] does, with the access rights of `model`.
+    /// Creates a new, empty file as [`FileSystem::create_new`] does, with the access rights of
+    /// `model`.
     ///
-    /// On unix the new file gets owner, group and permissions of [`Storage::as_file`] of the model; on Linux also its
-    /// POSIX ACL, its extended attributes and its security label. The set-id and sticky bits, `security.capability`,
-    /// `security.ima`, `security.evm` and a default ACL are not copied. Of a block device, owner, group, security
-    /// label and the permissions without execution are copied, because the rest belongs to the device node.
+    /// On unix the new file gets owner, group and permissions of [`Storage::as_file`] of the model;
+    /// on Linux also its POSIX ACL, its extended attributes and its security label. The set-id and
+    /// sticky bits, `security.capability`, `security.ima`, `security.evm` and a default ACL are not
+    /// copied. Of a block device, owner, group, security label and the permissions without
+    /// execution are copied, because the rest belongs to the device node.
     ///
-    /// At no instant is the new file more accessible than the model: it is created with mode 0600, and its permissions
-    /// are set last. By default, and where the model has no file of the operating system, this is
-    /// [`FileSystem::create_new`].
+    /// At no instant is the new file more accessible than the model: it is created with mode 0600,
+    /// and its permissions are set last. By default, and where the model has no file of the
+    /// operating system, this is [`FileSystem::create_new`].
     ///
     /// # Errors
     /// - [`super::Error::Io`]: the name is taken.
     /// - [`super::Error::Attribute`]: an attribute of the model cannot be set and `attributes` is
-    ///   [`Attributes::Require`], or the file system gives others access that the model does not. The new file is
-    ///   removed again.
+    ///   [`Attributes::Require`], or the file system gives others access that the model does not.
+    ///   The new file is removed again.
     fn create_new_like(&self, path: &Path, _model: &dyn Storage, _attributes: Attributes) -> Result<Arc<dyn Storage>> {
         self.create_new(path)
     }
 
-    /// Checks if [`FileSystem::create_new_like`] with [`Attributes::Require`] would succeed in a directory.
+    /// Checks if [`FileSystem::create_new_like`] with [`Attributes::Require`] would succeed in a
+    /// directory.
     ///
-    /// On Linux the attributes are set on a file without a name, which vanishes when it is closed. Where the file
-    /// system has no such files, only write access to the directory is checked. The default accepts everything.
+    /// On Linux the attributes are set on a file without a name, which vanishes when it is closed.
+    /// Where the file system has no such files, only write access to the directory is checked. The
+    /// default accepts everything.
     ///
     /// # Errors
     /// - [`super::Error::Attribute`]: an attribute of the model cannot be set.
@@ -127,33 +140,38 @@ pub trait FileSystem: Send + Sync + fmt::Debug {
         Ok(())
     }
 
-    /// Gives a file another name in one step, replacing what had it.
+    /// Renames a file in one step. A file of the new name is replaced.
     ///
     /// # Errors
     /// [`super::Error::Io`].
     fn rename(&self, from: &Path, to: &Path) -> Result<()>;
 
-    /// Gives a file a second name beside its own. The new name must be free.
+    /// Gives a file a second name (a hard link). The new name must not exist.
     ///
     /// # Errors
-    /// [`super::Error::Unsupported`] by default and where the file system has one name a file, [`super::Error::Io`].
+    /// - [`super::Error::Unsupported`]: the file system has no hard links. This is the default.
+    /// - [`super::Error::Io`]: the name is taken, or the link cannot be created.
     fn link(&self, from: &Path, _to: &Path) -> Result<()> {
         Err(Error::unsupported(&from.display().to_string(), "a second name of a file"))
     }
 
-    /// Takes a name away.
+    /// Removes a name.
     ///
     /// # Errors
     /// [`super::Error::Io`].
     fn unlink(&self, path: &Path) -> Result<()>;
 
-    /// Returns when the names in a directory are durable.
+    /// Makes the names in a directory durable.
+    ///
+    /// Where the file system has no such call (some network file systems), the names are as durable
+    /// as the file system makes them by itself, and this succeeds.
     ///
     /// # Errors
     /// [`super::Error::Io`].
     fn sync_dir(&self, directory: &Path) -> Result<()>;
 
-    /// The paths of the files in a directory (`directory` and the name), sorted. Directories are left out.
+    /// Returns the paths of the files in a directory (`directory` and the name), sorted, without
+    /// subdirectories.
     ///
     /// # Errors
     /// [`super::Error::Io`].
@@ -171,10 +189,10 @@ pub trait FileSystem: Send + Sync + fmt::Debug {
         Ok(self.list(directory)?.into_iter().map(file).collect())
     }
 
-    /// Whether a name exists.
+    /// Returns `true` if a directory entry exists, even a symbolic link with a missing target.
     ///
     /// # Errors
-    /// [`super::Error::Io`] where that cannot be told.
+    /// [`super::Error::Io`]: the entry cannot be examined. A missing directory is no error.
     fn exists(&self, path: &Path) -> Result<bool>;
 
     /// Returns the kind of a directory entry, without following a symbolic link at its end.
@@ -182,15 +200,18 @@ pub trait FileSystem: Send + Sync + fmt::Debug {
     /// By default every entry that exists is a regular file.
     ///
     /// # Errors
-    /// [`super::Error::Io`]: the entry cannot be examined. A missing entry or directory is no error.
+    /// [`super::Error::Io`]: the entry cannot be examined. A missing entry or directory is no
+    /// error.
     fn entry(&self, path: &Path) -> Result<EntryKind> {
         Ok(if self.exists(path)? { EntryKind::File } else { EntryKind::Missing })
     }
 
-    /// Checks if a directory is part of the device file system in memory, where nothing durable may be put.
+    /// Checks if a directory is part of the device file system in memory, where nothing durable may
+    /// be put.
     ///
-    /// True on devtmpfs, and in `/dev` except for file systems that are mounted there (`/dev/shm`). Other file systems
-    /// in memory are the caller's choice and give `false`, which is also the default.
+    /// True on devtmpfs, and in `/dev` except for file systems that are mounted there (`/dev/shm`).
+    /// Other file systems in memory are the caller's choice and give `false`, which is also the
+    /// default.
     ///
     /// # Errors
     /// [`super::Error::Io`]: the directory cannot be examined.
@@ -198,11 +219,12 @@ pub trait FileSystem: Send + Sync + fmt::Debug {
         Ok(false)
     }
 
-    /// What an existing name stands for, without opening it: the path without links, and the file's identity. Names that
-    /// have no links are resolved by their letters.
+    /// Returns the path without links and the identity of an existing file, without opening it.
+    ///
+    /// The default is for file systems without links: it removes `.` and `..` from the path.
     ///
     /// # Errors
-    /// [`super::Error::Io`] where there is no such file.
+    /// [`super::Error::Io`]: there is no such file.
     fn resolve(&self, path: &Path) -> Result<Resolved> {
         let mut plain = PathBuf::new();
         for component in path.components() {
@@ -229,22 +251,29 @@ pub struct ListedFile {
     pub block_device: bool,
 }
 
-/// What a name stands for.
+/// The file that a path leads to, see [`FileSystem::resolve`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Resolved {
     /// The path without symbolic links, `.` and `..`.
     pub path: PathBuf,
-    /// The file's identity, where the system has one; the same as [`Storage::file_id`] of the opened file.
+    /// The identity of the file, equal to [`Storage::file_id`] of the opened file. `None` where the
+    /// system has none.
     pub file: Option<FileId>,
 }
 
-/// The operating system's file names.
+/// The file systems of the operating system.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct HostFileSystem;
 
-/// A directory as the system takes it: the parent of a bare name is the current directory.
+/// Returns a directory as system calls take it: the empty parent of a bare name is the current
+/// directory.
 fn or_current(directory: &Path) -> &Path {
     if directory.as_os_str().is_empty() { Path::new(".") } else { directory }
+}
+
+/// Checks for the errors of a name that does not exist.
+fn is_missing(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
 fn failed(path: &Path, action: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
@@ -260,13 +289,27 @@ impl FileSystem for HostFileSystem {
         Ok(Arc::new(FileStorage::create_new(path)?))
     }
 
+    fn create_new_like(&self, path: &Path, model: &dyn Storage, attributes: Attributes) -> Result<Arc<dyn Storage>> {
+        #[cfg(unix)]
+        if let Some(model) = model.as_file() {
+            return Ok(Arc::new(attributes::create(path, model, attributes)?));
+        }
+        let _ = (model, attributes);
+        self.create_new(path)
+    }
+
+    #[cfg(unix)]
+    fn check_create_like(&self, directory: &Path, model: &dyn Storage) -> Result<()> {
+        attributes::check(or_current(directory), model.as_file())
+    }
+
     fn rename(&self, from: &Path, to: &Path) -> Result<()> {
         std::fs::rename(from, to).map_err(failed(from, format!("rename it to {}", to.display())))
     }
 
     fn link(&self, from: &Path, to: &Path) -> Result<()> {
         std::fs::hard_link(from, to).map_err(|error| match error.kind() {
-            // A system call that a file system lacks, or refuses by principle.
+            // The file system has no hard links, or never permits them.
             io::ErrorKind::Unsupported | io::ErrorKind::PermissionDenied | io::ErrorKind::TooManyLinks => {
                 Error::unsupported(&from.display().to_string(), "a second name of a file")
             }
@@ -324,12 +367,25 @@ impl FileSystem for HostFileSystem {
     }
 
     fn exists(&self, path: &Path) -> Result<bool> {
-        // A symbolic link that leads nowhere is a name that is taken.
+        // A symbolic link with a missing target exists too.
         match std::fs::symlink_metadata(path) {
             Ok(_) => Ok(true),
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(false),
+            Err(error) if is_missing(&error) => Ok(false),
             Err(error) => Err(failed(path, "look for it")(error)),
         }
+    }
+
+    fn entry(&self, path: &Path) -> Result<EntryKind> {
+        match std::fs::symlink_metadata(path) {
+            Ok(metadata) => Ok(sys::entry(&metadata)),
+            Err(error) if is_missing(&error) => Ok(EntryKind::Missing),
+            Err(error) => Err(failed(path, "look for it")(error)),
+        }
+    }
+
+    fn is_memory_backed(&self, directory: &Path) -> Result<bool> {
+        let directory = or_current(directory);
+        sys::is_device_tree(directory).map_err(failed(directory, "find its file system"))
     }
 
     fn resolve(&self, path: &Path) -> Result<Resolved> {
@@ -342,6 +398,8 @@ impl FileSystem for HostFileSystem {
 #[cfg(test)]
 #[cfg(unix)]
 mod tests {
+    use std::os::unix::fs::FileTypeExt;
+
     use super::*;
 
     fn unlocked() -> Access {
@@ -349,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_made_moved_listed_and_removed() {
+    fn names_are_created_renamed_listed_and_removed() {
         let directory = tempfile::tempdir().unwrap();
         let [a, b, sub] = ["a", "b", "sub"].map(|name| directory.path().join(name));
         std::fs::create_dir(&sub).unwrap();
@@ -372,7 +430,60 @@ mod tests {
     }
 
     #[test]
-    fn errors_tell_both_names() {
+    fn entry_returns_the_kind_without_following_links() {
+        let (_root, top) = tree();
+        let entry = |path: PathBuf| HostFileSystem.entry(&path).unwrap();
+        std::os::unix::fs::symlink("nowhere", top.join("dangling")).unwrap();
+        for (name, kind) in [
+            ("a/b/image", EntryKind::File),
+            ("down/b/image", EntryKind::File),
+            ("leaf", EntryKind::Link),
+            ("dangling", EntryKind::Link),
+            ("a", EntryKind::Other),
+            ("none", EntryKind::Missing),
+            ("none/image", EntryKind::Missing),
+            ("a/b/image/below", EntryKind::Missing),
+        ] {
+            assert_eq!(entry(top.join(name)), kind, "{name}");
+        }
+        let socket = top.join("socket");
+        let _socket = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        assert_eq!((entry(socket), entry("/dev/null".into())), (EntryKind::Other, EntryKind::Other));
+        assert!(HostFileSystem.entry(&top.join("n".repeat(300))).is_err(), "neither there nor missing");
+        let devices = HostFileSystem.list(Path::new("/dev")).unwrap();
+        for device in devices {
+            let is_block = std::fs::symlink_metadata(&device).is_ok_and(|found| found.file_type().is_block_device());
+            assert_eq!(entry(device) == EntryKind::BlockDevice, is_block);
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn device_tree_is_in_memory_and_other_directories_are_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let in_memory = |path: &Path| HostFileSystem.is_memory_backed(path).unwrap();
+        std::os::unix::fs::symlink("/dev", directory.path().join("link")).unwrap();
+        assert!(in_memory(Path::new("/dev")) && in_memory(&directory.path().join("link")));
+        assert!(!in_memory(directory.path()) && !in_memory(Path::new("")));
+        // A mount of its own, whose content the administrator chose to keep in memory.
+        if std::fs::read_to_string("/proc/self/mounts").unwrap().contains(" /dev/shm ") {
+            assert!(!in_memory(Path::new("/dev/shm")));
+        }
+        assert!(HostFileSystem.is_memory_backed(&directory.path().join("none")).is_err());
+    }
+
+    /// Directories of `/proc` answer a sync with EINVAL, as some network file systems do.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn sync_dir_without_support_is_no_error() {
+        let refused = std::fs::File::open("/proc").unwrap().sync_all().unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
+        HostFileSystem.sync_dir(Path::new("/proc")).unwrap();
+        assert!(HostFileSystem.sync_dir(Path::new("/proc/none")).is_err());
+    }
+
+    #[test]
+    fn errors_name_path_and_action() {
         let directory = tempfile::tempdir().unwrap();
         let [a, b] = ["a", "b"].map(|name| directory.path().join(name));
         let text = |error: Error| error.to_string();
@@ -383,7 +494,7 @@ mod tests {
         assert!(text(HostFileSystem.sync_dir(&a).unwrap_err()).contains("make its names durable"));
     }
 
-    /// A directory `top` with `a/b/image`, links of all kinds, and `outside` next to it.
+    /// Creates a directory `top` with `a/b/image` and links of all kinds, and `outside` beside it.
     fn tree() -> (tempfile::TempDir, PathBuf) {
         let root = tempfile::tempdir().unwrap();
         let top = root.path().join("top");
@@ -401,7 +512,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_leads_out_of_a_directory() {
+    fn beneath_refuses_every_way_out_of_the_directory() {
         let (root, top) = tree();
         let open = |path: PathBuf| HostFileSystem.open(&path, &unlocked().with_beneath(&top));
         for path in ["a/b/image", "a/../a/b/image", "./a//b/./image", "../top/a/b/image"] {
@@ -427,14 +538,14 @@ mod tests {
         let missing = open(top.join("a/none")).unwrap_err();
         assert_eq!(io::Error::from(missing).kind(), io::ErrorKind::NotFound);
         assert!(matches!(open(top.join("a")), Err(Error::Refused { .. })));
-        // The way may go round by a sibling, unless a link on it makes the path mean another directory.
+        // The path may pass through a sibling, unless a link there makes it mean another directory.
         assert!(open(root.path().join("other/../top/a/b/image")).is_ok());
         let error = open(root.path().join("sideways/../top/a/b/image")).unwrap_err();
         assert!(matches!(error, Error::Refused { .. }), "{error:?}");
     }
 
     #[test]
-    fn a_name_is_resolved_through_its_links() {
+    fn resolve_follows_links() {
         let (root, top) = tree();
         let plain = top.canonicalize().unwrap().join("a/b/image");
         let resolved = HostFileSystem.resolve(&root.path().join("way/down/../a/b/image")).unwrap();
@@ -445,18 +556,18 @@ mod tests {
     }
 
     #[test]
-    fn the_directory_itself_may_be_reached_by_a_link() {
+    fn beneath_accepts_a_link_to_the_directory() {
         let (root, _top) = tree();
         let way = root.path().join("way");
         let access = unlocked().with_beneath(&way);
         assert!(HostFileSystem.open(&way.join("a/b/image"), &access).is_ok());
         assert!(HostFileSystem.open(&way.join("down/b/image"), &access).is_err());
-        // By its letters this lies elsewhere.
+        // The same directory, but the path does not begin with it.
         assert!(HostFileSystem.open(&root.path().join("top/a/b/image"), &access).is_err());
     }
 
     #[test]
-    fn beneath_is_kept_for_writers_too() {
+    fn beneath_holds_for_writers() {
         let (_root, top) = tree();
         let access = Access::write().with_lock(LockMode::None).with_beneath(&top);
         HostFileSystem.open(&top.join("a/b/image"), &access).unwrap().write_at(b"I", 0).unwrap();

@@ -1,18 +1,20 @@
 //! QEMU's image locks: open-file-description byte locks, as its `file-posix` driver takes them.
 //!
-//! Every lock is shared and says one thing: byte 100 + i "I use permission i", byte 200 + i "I do not share permission
-//! i". A program first takes all of its own bytes, then asks whether another open file holds the opposite byte of any:
-//! so of two that come at once, at least one sees the other. A program that is refused must not have read anything.
+//! Every lock is shared. A lock on byte 100 + i means that the holder uses permission i, on byte
+//! 200 + i that it does not share permission i. A program first locks all of its own bytes, then
+//! checks if another open file holds the opposite byte of any of them: of two programs that start
+//! at once, at least one detects the other. A refused program must not have read anything.
 //!
-//! The locks are advisory: they bind QEMU (unless told `locking=off`), its tools and this crate. They end with the open
-//! file, also where a process is killed.
+//! The locks are advisory: they bind QEMU (unless told `locking=off`), its tools and this crate.
+//! They end with the open file, even if the process is killed.
 
 use std::fs::File;
 use std::io;
 
 use super::{Error, Result, sys};
 
-/// One of QEMU's permissions; byte 100 + i says "I use it", byte 200 + i says "I do not share it".
+/// A permission of QEMU's block layer. A lock on byte 100 + i means that the holder uses permission
+/// i, on byte 200 + i that it does not share it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Permission {
     /// Consistent reads.
@@ -26,7 +28,7 @@ pub enum Permission {
 }
 
 impl Permission {
-    /// QEMU's name for it.
+    /// Returns QEMU's name of the permission.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -37,33 +39,35 @@ impl Permission {
         }
     }
 
-    /// The byte that says "I use it".
+    /// Returns the byte whose lock means that the holder uses the permission.
     #[must_use]
     pub const fn use_byte(self) -> u64 {
         100 + self as u64
     }
 
-    /// The byte that says "I do not share it".
+    /// Returns the byte whose lock means that the holder does not share the permission.
     #[must_use]
     pub const fn unshare_byte(self) -> u64 {
         200 + self as u64
     }
 }
 
-/// Which locks a handle takes before it reads anything.
+/// The locks that a handle takes before it reads anything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum LockMode {
-    /// None, as with `qemu-img -U` or `locking=off`: for looking at an image whose owner is gone.
+    /// No locks, as with `qemu-img -U` or `locking=off`.
     None,
-    /// What QEMU takes on a read-only image and on every backing file: uses consistent reads, shares no writes.
+    /// The locks of QEMU on a read-only image and on every backing file: uses consistent reads,
+    /// shares no writes.
     #[default]
     Read,
-    /// What QEMU takes on a disk in use: uses consistent reads, writes and resize, shares no writes.
+    /// The locks of QEMU on a disk in use: uses consistent reads, writes and resize, shares no
+    /// writes.
     Write,
 }
 
 impl LockMode {
-    /// The permissions that a holder of this mode uses.
+    /// Returns the permissions that a holder of this mode uses.
     #[must_use]
     pub const fn used(self) -> &'static [Permission] {
         match self {
@@ -73,7 +77,7 @@ impl LockMode {
         }
     }
 
-    /// The permissions that a holder of this mode leaves to nobody else.
+    /// Returns the permissions that a holder of this mode does not share.
     #[must_use]
     pub const fn unshared(self) -> &'static [Permission] {
         match self {
@@ -94,7 +98,7 @@ impl LockMode {
     }
 }
 
-/// Goes from the locks of `held` to those of `wanted`, or fails with those of `held` still in place.
+/// Changes the locks from `held` to `wanted`. On failure the locks of `held` are kept.
 pub(super) fn change(file: &File, name: &str, held: LockMode, wanted: LockMode) -> Result<()> {
     let more = wanted.bytes_beyond(held);
     if let Err(error) = take(file, name, &more).and_then(|()| refuse_conflicts(file, name, wanted)) {
@@ -108,7 +112,7 @@ pub(super) fn change(file: &File, name: &str, held: LockMode, wanted: LockMode) 
 fn failed(name: &str, byte: u64, error: io::Error) -> Error {
     match error.kind() {
         io::ErrorKind::Unsupported => Error::unsupported(name, "QEMU's image locking"),
-        // None of QEMU's own locks does this, as they are all shared: somebody else's exclusive lock.
+        // An exclusive lock of another program. QEMU's own locks are all shared.
         io::ErrorKind::WouldBlock => Error::Busy { name: name.to_owned(), held: format!("failed to lock byte {byte}") },
         _ => Error::io(name, format!("lock byte {byte}"), 0, error),
     }
@@ -118,7 +122,8 @@ fn take(file: &File, name: &str, bytes: &[u64]) -> Result<()> {
     bytes.iter().try_for_each(|byte| sys::lock_byte(file, *byte).map_err(|error| failed(name, *byte, error)))
 }
 
-/// To unlock cannot fail on a file where a lock was taken; if it did, the lock would end with the handle.
+/// Releases locks. This cannot fail on a file where a lock was taken. If it did, the lock would end
+/// with the handle.
 fn release(file: &File, bytes: &[u64]) {
     for byte in bytes {
         let _ = sys::unlock_byte(file, *byte);
@@ -169,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_are_qemus() {
+    fn lock_bytes_are_those_of_qemu() {
         let bytes = |mode: LockMode| mode.bytes().collect::<Vec<_>>();
         assert!(bytes(LockMode::None).is_empty());
         assert_eq!(bytes(LockMode::Read), [100, 201, 203]);
@@ -181,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn two_handles_of_one_process_see_each_other() {
+    fn locks_conflict_within_one_process() {
         let (_directory, path) = image();
         let writer = open(&path, LockMode::Write).unwrap();
         assert_eq!(held(open(&path, LockMode::Write)), "failed to get \"write\" lock");
@@ -197,13 +202,14 @@ mod tests {
     }
 
     #[test]
-    fn a_mode_changes_wholly_or_not_at_all() {
+    fn set_lock_changes_all_or_nothing() {
         let (_directory, path) = image();
         let one = open(&path, LockMode::Read).unwrap();
         let other = open(&path, LockMode::Read).unwrap();
         assert_eq!(held(one.set_lock(LockMode::Write)), "failed to get \"write\" lock");
         assert_eq!(one.lock_mode(), LockMode::Read);
-        // Nothing of the attempt is left: another reader still gets in, and another writer still does not.
+        // Nothing of the attempt is left: another reader still gets in, and another writer still
+        // does not.
         let third = open(&path, LockMode::Read).unwrap();
         drop((other, third));
         assert!(open(&path, LockMode::Write).is_err());
@@ -218,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn another_programs_exclusive_lock_is_busy() {
+    fn foreign_exclusive_lock_is_busy() {
         let (_directory, path) = image();
         let foreign = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
         let lock = nix::libc::flock { l_type: 1, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0 };
@@ -229,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_file_is_a_writers() {
+    fn new_file_has_writer_locks() {
         let (directory, _path) = image();
         let path = directory.path().join("new");
         let file = FileStorage::create_new(&path).unwrap();
@@ -238,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn of_many_at_once_at_most_one_writes() {
+    fn concurrent_writers_are_at_most_one() {
         let (_directory, path) = image();
         for _ in 0..50 {
             let barrier = std::sync::Barrier::new(4);

@@ -1,4 +1,4 @@
-//! A read-only memory map of a file: the one place of the default library where unsafe code is allowed.
+//! A read-only memory map of a file: the only unsafe code of the default library.
 
 use std::fs::File;
 use std::ops::Range;
@@ -8,25 +8,27 @@ use memmap2::{Mmap, MmapOptions};
 
 use super::{Access, Error, FileId, FileStamp, FileStorage, LockMode, Result, Storage};
 
-/// A file mapped for reading: reads are copies from the page cache without a system call each.
+/// A file that is mapped for reading: each read copies from the page cache, without a system call.
 ///
-/// The file must not be written while it is mapped, and QEMU's locks see to that: [`LockMode::Read`] is held as long as
-/// the map lives. A program that ignores these locks and **cuts the file** takes the pages away; a read of them then ends
-/// this process with `SIGBUS`, as does a read that the medium fails. Where that cannot be risked, use [`FileStorage`],
-/// which gets zeroes or an error.
+/// The file must not be written while it is mapped. [`LockMode::Read`] is held during the life of
+/// the map to ensure it. If a program ignores QEMU's locks and **truncates the file**, a read of
+/// the lost pages ends this process with `SIGBUS`, and so does a read error of the medium. Where
+/// that risk is not acceptable, use [`FileStorage`], which returns zeroes or an error.
 #[derive(Debug)]
 pub struct MappedStorage {
     file: FileStorage,
-    /// Nothing can be mapped of an empty file.
+    /// `None` for an empty file, which cannot be mapped.
     map: Option<Mmap>,
 }
 
 impl MappedStorage {
-    /// Opens and maps an existing file. What others append to it later reads as zeroes.
+    /// Opens and maps an existing file. Data that is appended to it later reads as zeroes.
     ///
     /// # Errors
-    /// As [`super::FileSystem::open`]; [`Error::Refused`] where `access` asks for writing or for no lock;
-    /// [`Error::Unsupported`] where the platform has no such locks or the file does not fit into the address space.
+    /// - As [`super::FileSystem::open`].
+    /// - [`Error::Refused`]: `access` is not for reading with [`LockMode::Read`].
+    /// - [`Error::Unsupported`]: the platform has no image locks, or the file does not fit into the
+    ///   address space.
     pub fn open(path: impl AsRef<Path>, access: &Access) -> Result<Self> {
         if access.write || access.lock != LockMode::Read {
             return Err(Error::Refused {
@@ -45,14 +47,15 @@ impl MappedStorage {
     }
 }
 
-#[expect(unsafe_code, reason = "a file's map is unsafe by nature; the argument stands below")]
+#[expect(unsafe_code, reason = "mapping a file is unsafe by nature, see the argument below")]
 fn map(file: &FileStorage, len: usize) -> Result<Mmap> {
     let handle = file.as_file().ok_or_else(|| Error::unsupported(file.name(), "mapping"))?;
-    // SAFETY: The danger of a map is that the bytes behind a `&[u8]` change or vanish. They do not while every writer
-    // honours QEMU's locks: `MappedStorage` holds a reader's locks, which leave no write and no resize to others, until
-    // after the map is gone. No slice of the map leaves this file: `read_at` copies bytes, any value of which is valid,
-    // so a writer that ignores the locks can at worst give mixed bytes, as with `read`, or end the process with SIGBUS by
-    // cutting the file, which is documented on `MappedStorage`.
+    // SAFETY: The bytes behind a `&[u8]` must not change or vanish. They do not while every writer
+    // honours QEMU's locks: `MappedStorage` holds a reader's locks, which forbid writes and changes
+    // of length to others, until the map is dropped. No slice of the map leaves this file:
+    // `read_at` copies bytes, of which every value is valid. A writer that ignores the locks can
+    // cause mixed bytes, as with `read`, or SIGBUS by truncating the file, which is documented on
+    // `MappedStorage`.
     unsafe { MmapOptions::new().len(len).map(handle) }
         .map_err(|error| Error::io(file.name(), format!("map {len} bytes"), 0, error))
 }
@@ -75,7 +78,7 @@ impl Storage for MappedStorage {
         Err(Error::ReadOnly { name: self.name().to_owned() })
     }
 
-    /// The length when it was mapped.
+    /// Returns the length at the time of mapping.
     fn len(&self) -> Result<u64> {
         Ok(self.map.as_ref().map_or(0, |map| map.len() as u64))
     }
@@ -127,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_as_the_file_does() {
+    fn map_reads_as_the_file() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("image");
         std::fs::write(&path, b"0123456789").unwrap();
@@ -151,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_file_is_empty() {
+    fn map_of_empty_file_is_empty() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("image");
         std::fs::write(&path, b"").unwrap();
@@ -162,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_writes_what_is_mapped() {
+    fn map_excludes_writers() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("image");
         std::fs::write(&path, b"0123456789").unwrap();

@@ -1,4 +1,4 @@
-//! Bytes in memory.
+//! The storage in memory.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -7,23 +7,24 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::{Error, FileId, MAX_LEN, Result, Storage};
 
-/// The unit in which memory is taken and holes are known, as on most file systems.
+/// The unit of allocation and of holes, in bytes, as on most file systems.
 const CHUNK: u64 = 4096;
 const CHUNK_BYTES: usize = 4096;
 
-/// What [`FileId::device`] says of memory; no device has this number.
+/// The value of [`FileId::device`] for memory. No device has this number.
 const MEMORY_DEVICE: u64 = u64::MAX;
 
-/// Bytes in memory, sparse: what was never written, or was punched, costs nothing, so that a storage of 2^63 - 1 bytes is
-/// as cheap as an empty one.
+/// Sparse bytes in memory: holes take no memory, so that a storage of 2^63 - 1 bytes is as cheap as
+/// an empty one.
 ///
-/// It grows without end ([`MemoryStorage::new`]), lies on a medium of a given size ([`MemoryStorage::with_capacity_limit`]),
-/// or has a fixed length as a block device has ([`MemoryStorage::fixed`]).
+/// It grows without limit ([`MemoryStorage::new`]), has a medium of a given size
+/// ([`MemoryStorage::with_capacity_limit`]), or has a fixed length as a block device has
+/// ([`MemoryStorage::fixed`]).
 #[derive(Debug)]
 pub struct MemoryStorage {
     name: String,
     inode: u64,
-    /// The bytes that chunks may take together.
+    /// The limit of the bytes of all chunks.
     limit: u64,
     fixed: bool,
     bytes: RwLock<Bytes>,
@@ -41,7 +42,7 @@ struct Piece {
     chunk: u64,
     /// The covered bytes of the chunk.
     within: Range<usize>,
-    /// Where they lie in a buffer for the whole range.
+    /// Their offset in a buffer for the whole range.
     at: usize,
 }
 
@@ -50,14 +51,14 @@ const fn small(n: u64) -> usize {
     n as usize
 }
 
-/// The parts of the chunk of this number that lie in a range which touches it.
+/// Returns the part of a chunk that is in a range. The range must touch the chunk.
 fn piece(chunk: u64, range: &Range<u64>) -> Piece {
     let start = range.start.max(chunk * CHUNK);
     let end = range.end.min(chunk * CHUNK + CHUNK);
     Piece { chunk, within: small(start - chunk * CHUNK)..small(end - chunk * CHUNK), at: small(start - range.start) }
 }
 
-/// The numbers of the chunks that a range touches.
+/// Returns the numbers of the chunks that a range touches.
 fn chunks(range: &Range<u64>) -> Range<u64> {
     if range.is_empty() { 0..0 } else { range.start / CHUNK..range.end.div_ceil(CHUNK) }
 }
@@ -79,7 +80,7 @@ impl Bytes {
         self.len = self.len.max(range.end);
     }
 
-    /// Gives whole chunks back and zeroes what is covered of others.
+    /// Releases the chunks within a range, and zeroes the covered parts of others.
     fn zero(&mut self, range: &Range<u64>) {
         let touched: Vec<u64> = self.chunks.range(chunks(range)).map(|(chunk, _)| *chunk).collect();
         for chunk in touched {
@@ -103,7 +104,7 @@ impl Bytes {
         self.chunks.len() as u64 * CHUNK
     }
 
-    /// How many bytes of chunks a range lacks.
+    /// Returns the bytes of the chunks that are missing in a range.
     fn missing(&self, range: &Range<u64>) -> u64 {
         let touched = chunks(range);
         let present = self.chunks.range(touched.clone()).count() as u64;
@@ -118,16 +119,16 @@ impl Default for MemoryStorage {
 }
 
 impl MemoryStorage {
-    /// An empty storage of this name.
+    /// Returns an empty storage of this name.
     #[must_use]
     pub fn new(name: impl Into<String>) -> Self {
-        // A number of its own, so that one storage reached by two names is seen to be one.
+        // A unique number, so that one storage with two names is recognised.
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let inode = NEXT.fetch_add(1, Ordering::Relaxed);
         Self { name: name.into(), inode, limit: u64::MAX, fixed: false, bytes: RwLock::default() }
     }
 
-    /// A storage of this name and content.
+    /// Returns a storage of this name and content.
     #[must_use]
     pub fn with_bytes(name: impl Into<String>, bytes: impl AsRef<[u8]>) -> Self {
         let storage = Self::new(name);
@@ -136,15 +137,15 @@ impl MemoryStorage {
         storage
     }
 
-    /// An empty storage on a medium of `limit` bytes: [`Error::NoSpace`] when it is full. Space is taken in units of
-    /// 4096 bytes.
+    /// Returns an empty storage on a medium of `limit` bytes, which fails with [`Error::NoSpace`]
+    /// when it is full. Space is allocated in units of 4096 bytes.
     #[must_use]
     pub fn with_capacity_limit(name: impl Into<String>, limit: u64) -> Self {
         Self { limit, ..Self::new(name) }
     }
 
-    /// A storage of fixed length, as a block device or a volume is: it reads as zeroes, does not grow, and knows no holes.
-    /// A length over 2^63 - 1 is taken as that.
+    /// Returns a storage of fixed length in bytes, like a block device: it reads as zeroes, does
+    /// not grow, and has no holes. A length over 2^63 - 1 is reduced to that.
     #[must_use]
     pub fn fixed(name: impl Into<String>, len: u64) -> Self {
         let storage = Self { fixed: true, ..Self::new(name) };
@@ -152,7 +153,8 @@ impl MemoryStorage {
         storage
     }
 
-    /// A copy of the content, holes as zeroes. For contents that fit into memory: see [`Storage::len`].
+    /// Returns a copy of the content, with holes as zeroes. The length ([`Storage::len`]) must fit
+    /// into memory.
     #[must_use]
     pub fn to_vec(&self) -> Vec<u8> {
         let bytes = self.bytes();
@@ -173,12 +175,12 @@ impl MemoryStorage {
         Error::NoSpace { name: self.name.clone(), need }
     }
 
-    /// Refuses an end that the storage cannot have.
+    /// Refuses an end past the largest or fixed length.
     fn may_reach(&self, bytes: &Bytes, end: u64, need: u64) -> Result<()> {
         if end > MAX_LEN || (self.fixed && end > bytes.len) { Err(self.no_space(need)) } else { Ok(()) }
     }
 
-    /// Refuses chunks that the medium has no room for.
+    /// Refuses a range if the medium has no space for its missing chunks.
     fn may_take(&self, bytes: &Bytes, range: &Range<u64>) -> Result<()> {
         let room = self.limit.saturating_sub(bytes.taken());
         if self.limit < u64::MAX && bytes.missing(range) > room {
@@ -267,7 +269,7 @@ impl Storage for MemoryStorage {
         self.may_take(&bytes, &range)?;
         bytes.len = bytes.len.max(range.end);
         if self.limit < u64::MAX {
-            // Only a medium that can be full has anything to reserve; `may_take` has bounded it.
+            // Only a limited medium reserves chunks. `may_take` has bounded their number.
             for chunk in chunks(&range) {
                 bytes.chunks.entry(chunk).or_insert_with(|| Box::new([0; CHUNK_BYTES]));
             }
@@ -317,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn is_a_vector_of_bytes() {
+    fn memory_equals_a_vector_of_bytes() {
         let storage = MemoryStorage::with_bytes("m", [1; 5000]);
         assert_eq!(storage.to_vec(), [1; 5000]);
         storage.write_at(&[2; 5000], 4000).unwrap();
@@ -335,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn holes_cost_nothing() {
+    fn holes_take_no_memory() {
         let storage = MemoryStorage::new("m");
         storage.set_len(64 << 40).unwrap();
         assert_eq!(storage.next_data(0).unwrap(), None);
@@ -359,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn a_punched_or_zeroed_range_reads_as_zeroes() {
+    fn punched_and_zeroed_ranges_read_as_zeroes() {
         let storage = MemoryStorage::with_bytes("m", [1; 16384]);
         storage.punch_range(4000..8300).unwrap();
         storage.zero_range(16380..16400).unwrap();
@@ -376,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_medium_says_so_and_stays_as_it_was() {
+    fn full_medium_fails_without_change() {
         let storage = MemoryStorage::with_capacity_limit("m", 3 * 4096);
         storage.set_len(1 << 40).unwrap();
         storage.write_at(&[1; 4096], 0).unwrap();
@@ -394,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fixed_length_stays() {
+    fn fixed_length_is_kept() {
         let storage = MemoryStorage::fixed("m", 10_000);
         assert!(storage.is_fixed_size());
         storage.write_at(&[1; 10], 9990).unwrap();
@@ -407,14 +409,14 @@ mod tests {
     }
 
     #[test]
-    fn each_has_an_identity() {
+    fn every_storage_has_its_own_identity() {
         let [a, b] = [MemoryStorage::new("m"), MemoryStorage::new("m")];
         assert_eq!(a.file_id(), a.file_id());
         assert_ne!(a.file_id(), b.file_id());
     }
 
     #[test]
-    fn many_threads_share_one_storage() {
+    fn threads_share_one_storage() {
         let storage = MemoryStorage::new("m");
         std::thread::scope(|scope| {
             for thread in 0..4_u8 {

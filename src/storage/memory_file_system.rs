@@ -1,4 +1,4 @@
-//! Names in memory.
+//! A file system in memory.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -10,9 +10,9 @@ use super::{Access, Error, FileSystem, MemoryStorage, ReadOnlyStorage, Resolved,
 
 /// A directory tree in memory.
 ///
-/// Every directory is deemed to exist, a relative name starts at the root, `..` is taken by its letters, and there are no
-/// links. Two handles of one name share the same bytes. Image locks are accepted and lock nothing, as no other program
-/// can reach memory.
+/// Every directory exists, a relative path starts at the root, and there are no links. Two handles
+/// of one name share the same bytes. Image locks are accepted without effect, because no other
+/// program can reach the memory.
 #[derive(Debug, Default)]
 pub struct MemoryFileSystem {
     files: Mutex<BTreeMap<PathBuf, Arc<MemoryStorage>>>,
@@ -22,7 +22,7 @@ fn failed(path: &Path, action: impl Into<String>, kind: io::ErrorKind) -> Error 
     Error::Io { name: path.display().to_string(), action: action.into(), source: kind.into() }
 }
 
-/// The one way to write a name.
+/// Returns the absolute path without `.` and `..`, or `None` if it leads above the root.
 pub(super) fn rooted(path: &Path) -> Option<PathBuf> {
     by_letters(&Path::new("/").join(path))
 }
@@ -32,20 +32,20 @@ fn key(path: &Path, action: &str) -> Result<PathBuf> {
 }
 
 impl MemoryFileSystem {
-    /// No names.
+    /// Returns an empty file system.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Gives a storage a name, replacing what had it.
+    /// Gives a storage a name. A storage of this name is replaced.
     pub fn insert(&self, path: impl AsRef<Path>, storage: Arc<MemoryStorage>) {
         if let Some(key) = rooted(path.as_ref()) {
             self.files().insert(key, storage);
         }
     }
 
-    /// The storage of a name.
+    /// Returns the storage of a name.
     #[must_use]
     pub fn get(&self, path: impl AsRef<Path>) -> Option<Arc<MemoryStorage>> {
         self.files().get(&rooted(path.as_ref())?).cloned()
@@ -62,7 +62,7 @@ impl FileSystem for MemoryFileSystem {
             let root = Path::new("/");
             let (_, rest) = split(&root.join(path), &root.join(directory))
                 .ok_or_else(|| refused(path, directory, "does not lie beneath the directory"))?;
-            // `..` may not lead above where the rest starts, even if it comes back.
+            // `..` must not lead above the directory, not even to return to it.
             by_letters(&rest).ok_or_else(|| refused(path, directory, "leads out of its directory"))?;
         }
         let found = self.files().get(&key(path, "open it")?).cloned();
@@ -123,7 +123,8 @@ impl FileSystem for MemoryFileSystem {
         Ok(self.get(path).is_some())
     }
 
-    /// By its letters from the root. As every directory is deemed to exist, a name that no file has is one's path too.
+    /// Resolves the path from the root. Every directory exists, so that a path without a file is
+    /// valid too.
     fn resolve(&self, path: &Path) -> Result<Resolved> {
         let path = key(path, "look for it")?;
         let file = self.files().get(&path).and_then(|storage| storage.file_id());
@@ -133,10 +134,11 @@ impl FileSystem for MemoryFileSystem {
 
 #[cfg(test)]
 mod tests {
+    use super::super::EntryKind;
     use super::*;
 
     #[test]
-    fn one_name_is_one_storage() {
+    fn handles_of_one_name_share_a_storage() {
         let names = MemoryFileSystem::new();
         let path = Path::new("a/image");
         let created = names.create_new(path).unwrap();
@@ -160,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn names_change_and_storages_stay() {
+    fn storages_survive_changes_of_names() {
         let names = MemoryFileSystem::new();
         let [a, b, c] = ["/d/a", "/d/b", "/d/e/c"].map(Path::new);
         for path in [a, b, c] {
@@ -180,13 +182,15 @@ mod tests {
         names.insert("d/z", second);
         assert_eq!(names.list(Path::new("d")).unwrap(), [Path::new("d/z")]);
         names.sync_dir(Path::new("/d")).unwrap();
+        let kinds = [c, b, Path::new("/d/e")].map(|path| names.entry(path).unwrap());
+        assert_eq!(kinds, [EntryKind::File, EntryKind::Missing, EntryKind::Missing]);
         // A file may be renamed to itself.
         names.rename(c, c).unwrap();
         assert!(names.exists(c).unwrap());
     }
 
     #[test]
-    fn beneath_goes_by_the_letters() {
+    fn beneath_compares_paths() {
         let names = MemoryFileSystem::new();
         for path in ["/top/a/image", "/outside"] {
             names.create_new(Path::new(path)).unwrap();

@@ -1,44 +1,48 @@
-//! Where images lie: the seam for bytes ([`Storage`]) and the seam for names ([`FileSystem`]).
+//! Access to bytes ([`Storage`]) and to directories ([`FileSystem`]).
 //!
-//! Nothing here knows qcow2. Everything above reaches bytes and names through these two traits only, so that an image can
-//! lie on anything, and so that tests can record every write, sync and rename and replay any crash.
+//! This tier does not know qcow2. All other tiers access bytes and directories through these two
+//! traits, so that an image can be stored on anything, and so that tests can record every write,
+//! sync and rename and replay any crash.
 //!
-//! | | what it is |
+//! | type | use |
 //! |---|---|
 //! | [`FileStorage`] | a file or block device, with QEMU's image locks ([`LockMode`]) |
-//! | [`MappedStorage`] | a file that nobody writes, mapped for reading |
-//! | [`MemoryStorage`] | sparse memory; it can be limited or of fixed length, for tests |
-//! | [`ReadOnlyStorage`] | any of them, for reading only |
-//! | [`HostFileSystem`] | the operating system's names |
-//! | [`MemoryFileSystem`] | names of [`MemoryStorage`]s |
+//! | [`MappedStorage`] | a file without writers, mapped for reading |
+//! | [`MemoryStorage`] | sparse memory, optionally limited or of fixed length, for tests |
+//! | [`ReadOnlyStorage`] | a read-only handle of any storage |
+//! | [`HostFileSystem`] | the file systems of the operating system |
+//! | [`MemoryFileSystem`] | a directory tree of [`MemoryStorage`]s |
 //!
-//! # A storage of one's own
-//! Six methods make a [`Storage`]: [`name`](Storage::name), [`read_at`](Storage::read_at), [`write_at`](Storage::write_at),
-//! [`len`](Storage::len), [`set_len`](Storage::set_len) and [`sync`](Storage::sync). What they must keep:
+//! # Implementing a storage
+//! A [`Storage`] needs six methods: [`name`](Storage::name), [`read_at`](Storage::read_at),
+//! [`write_at`](Storage::write_at), [`len`](Storage::len), [`set_len`](Storage::set_len) and
+//! [`sync`](Storage::sync). Their contract:
 //!
-//! - A read or a write is whole or an error. Reads past the end give zeroes and no error; writes past the end grow the
-//!   storage, and the gap reads as zeroes. A medium that cannot grow says so by
-//!   [`is_fixed_size`](Storage::is_fixed_size), answers a write past its end with [`Error::NoSpace`] and a change of its
-//!   length with [`Error::Unsupported`].
-//! - Any offset and any length may come, aligned or not. A medium with sectors reads, alters and writes by itself, so that no
-//!   byte outside the range ever changes, in a crash neither.
-//! - Methods come from many threads at once. A write is seen by every read that begins after it has returned. Two writes
-//!   to the same bytes at once never happen; to neighbouring bytes they do.
-//! - After `Ok` of `sync`, everything whose write had returned before is durable, its length included. After a failed
-//!   `sync` the storage answers [`Error::Poisoned`] to every change for ever.
-//! - After a failed write the bytes of its range may be old, new or mixed. No other byte has changed.
-//! - [`Error::NoSpace`] is for what more room would cure: callers wait for it and try again.
+//! - A read or write is complete or an error. Reads past the end give zeroes without an error.
+//!   Writes past the end grow the storage, and the gap reads as zeroes. A medium that cannot grow
+//!   returns `true` from [`is_fixed_size`](Storage::is_fixed_size), [`Error::NoSpace`] for a write
+//!   past its end, and [`Error::Unsupported`] for a change of its length.
+//! - Offsets and lengths need no alignment. A medium with sectors reads, modifies and writes them
+//!   by itself. No byte outside of the range ever changes, not even by a crash.
+//! - Methods are called from many threads at once. A read that begins after a write has returned
+//!   sees the write. Concurrent writes never overlap, but may be adjacent.
+//! - After `Ok` of `sync`, every write that had returned before is durable, including the length.
+//!   After a failed `sync` the storage returns [`Error::Poisoned`] for every change.
+//! - After a failed write the bytes of its range may be old, new or mixed. No other byte has
+//!   changed.
+//! - [`Error::NoSpace`] means that the operation can succeed when there is more space: callers wait
+//!   and try again.
 //!
-//! The methods with a default are for speed, for what only the medium knows, and for safety
-//! ([`file_id`](Storage::file_id) finds loops in a chain, [`is_read_only`](Storage::is_read_only) refuses early).
-//! A default is never wrong, only slow or without an answer.
+//! The methods with a default serve speed, properties that only the medium knows, and safety
+//! ([`file_id`](Storage::file_id) finds loops in a chain, [`is_read_only`](Storage::is_read_only)
+//! refuses early). Every default is correct, but may be slow or return no information.
 //!
 //! ```
 //! use std::sync::Mutex;
 //!
 //! use qcow2_chain::storage::{Error, MemoryStorage, Result, Storage, zero_range};
 //!
-//! /// Tells how many bytes were written.
+//! /// Counts the bytes that are written.
 //! #[derive(Debug)]
 //! struct Counting<S> {
 //!     inner: S,
@@ -70,7 +74,7 @@
 //!
 //! let storage = Counting { inner: MemoryStorage::new("disk"), written: Mutex::new(0) };
 //! storage.write_at(b"hello", 1 << 40)?;
-//! // It does not say that it can zero a range, so that zeroes are written.
+//! // It has no method to zero a range, so that zeroes are written.
 //! assert!(matches!(storage.zero_range(0..100), Err(Error::Unsupported { .. })));
 //! zero_range(&storage, (1 << 40)..(1 << 40) + 4)?;
 //! let mut buf = [0; 6];
@@ -80,12 +84,15 @@
 //! # Ok::<(), Error>(())
 //! ```
 //!
-//! # Names of one's own
-//! [`FileSystem`] is to be implemented where images are opened by the names that other images hold, or where files are created,
-//! swapped and removed. `open` takes the locks of [`Access::lock`] before a byte is read (or answers
-//! [`Error::Unsupported`], if the medium has none and they were asked for), and keeps [`Access::beneath`] or refuses.
-//! `rename` replaces its target in one step: after a crash the name leads to the old file or to the new one.
+//! # Implementing a file system
+//! A [`FileSystem`] is needed to open images by the names in other images, and to create, rename
+//! and remove files. `open` takes the locks of [`Access::lock`] before a byte is read, or returns
+//! [`Error::Unsupported`] if the medium has no locks. It enforces [`Access::beneath`] or refuses.
+//! `rename` replaces its target in one step: after a crash the name leads to the old file or to the
+//! new one.
 
+#[cfg(unix)]
+mod attributes;
 mod beneath;
 #[cfg(feature = "test-utils")]
 pub mod crash;
@@ -114,14 +121,14 @@ pub use memory::MemoryStorage;
 pub use memory_file_system::MemoryFileSystem;
 pub use read_only::ReadOnlyStorage;
 
-/// No file has a byte at or behind this offset: kernels count in signed 64 bits.
+/// The largest length of a file, in bytes: kernels use signed 64-bit offsets.
 const MAX_LEN: u64 = i64::MAX.unsigned_abs();
 
-/// What tells one file from another, whatever name it was reached by.
+/// The identity of a file, independent of its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[cfg_attr(feature = "json", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "kebab-case"))]
 pub struct FileId {
-    /// The device, or a number for the memory that holds it.
+    /// The device number, or a constant for files in memory.
     pub device: u64,
     /// The file's number on its device.
     pub inode: u64,
@@ -129,7 +136,8 @@ pub struct FileId {
 
 /// The metadata by which a change of a file is noticed that its content digest does not cover.
 ///
-/// Two equal stamps prove nothing: file systems round times, and a program can set [`FileStamp::modified`].
+/// Two equal stamps prove nothing: file systems round times, and a program can set
+/// [`FileStamp::modified`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "json", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "kebab-case"))]
 pub struct FileStamp {
@@ -139,59 +147,63 @@ pub struct FileStamp {
     pub len: u64,
     /// The time of the last change of the content, in nanoseconds since 1970 (UTC), saturating.
     pub modified: i64,
-    /// The time of the last change of content or metadata, in nanoseconds since 1970 (UTC), saturating.
+    /// The time of the last change of content or metadata, in nanoseconds since 1970 (UTC),
+    /// saturating.
     pub changed: i64,
 }
 
 /// Returns the number of files that this process may still open, or `None` where that is unknown.
 ///
-/// This is the soft limit of open descriptors minus those in use. Other threads can open files at any time, so that the
-/// number is an estimate.
+/// This is the soft limit of open descriptors minus those in use. Other threads can open files at
+/// any time, so that the number is an estimate.
 #[must_use]
 pub fn descriptors_left() -> Option<u64> {
     sys::descriptors_left()
 }
 
-/// Bytes at positions: a file, a block device, memory, or whatever a caller has.
+/// Bytes at offsets: a file, a block device, memory, or an implementation of the caller.
 ///
-/// All methods take `&self` and may be called from many threads. Reads and writes are whole or an error, never short.
-/// The methods with a default say that the storage cannot do it ([`Error::Unsupported`]); callers of these fall back.
+/// All methods take `&self` and may be called from many threads. Reads and writes are complete or
+/// an error, never short. By default, optional operations return [`Error::Unsupported`], and
+/// callers use a fallback.
 pub trait Storage: Send + Sync + fmt::Debug {
-    /// What error messages call it: usually the path.
+    /// Returns the name for error messages, usually the path.
     fn name(&self) -> &str;
 
-    /// Fills `buf` from `offset`. Bytes past the end read as zeroes, as an image's tail may be a hole never written.
+    /// Fills `buf` from `offset`. Bytes past the end read as zeroes, because the tail of an image
+    /// may never have been written.
     ///
     /// # Errors
     /// [`Error::Io`].
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()>;
 
-    /// Writes all of `buf` at `offset`, growing the storage where it ends before.
+    /// Writes all of `buf` at `offset`. The storage grows if it ends earlier.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::NoSpace`], [`Error::ReadOnly`].
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()>;
 
-    /// The length in bytes.
+    /// Returns the length, in bytes.
     ///
     /// # Errors
     /// [`Error::Io`].
     fn len(&self) -> Result<u64>;
 
-    /// Cuts or grows the storage; what is new reads as zeroes.
+    /// Truncates or extends the storage. Added bytes read as zeroes.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::NoSpace`], [`Error::ReadOnly`], [`Error::Unsupported`] on a container of fixed size.
+    /// - [`Error::Io`], [`Error::NoSpace`], [`Error::ReadOnly`].
+    /// - [`Error::Unsupported`]: the storage has a fixed size.
     fn set_len(&self, len: u64) -> Result<()>;
 
-    /// Returns when all that was written before is durable. After a failure nothing more is accepted: what the system
-    /// still held may be lost, and no retry can tell.
+    /// Makes all earlier writes durable. After a failure the storage refuses all changes: the
+    /// system may have discarded data, and a retry would not report it.
     ///
     /// # Errors
-    /// [`Error::Io`] once, then [`Error::Poisoned`].
+    /// [`Error::Io`] for the failure, [`Error::Poisoned`] from then on.
     fn sync(&self) -> Result<()>;
 
-    /// Whether the storage has no bytes.
+    /// Returns `true` if the length is 0.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -199,22 +211,23 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Ok(self.len()? == 0)
     }
 
-    /// Whether writes are refused.
+    /// Returns `true` if the storage refuses writes.
     fn is_read_only(&self) -> bool {
         false
     }
 
-    /// Whether the storage cannot grow by being written past its end (a block device, a volume).
+    /// Returns `true` if writes past the end cannot grow the storage (a block device).
     fn is_fixed_size(&self) -> bool {
         false
     }
 
-    /// What tells this storage from others, if anything does.
+    /// Returns the identity of the file behind this storage, if there is one.
     fn file_id(&self) -> Option<FileId> {
         None
     }
 
-    /// Returns the stamp of the file behind this storage, or `None` for block devices and where there is none.
+    /// Returns the stamp of the file behind this storage, or `None` for block devices and where
+    /// there is none.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -222,15 +235,17 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Ok(None)
     }
 
-    /// Makes a range read as zeroes, keeping or giving back its blocks, and growing the storage where it ends before.
+    /// Makes a range read as zeroes, and keeps or releases its blocks. The storage grows if it ends
+    /// earlier.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] by default; see [`zero_range`] for the fallback.
+    /// - [`Error::Unsupported`] by default. [`zero_range`] is the fallback.
+    /// - As [`Storage::write_at`].
     fn zero_range(&self, _range: Range<u64>) -> Result<()> {
         Err(Error::unsupported(self.name(), "zeroing a range"))
     }
 
-    /// Gives the blocks of a range back to the file system; it then reads as zeroes.
+    /// Releases the blocks of a range, which then reads as zeroes.
     ///
     /// # Errors
     /// [`Error::Unsupported`] by default.
@@ -238,7 +253,7 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Err(Error::unsupported(self.name(), "punching a hole"))
     }
 
-    /// Reserves blocks for a range, growing the storage where it ends before.
+    /// Reserves blocks for a range. The storage grows if it ends earlier.
     ///
     /// # Errors
     /// [`Error::Unsupported`] by default.
@@ -246,22 +261,25 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Err(Error::unsupported(self.name(), "reserving blocks"))
     }
 
-    /// Copies `len` bytes from `source` without passing them through this program, sharing blocks where the file system
-    /// can. Returns how many were copied: less than `len` where `source` ends before.
+    /// Copies `len` bytes from `source` within the kernel, and shares blocks where the file system
+    /// can. Returns the bytes copied, which are fewer than `len` if `source` ends earlier.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] by default and where the two do not lie on one kernel.
+    /// - [`Error::Unsupported`]: one of the two has no file of this kernel. This is the default.
+    /// - As [`Storage::write_at`].
     fn copy_from(&self, _source: &dyn Storage, _from: u64, _to: u64, _len: u64) -> Result<u64> {
         Err(Error::unsupported(self.name(), "copying in the kernel"))
     }
 
-    /// Whether [`Storage::copy_from`] costs less than reading and writing: blocks are shared, or a server copies them.
+    /// Returns `true` if [`Storage::copy_from`] is cheaper than reading and writing: blocks are
+    /// shared, or a server copies them.
     fn prefers_copy_from(&self, _source: &dyn Storage) -> bool {
         false
     }
 
-    /// As [`Storage::write_at`], for much data that nobody is about to read: a storage may go around its cache.
-    /// That pays for buffers that start at a multiple of 4096 in memory, of whole 4096 bytes, at such offsets.
+    /// Writes as [`Storage::write_at`] does, for large data that is not read soon: a storage may
+    /// bypass its cache. This takes effect if memory address, length and offset are multiples of
+    /// 4096 bytes.
     ///
     /// # Errors
     /// As [`Storage::write_at`].
@@ -269,12 +287,12 @@ pub trait Storage: Send + Sync + fmt::Debug {
         self.write_at(buf, offset)
     }
 
-    /// Hears that a range is not about to be read or written again. What a cache holds of it may go: to the medium where
-    /// that does not have it yet. Promises nothing, and orders nothing.
+    /// Advises the storage that a range is not read or written soon. A cache may write it out and
+    /// drop it. This is no barrier.
     fn will_not_need(&self, _range: Range<u64>) {}
 
-    /// The first run of data at or behind `offset`, or `None` where only holes follow. A storage that does not know
-    /// holes says that all is data.
+    /// Returns the first run of data at or behind `offset`, or `None` if only holes follow. A
+    /// storage without knowledge of holes returns all as data.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -283,7 +301,7 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Ok((offset < len).then_some(offset..len))
     }
 
-    /// The bytes that the storage occupies on its medium, if known.
+    /// Returns the bytes that the storage occupies on its medium, if known.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -291,7 +309,7 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Ok(None)
     }
 
-    /// The bytes that could still be written where this storage lies, if known.
+    /// Returns the free bytes on the medium of the storage, if known.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -299,24 +317,28 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Ok(None)
     }
 
-    /// Changes the image locks that are held. Where the new ones cannot be had, the old ones were never let go.
+    /// Changes the image locks that are held. If the new locks cannot be taken, the old ones are
+    /// kept throughout.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] by default, [`Error::Busy`] where another program's locks forbid it.
+    /// - [`Error::Unsupported`] by default.
+    /// - [`Error::Busy`]: another program's locks forbid it.
     fn set_lock(&self, _wanted: LockMode) -> Result<()> {
         Err(Error::unsupported(self.name(), "changing image locks"))
     }
 
-    /// The operating system's file behind this storage, for in-kernel copies and for what only it can do.
+    /// Returns the file of the operating system behind this storage, for copies within the kernel
+    /// and for access rights.
     fn as_file(&self) -> Option<&std::fs::File> {
         None
     }
 }
 
-/// The largest buffer of zeroes written at once where the storage cannot zero a range by itself.
+/// The zeroes that one call writes where the storage cannot zero a range by itself.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
-/// Makes a range read as zeroes on any storage: by [`Storage::zero_range`] where it can, else by writing zeroes.
+/// Makes a range read as zeroes on any storage: by [`Storage::zero_range`] if supported, or by
+/// writing zeroes.
 ///
 /// # Errors
 /// As [`Storage::write_at`].
@@ -328,7 +350,7 @@ pub fn zero_range(storage: &dyn Storage, range: Range<u64>) -> Result<()> {
     write_zeroes(storage, range)
 }
 
-/// Writes zeroes as data over a range, so that its blocks are there.
+/// Writes zeroes as data over a range, so that its blocks are allocated.
 ///
 /// # Errors
 /// As [`Storage::write_at`].
@@ -348,7 +370,7 @@ mod tests {
 
     use super::*;
 
-    /// A storage with the required methods only. It notes where it was written.
+    /// A storage with the required methods only, which records the ranges that are written.
     #[derive(Debug, Default)]
     struct Plain(MemoryStorage, Mutex<Vec<Range<u64>>>);
 
@@ -375,11 +397,11 @@ mod tests {
     }
 
     #[test]
-    fn a_range_is_zeroed_by_writing_where_nothing_better_is_known() {
+    fn zero_range_falls_back_to_writing_zeroes() {
         let plain = Plain::default();
         plain.0.write_at(&vec![1; 150_000], 0).unwrap();
         zero_range(&plain, 10..140_010).unwrap();
-        #[expect(clippy::reversed_empty_ranges, reason = "a caller's mistake writes nothing")]
+        #[expect(clippy::reversed_empty_ranges, reason = "a reversed range writes nothing")]
         zero_range(&plain, 9..3).unwrap();
         let mut model = vec![1; 150_000];
         model[10..140_010].fill(0);
@@ -388,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn a_range_is_zeroed_by_the_storage_where_it_can() {
+    fn zero_range_uses_the_storage_where_supported() {
         let memory = MemoryStorage::with_bytes("m", [1; 8192]);
         zero_range(&memory, 0..8192).unwrap();
         assert_eq!(memory.allocated_len().unwrap(), Some(0));
@@ -397,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn defaults_claim_nothing() {
+    fn storage_defaults_return_no_information() {
         let plain = Plain::default();
         plain.write_at(b"hello", 0).unwrap();
         assert!(!plain.is_empty().unwrap() && !plain.is_read_only() && !plain.is_fixed_size());
@@ -417,7 +439,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_keep_their_kind_for_callers_of_io() {
+    fn error_converts_to_io_error_of_its_kind() {
         use std::io::{Error as IoError, ErrorKind};
         let io = |kind: ErrorKind| Error::io("disk", "write 5 bytes at offset 7", 5, kind.into());
         for kind in [ErrorKind::StorageFull, ErrorKind::QuotaExceeded, ErrorKind::FileTooLarge] {

@@ -1,4 +1,4 @@
-//! Any storage, for reading only.
+//! A read-only handle of any storage.
 
 use std::fs::File;
 use std::ops::Range;
@@ -6,14 +6,14 @@ use std::sync::Arc;
 
 use super::{Error, FileId, FileStamp, LockMode, Result, Storage};
 
-/// A storage that others may write and this handle may not.
+/// A handle that refuses every change. Other handles of the same storage may write.
 #[derive(Clone, Debug)]
 pub struct ReadOnlyStorage {
     inner: Arc<dyn Storage>,
 }
 
 impl ReadOnlyStorage {
-    /// A handle that only reads.
+    /// Wraps a storage.
     #[must_use]
     pub fn new(inner: Arc<dyn Storage>) -> Self {
         Self { inner }
@@ -96,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_go_through_and_changes_do_not() {
+    fn read_only_handle_forwards_reads_and_refuses_changes() {
         let memory = Arc::new(MemoryStorage::with_bytes("m", b"0123456789"));
         let reader = ReadOnlyStorage::new(memory.clone());
         let refused = [

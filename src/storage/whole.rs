@@ -1,11 +1,12 @@
-//! Whole transfers out of the system's calls, each of which may do less than it was asked, or be interrupted by a signal.
+//! Complete transfers by system calls that may be partial or interrupted by a signal.
 
 use std::io;
 
 use super::MAX_LEN;
 use super::sys::retry;
 
-/// Fills a buffer. `call` reads some bytes at an offset, 0 at the end; what lies behind it are zeroes.
+/// Fills a buffer. `call` reads some bytes at an offset, 0 at the end. The rest of the buffer is
+/// zeroed.
 pub(super) fn read(
     buf: &mut [u8],
     offset: u64,
@@ -37,8 +38,8 @@ pub(super) fn write(buf: &[u8], offset: u64, mut call: impl FnMut(&[u8], u64) ->
     Ok(())
 }
 
-/// Writes as far as that goes in whole units, and returns how far. What went wrong is not told: another way of writing what
-/// is left finds out again.
+/// Writes whole units until a call fails, and returns the bytes written. The error is discarded:
+/// the caller writes the rest in another way, which reports the error if it occurs again.
 pub(super) fn write_units(
     buf: &[u8],
     offset: u64,
@@ -55,8 +56,8 @@ pub(super) fn write_units(
     done
 }
 
-/// Copies `len` bytes, or fewer where the source ends, and returns how many. `call` copies some, given how many are done and
-/// how many are left; 0 at the end.
+/// Copies `len` bytes, or fewer where the source ends, and returns the bytes copied. `call` copies
+/// some, given the bytes done and left, and returns 0 at the end.
 pub(super) fn copy(len: u64, mut call: impl FnMut(u64, u64) -> io::Result<u64>) -> io::Result<u64> {
     let mut done = 0;
     while done < len {

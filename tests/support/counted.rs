@@ -1,27 +1,27 @@
-//! Names in memory that count what passes the images: calls, and bytes read and written. The catalogue, the journal and the
-//! lock (`*.json*`) are counted by themselves.
+//! A file system in memory that counts calls, and bytes read and written. The catalogue, the
+//! journal and the lock (`*.json*`) are counted apart from the images.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use qcow2_chain::storage::{Access, FileSystem, MemoryFileSystem, Resolved, Result, Storage};
+use qcow2_chain::storage::{Access, Attributes, EntryKind, FileSystem, MemoryFileSystem, Resolved, Result, Storage};
 
-/// What passed.
+/// Calls and bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Work {
     pub calls: u64,
     pub bytes: u64,
 }
 
-/// What passed the images, and what passed the catalogue and the files beside it.
+/// The work on the images, and on the catalogue and the files beside it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Passed {
     pub images: Work,
     pub records: Work,
 }
 
-/// Names that count.
+/// A file system that counts.
 #[derive(Debug, Default)]
 pub struct CountedFileSystem {
     inner: MemoryFileSystem,
@@ -29,7 +29,7 @@ pub struct CountedFileSystem {
 }
 
 impl CountedFileSystem {
-    /// What passed since this was asked last.
+    /// Returns the work since the last call.
     pub fn take(&self) -> Passed {
         std::mem::take(&mut self.passed.lock().unwrap())
     }
@@ -64,6 +64,14 @@ impl FileSystem for CountedFileSystem {
         self.count(path);
         Ok(self.counted(path, self.inner.create_new(path)?))
     }
+    fn create_new_like(&self, path: &Path, model: &dyn Storage, attributes: Attributes) -> Result<Arc<dyn Storage>> {
+        self.count(path);
+        Ok(self.counted(path, self.inner.create_new_like(path, model, attributes)?))
+    }
+    fn check_create_like(&self, directory: &Path, model: &dyn Storage) -> Result<()> {
+        self.count(directory);
+        self.inner.check_create_like(directory, model)
+    }
     fn rename(&self, from: &Path, to: &Path) -> Result<()> {
         self.count(to);
         self.inner.rename(from, to)
@@ -87,6 +95,14 @@ impl FileSystem for CountedFileSystem {
     fn exists(&self, path: &Path) -> Result<bool> {
         self.count(path);
         self.inner.exists(path)
+    }
+    fn entry(&self, path: &Path) -> Result<EntryKind> {
+        self.count(path);
+        self.inner.entry(path)
+    }
+    fn is_memory_backed(&self, directory: &Path) -> Result<bool> {
+        self.count(directory);
+        self.inner.is_memory_backed(directory)
     }
     fn resolve(&self, path: &Path) -> Result<Resolved> {
         self.count(path);

@@ -1,4 +1,4 @@
-//! Recorded names.
+//! The recording file system.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -8,15 +8,17 @@ use super::log::{NameChange, Synced};
 use super::{Recorder, RecordingStorage, Tree};
 use crate::storage::memory_file_system::rooted;
 use crate::storage::{
-    Access, FileId, FileSystem, MemoryFileSystem, MemoryStorage, ReadOnlyStorage, Resolved, Result, Storage,
+    Access, Attributes, EntryKind, FileId, FileSystem, MemoryFileSystem, MemoryStorage, ReadOnlyStorage, Resolved,
+    Result, Storage,
 };
 
-/// A directory tree in memory, as [`MemoryFileSystem`], whose changes are recorded together with those of the files in it.
+/// A directory tree in memory, like [`MemoryFileSystem`], that records its changes together with
+/// those of its files.
 #[derive(Debug)]
 pub struct RecordingFileSystem {
     recorder: Arc<Recorder>,
     inner: MemoryFileSystem,
-    /// The members of the group by their identity, which a rename leaves alone.
+    /// The numbers of the files in the log by identity, which a rename does not change.
     numbers: Mutex<BTreeMap<FileId, usize>>,
 }
 
@@ -34,7 +36,7 @@ impl RecordingFileSystem {
         names
     }
 
-    /// All files as they are now, durable or not.
+    /// Returns all files with their present content, durable or not.
     #[must_use]
     pub fn tree(&self) -> Tree {
         self.recorder.log().last().tree()
@@ -54,7 +56,7 @@ impl RecordingFileSystem {
         self.numbers().get(&storage.file_id()?).copied()
     }
 
-    /// A file that once had a name by which it tears does so from then on.
+    /// Marks a file as one that tears if its new path is listed so. It keeps the mark.
     fn tear(&self, number: usize, path: &Path) {
         if self.recorder.tears(path) {
             self.recorder.recorded().torn[number] = true;
@@ -62,7 +64,7 @@ impl RecordingFileSystem {
     }
 }
 
-/// The path by which the log knows a name that the tree knows too.
+/// Returns the path of a name in the log.
 fn key(path: &Path) -> PathBuf {
     rooted(path).unwrap_or_else(|| path.to_path_buf())
 }
@@ -87,6 +89,15 @@ impl FileSystem for RecordingFileSystem {
         Ok(Arc::new(RecordingStorage::new(file, storage, Arc::clone(&self.recorder))))
     }
 
+    /// Files in memory have no access rights, so that the creation is all that is recorded.
+    fn create_new_like(&self, path: &Path, _model: &dyn Storage, _attributes: Attributes) -> Result<Arc<dyn Storage>> {
+        self.create_new(path)
+    }
+
+    fn check_create_like(&self, directory: &Path, model: &dyn Storage) -> Result<()> {
+        self.inner.check_create_like(directory, model)
+    }
+
     fn rename(&self, from: &Path, to: &Path) -> Result<()> {
         let file = self.recorder.record_name(|| {
             self.inner.rename(from, to)?;
@@ -101,7 +112,7 @@ impl FileSystem for RecordingFileSystem {
         let file = self.recorder.record_name(|| {
             self.inner.link(from, to)?;
             let file = self.inner.get(to).and_then(|storage| self.number(&storage)).unwrap_or_default();
-            // A name that comes to be, whatever it leads to.
+            // To the log a second name is a creation.
             Ok((NameChange::Create { path: key(to), file }, file))
         })?;
         self.tear(file, to);
@@ -127,6 +138,14 @@ impl FileSystem for RecordingFileSystem {
 
     fn exists(&self, path: &Path) -> Result<bool> {
         self.inner.exists(path)
+    }
+
+    fn entry(&self, path: &Path) -> Result<EntryKind> {
+        self.inner.entry(path)
+    }
+
+    fn is_memory_backed(&self, directory: &Path) -> Result<bool> {
+        self.inner.is_memory_backed(directory)
     }
 
     fn resolve(&self, path: &Path) -> Result<Resolved> {

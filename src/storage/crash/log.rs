@@ -1,4 +1,4 @@
-//! What was recorded, and the states that it could have left.
+//! The log of changes, and the states that a crash can leave of them.
 
 use std::backtrace::Backtrace;
 use std::collections::BTreeMap;
@@ -9,16 +9,16 @@ use std::sync::Arc;
 use super::site::Site;
 use super::{CrashState, Tree};
 
-/// The unit that a medium writes whole.
+/// The unit that a medium writes atomically, in bytes.
 pub(super) const SECTOR: usize = 512;
 
-/// The most places at which one write to a file that tears is torn.
+/// The most places at which a write to a file that tears is split.
 const TEARS: usize = 3;
 
-/// The most prefixes, pieces missing and pieces alone that are looked at between two syncs.
+/// The most prefixes, missing pieces and single pieces that are tried between two syncs.
 const MOST: usize = 96;
 
-/// One thing that happened to a file.
+/// One change of a file.
 #[derive(Clone, Debug)]
 pub(super) enum Piece {
     Write {
@@ -27,11 +27,11 @@ pub(super) enum Piece {
     },
     SetLen(usize),
     Punch(Range<usize>),
-    /// As a hole, and the file grows where it ends before.
+    /// A hole. The file grows if it ends earlier.
     Zero(Range<usize>),
 }
 
-/// One thing that happened to a name.
+/// One change of a name.
 #[derive(Clone, Debug)]
 pub(super) enum NameChange {
     Create { path: PathBuf, file: usize },
@@ -45,7 +45,7 @@ pub(super) enum Change {
     Name(NameChange),
 }
 
-/// What a sync makes durable.
+/// The file or directory that a sync makes durable.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Synced {
     File(usize),
@@ -59,7 +59,7 @@ pub(super) enum Event {
     Mark,
 }
 
-/// Files, and the names of those that have any.
+/// Files, and names for some of them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Medium {
     pub(super) files: CrashState,
@@ -70,17 +70,19 @@ pub(super) struct Medium {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct State {
-    /// Its number among the states of one log, seed and number of samples, counted from 0: the same state again.
+    /// The number among the states of one log, seed and number of samples, counted from 0. It
+    /// reproduces the state.
     pub number: usize,
-    /// How many marks ([`super::Recorder::mark`]) were made before the crash.
+    /// The number of marks ([`super::Recorder::mark`]) before the crash.
     pub marks: usize,
-    /// The contents of all files of the group in the order in which they joined it, those that lost their name included.
+    /// The contents of all files of the group in the order in which they joined it, including files
+    /// without a name.
     pub files: CrashState,
     names: BTreeMap<PathBuf, usize>,
 }
 
 impl State {
-    /// The files that have a name, by their paths.
+    /// Returns the files that have a name, by path.
     #[must_use]
     pub fn tree(&self) -> Tree {
         self.names.iter().map(|(path, file)| (path.clone(), self.files[*file].clone())).collect()
@@ -91,15 +93,15 @@ impl State {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Barrier {
-    /// Its number over all files and directories, counted from 0.
+    /// The number among the syncs of all files and directories, counted from 0.
     pub number: usize,
-    /// The directory, where it is none of a file.
+    /// The directory, or `None` for the sync of a file.
     pub directory: Option<PathBuf>,
-    /// Who called for it, where that was noted ([`super::RecorderOptions::with_sites`]).
+    /// The call site, if recorded ([`super::RecorderOptions::with_sites`]).
     pub site: Option<Site>,
 }
 
-/// What happened to a group of files and names up to some moment.
+/// The changes of a group of files and names up to some moment.
 #[derive(Clone, Debug)]
 pub struct Log {
     pub(super) start: Medium,
@@ -108,13 +110,13 @@ pub struct Log {
 }
 
 impl Log {
-    /// Whether nothing was changed.
+    /// Returns `true` if nothing was changed.
     #[must_use]
     pub fn is_unchanged(&self) -> bool {
         !self.events.iter().any(|event| matches!(event, Event::Change(_)))
     }
 
-    /// The syncs of files and directories, in order.
+    /// Returns the syncs of files and directories, in order.
     #[must_use]
     pub fn barriers(&self) -> Vec<Barrier> {
         let barriers = self.events.iter().filter_map(|event| match event {
@@ -132,8 +134,8 @@ impl Log {
         barriers.map(barrier).collect()
     }
 
-    /// The same without those syncs of whose number `dropped` says so, as if the code under test had left them out. A test
-    /// that still passes then does not prove that barrier.
+    /// Returns the log without the syncs for whose number `dropped` returns `true`, as if the code
+    /// under test had omitted them. A test that still passes does not prove that barrier.
     #[must_use]
     pub fn without(&self, dropped: impl Fn(usize) -> bool) -> Self {
         let kept = |event: &&Event| !matches!(event, Event::Sync { number, .. } if dropped(*number));
@@ -144,9 +146,10 @@ impl Log {
         }
     }
 
-    /// Calls `look` with every state that a crash could have left. Where these are too many between two syncs (more than 8
-    /// pieces), with every prefix, every state that lacks one piece or has only one (of more than 96 pieces, with every
-    /// second, third, ... of these), and `samples` random subsets, drawn from `seed`. Returns how many states there were.
+    /// Calls `look` with every state that a crash can leave, and returns the number of states. For
+    /// more than 8 pieces between two syncs these are: every prefix, every state that lacks one
+    /// piece or has only one piece (for more than 96 pieces, a sample of these), and `samples`
+    /// random subsets, drawn from `seed`.
     ///
     /// # Errors
     /// The first error of `look`.
@@ -185,7 +188,8 @@ impl Log {
         Ok(count)
     }
 
-    /// What had happened when the mark with this number was made, counted from 0; all of it where there is no such mark.
+    /// Returns the log up to the mark with this number, counted from 0, or all of it if there is no
+    /// such mark.
     #[must_use]
     pub fn up_to(&self, mark: usize) -> Self {
         let mut left = mark + 1;
@@ -197,7 +201,8 @@ impl Log {
         Self { start: self.start.clone(), torn: self.torn.clone(), events }
     }
 
-    /// The state in which nothing survived but what was synced: what a promise of durability is measured by.
+    /// Returns the state in which only synced changes survived, as a test of promised durability
+    /// requires.
     #[must_use]
     pub fn durable(&self) -> State {
         let mut marks = 0;
@@ -214,7 +219,7 @@ impl Log {
         State { number: 0, marks, files, names }
     }
 
-    /// The state in which everything survived.
+    /// Returns the state in which everything survived.
     #[must_use]
     pub fn last(&self) -> State {
         let mut medium = self.start.clone();
@@ -230,7 +235,7 @@ impl Log {
     }
 }
 
-/// What is durable at a moment, and what may be lost.
+/// The durable state at a moment, and the changes that may be lost.
 struct Window {
     durable: Medium,
     pending: Vec<Pending>,
@@ -238,13 +243,14 @@ struct Window {
 
 struct Pending {
     change: Change,
-    /// The directories that have yet to be synced. A change of names whose directories all are is durable, but stays in its
-    /// place as long as one before it is not: what a name stands for depends on the order.
+    /// The directories that are not yet synced. A change of names is durable when all of them are.
+    /// It stays in its place while an earlier one is not, because the file of a name depends on the
+    /// order.
     waits: Vec<PathBuf>,
 }
 
 impl Pending {
-    /// Whether it may be lost.
+    /// Returns `true` if the change may be lost.
     fn is_open(&self) -> bool {
         matches!(self.change, Change::Bytes(..)) || !self.waits.is_empty()
     }
@@ -298,12 +304,12 @@ impl Window {
         }
     }
 
-    /// How many pieces may be lost.
+    /// Returns the number of changes that may be lost.
     fn open(&self) -> usize {
         self.pending.iter().filter(|pending| pending.is_open()).count()
     }
 
-    /// What is there if of the pieces that may be lost these were kept.
+    /// Returns the state in which these of the changes that may be lost are kept.
     fn with(&self, kept: &[bool]) -> Medium {
         let mut medium = self.durable.clone();
         let mut kept = kept.iter();
@@ -317,7 +323,7 @@ impl Window {
 }
 
 impl NameChange {
-    /// The directories that it changes.
+    /// Returns the directories that it changes.
     fn directories(&self) -> Vec<PathBuf> {
         let parent = |path: &Path| path.parent().map_or_else(PathBuf::new, Path::to_path_buf);
         match self {
@@ -369,7 +375,7 @@ impl Piece {
         }
     }
 
-    /// Splits a write behind each of these many bytes; the rest is a piece too.
+    /// Splits a write at these offsets. The rest is a piece too.
     fn split(at: usize, data: &[u8], cuts: impl Iterator<Item = usize>) -> Vec<Self> {
         let mut parts = Vec::new();
         let mut done = 0;
@@ -394,7 +400,7 @@ fn sectors(piece: &Piece) -> Vec<Piece> {
     }
 }
 
-/// Splits a write by sectors, and these at random places.
+/// Splits a write by sectors, and sectors at random offsets.
 fn shreds(piece: &Piece, random: &mut u64) -> Vec<Piece> {
     let mut parts = Vec::new();
     for sector in sectors(piece) {
@@ -412,12 +418,12 @@ fn shreds(piece: &Piece, random: &mut u64) -> Vec<Piece> {
     parts
 }
 
-/// Which pieces of `count` are kept, one choice after the other.
+/// Returns selections of the pieces that are kept, of `count` pieces.
 fn subsets(count: usize, samples: usize, random: &mut u64) -> Vec<Vec<bool>> {
     if count <= 8 {
         return (0..1_usize << count).map(|mask| (0..count).map(|bit| mask >> bit & 1 == 1).collect()).collect();
     }
-    // A long zeroed range is hundreds of pieces that differ in nothing: of these, every so many.
+    // A long zeroed range has hundreds of equal pieces: a sample is enough.
     let step = count.div_ceil(MOST);
     let mut places = || {
         let first = usize::try_from(next(random)).unwrap_or(0) % step;

@@ -1,20 +1,21 @@
-//! Storages and names that record what happens to them, and every state in which a power failure could have left them.
+//! Storages and file systems that record their changes, and every state that a power failure can
+//! leave of them.
 //!
-//! Feature `test-utils`. A program that puts images on a storage of its own can test itself with this too: let the operation
-//! run on [`RecordingStorage`]s, or on the [`RecordingFileSystem`], of one [`Recorder`], then look at every state that
-//! [`Log::each_state`] makes.
+//! Feature `test-utils`. Programs with storages of their own can use it too: run the operation on
+//! [`RecordingStorage`]s or the [`RecordingFileSystem`] of one [`Recorder`], then check every state
+//! of [`Log::each_state`].
 //!
 //! The model:
 //!
-//! - After a successful sync of a file all that was written to it before is durable. What was written since may have reached
-//!   the medium in any order, or not at all, by aligned sectors of 512 bytes that are old or new, never mixed. Changes of
-//!   length, holes and zeroed ranges are pieces of their own. Files that are said to tear
-//!   ([`RecorderOptions::with_torn`]) break anywhere.
-//! - After a successful [`FileSystem::sync_dir`](crate::storage::FileSystem::sync_dir) all names that were made, moved or taken away in
-//!   that directory are durable. Until then any of these changes may be lost whatever became of the others; a rename, which
-//!   is done or not, waits for both its directories.
-//! - The sync of a file says nothing of its name, and that of a directory nothing of the bytes in it. Bytes of a new file
-//!   survive under a name that survives only.
+//! - After a successful sync of a file, all earlier writes to it are durable. Later writes reach
+//!   the medium in any order, or not at all, in aligned sectors of 512 bytes that are old or new,
+//!   never mixed. Changes of length, holes and zeroed ranges are separate pieces. Files that tear
+//!   ([`RecorderOptions::with_torn`]) are split anywhere.
+//! - After a successful [`FileSystem::sync_dir`](crate::storage::FileSystem::sync_dir) all
+//!   creations, renames and removals in that directory are durable. Until then any of them may be
+//!   lost, independently of the others. A rename is atomic, and waits for both of its directories.
+//! - The sync of a file does not make its name durable, and the sync of a directory does not make
+//!   content durable. The content of a new file survives only if its name does.
 //!
 //! ```
 //! use std::path::Path;
@@ -63,58 +64,59 @@ pub use log::{Barrier, Log, State};
 pub use site::{Frame, Site};
 pub use storage::RecordingStorage;
 
-/// The contents of the recorded files, in the order in which they were made.
+/// The contents of the recorded files, in the order of their creation.
 pub type CrashState = Vec<Vec<u8>>;
 
 /// Files by their paths, which start at the root.
 pub type Tree = BTreeMap<PathBuf, Vec<u8>>;
 
-/// How a [`Recorder`] records.
+/// The options of a [`Recorder`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RecorderOptions {
-    /// Whether the storages zero, reserve and copy ranges by themselves, as files do, or leave that to their callers.
+    /// Lets the storages zero, reserve and copy ranges, as files do. Otherwise they return that
+    /// this is unsupported.
     pub in_kernel: bool,
-    /// Whether it is noted who calls for each sync, which takes its time: see [`Barrier::site`].
+    /// Records the call stack of each sync, which is slow, see [`Barrier::site`].
     pub sites: bool,
     /// Files whose path contains one of these tear anywhere, within a sector too.
     pub torn: Vec<String>,
     /// Files whose path contains one of these have a fixed length, as block devices do.
     pub fixed: Vec<String>,
-    /// The sync that is not recorded, counted from 0: a barrier taken out.
+    /// The sync that is not recorded, counted from 0, as if a barrier were missing.
     pub without: Option<usize>,
 }
 
 impl RecorderOptions {
-    /// The same, with storages that zero, reserve and copy by themselves or not.
+    /// Sets if the storages zero, reserve and copy ranges. Default: no.
     #[must_use]
     pub fn with_in_kernel(mut self, in_kernel: bool) -> Self {
         self.in_kernel = in_kernel;
         self
     }
 
-    /// The same, noting who calls for each sync or not.
+    /// Sets if call stacks of syncs are recorded. Default: no.
     #[must_use]
     pub fn with_sites(mut self, sites: bool) -> Self {
         self.sites = sites;
         self
     }
 
-    /// The same, with files that tear anywhere wherever their path contains `part`.
+    /// Adds files that tear anywhere: those whose path contains `part`. Default: none.
     #[must_use]
     pub fn with_torn(mut self, part: impl Into<String>) -> Self {
         self.torn.push(part.into());
         self
     }
 
-    /// The same, with files of fixed length wherever their path contains `part`.
+    /// Adds files of fixed length: those whose path contains `part`. Default: none.
     #[must_use]
     pub fn with_fixed(mut self, part: impl Into<String>) -> Self {
         self.fixed.push(part.into());
         self
     }
 
-    /// The same, overhearing the sync with this number, counted from 0.
+    /// Sets the sync that is not recorded, counted from 0. Default: none.
     #[must_use]
     pub fn with_without(mut self, number: Option<usize>) -> Self {
         self.without = number;
@@ -122,7 +124,7 @@ impl RecorderOptions {
     }
 }
 
-/// What happened to a group of files and their names, in order.
+/// Records the changes of a group of files and their names, in order.
 #[derive(Debug, Default)]
 pub struct Recorder {
     options: RecorderOptions,
@@ -138,35 +140,36 @@ struct Recorded {
 }
 
 impl Recorder {
-    /// A recorder that has seen nothing yet.
+    /// Returns a recorder with default options.
     #[must_use]
     pub fn new() -> Arc<Self> {
         Arc::default()
     }
 
-    /// A recorder that records in another way.
+    /// Returns a recorder with these options.
     #[must_use]
     pub fn with(options: RecorderOptions) -> Arc<Self> {
         Arc::new(Self { options, ..Self::default() })
     }
 
-    /// A recorder that overhears the sync with this number, counted from 0 over all files and directories, as if the code
-    /// under test had left it out. A crash test that still passes then does not prove that barrier.
+    /// Returns a recorder that does not record the sync with this number, counted from 0 over all
+    /// files and directories, as if the code under test had omitted it. A crash test that still
+    /// passes does not prove that barrier.
     ///
-    /// [`Log::without`] does the same to what was recorded already.
+    /// [`Log::without`] does the same to a log.
     #[must_use]
     pub fn without_sync(number: usize) -> Arc<Self> {
         Self::with(RecorderOptions::default().with_without(Some(number)))
     }
 
-    /// How many syncs of files and directories there were.
+    /// Returns the number of syncs of files and directories.
     #[must_use]
     pub fn syncs(&self) -> usize {
         self.recorded().syncs
     }
 
-    /// A file of this content, which counts as durable. It joins the group as its next member and has no name that could be
-    /// lost: `name` is for messages.
+    /// Adds a file with durable content to the group. It has no name that could be lost: `name` is
+    /// for messages.
     #[must_use]
     pub fn storage(self: &Arc<Self>, name: &str, bytes: Vec<u8>) -> RecordingStorage {
         let inner = self.memory(name, &bytes);
@@ -174,28 +177,28 @@ impl Recorder {
         RecordingStorage::new(number, inner, Arc::clone(self))
     }
 
-    /// Names of these files, names and bytes being durable. A crash state's [`State::tree`] can be given, so that what
-    /// recovers from it is recorded in its turn.
+    /// Returns a file system with these files, whose names and content are durable. To record a
+    /// recovery, pass [`State::tree`] of a crash state.
     #[must_use]
     pub fn names(self: &Arc<Self>, tree: &Tree) -> RecordingFileSystem {
         RecordingFileSystem::new(Arc::clone(self), tree)
     }
 
-    /// Notes that something has been promised: the caller was told `Ok` of a flush, say. Every state tells how many marks it
-    /// is behind ([`State::marks`]), and [`Log::up_to`] what was durable when it was made.
+    /// Marks the moment of a promise, such as `Ok` of a flush. Every state has the number of marks
+    /// before it ([`State::marks`]), and [`Log::up_to`] returns the log up to a mark.
     pub fn mark(&self) {
         self.recorded().events.push(Event::Mark);
     }
 
-    /// What has happened so far.
+    /// Returns the log so far.
     #[must_use]
     pub fn log(&self) -> Log {
         let recorded = self.recorded();
         Log { start: recorded.start.clone(), torn: recorded.torn.clone(), events: recorded.events.clone() }
     }
 
-    /// Calls `look` with the contents of the files in every state that a crash could have left: [`Log::each_state`] for
-    /// those to whom names do not matter. Returns how many states there were.
+    /// Calls `look` with the contents of the files in every state that a crash can leave, and
+    /// returns the number of states. This is [`Log::each_state`] without names.
     ///
     /// # Errors
     /// The first error of `look`.
@@ -208,7 +211,7 @@ impl Recorder {
         self.log().each_state(seed, samples, |state| look(&state.files))
     }
 
-    /// The contents of the files where nothing survived but what was synced: what a promise of durability is measured by.
+    /// Returns the contents of the files if only synced changes survived.
     #[must_use]
     pub fn durable(&self) -> CrashState {
         self.log().durable().files
@@ -218,7 +221,7 @@ impl Recorder {
         self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a file into the group.
+    /// Adds a file to the group.
     fn join(&self, path: &Path, bytes: Vec<u8>) -> usize {
         let torn = self.tears(path);
         let mut recorded = self.recorded();
@@ -241,7 +244,7 @@ impl Recorder {
         self.options.torn.iter().any(|part| path.contains(part))
     }
 
-    /// Does something and records it, in one step, so that the log has the order of what happened.
+    /// Performs a change and records it in one step, so that the log has the right order.
     fn record<T, E>(
         &self,
         done: impl FnOnce(bool) -> std::result::Result<(Option<Event>, T), E>,

@@ -1,22 +1,22 @@
-//! Who calls for a sync.
+//! The call sites of syncs.
 
 use std::backtrace::Backtrace;
 use std::fmt;
 
-/// A function on the way to a sync, as the debug information has it.
+/// A function in the call stack of a sync, from the debug information.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub struct Frame {
     /// The function with its module.
     pub function: String,
-    /// The source file, as it was given to the compiler; empty where it is not known.
+    /// The source file, as it was given to the compiler. Empty if unknown.
     pub file: String,
-    /// The line in it; 0 where it is not known.
+    /// The line in the file. 0 if unknown.
     pub line: u32,
 }
 
-/// The way that led to a sync, the caller first; storages that only pass the call on are left out, and so is the standard
-/// library. Without debug information (at least line tables) it is empty.
+/// The call stack of a sync, without storages that only forward the call and without the standard
+/// library. It is empty without debug information (at least line tables).
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub struct Site {
@@ -48,7 +48,7 @@ impl Site {
 }
 
 impl Frame {
-    /// Whether it only hands a call down, or belongs to the language.
+    /// Returns `true` for functions that only forward a call, and for the standard library.
     fn passes_on(&self) -> bool {
         let function = &*self.function;
         let language = ["std::", "core::", "alloc::", "<std::", "<core::", "<alloc::", "__", "_start", "main"];

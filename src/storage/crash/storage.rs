@@ -1,4 +1,4 @@
-//! A recorded file.
+//! The recording storage.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use super::Recorder;
 use super::log::{Piece, SECTOR, Synced};
 use crate::storage::{Error, FileId, FileStamp, MemoryStorage, Result, Storage};
 
-/// A file in memory whose changes are recorded.
+/// A file in memory that records its changes.
 #[derive(Debug)]
 pub struct RecordingStorage {
     number: usize,
@@ -20,8 +20,8 @@ impl RecordingStorage {
         Self { number, inner, recorder }
     }
 
-    /// What a write leaves in the file, in the units that reach the medium: a sector as it is now, with what earlier writes
-    /// have put around this one. Of a file that tears only the bytes themselves are told.
+    /// Returns the change that a write causes on the medium: whole sectors with their present
+    /// content, or only the written bytes for a file that tears.
     fn written(&self, offset: u64, len: usize, torn: bool) -> Result<Piece> {
         let (mut start, mut end) = (offset, offset + len as u64);
         if !torn {
@@ -33,7 +33,7 @@ impl RecordingStorage {
         Ok(Piece::Write { at: index(start), data })
     }
 
-    /// Refuses what only files do by themselves, unless the recorder's are to be like them.
+    /// Refuses operations within the kernel unless [`super::RecorderOptions::in_kernel`] is set.
     fn check_in_kernel(&self, what: &'static str) -> Result<()> {
         if self.recorder.options.in_kernel { Ok(()) } else { Err(Error::unsupported(self.name(), what)) }
     }
@@ -118,7 +118,7 @@ impl Storage for RecordingStorage {
     }
 
     fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {
-        // Holes are known where the storage is as able as a file.
+        // Without operations in the kernel the storage knows no holes.
         if self.recorder.options.in_kernel {
             return self.inner.next_data(offset);
         }

@@ -2,7 +2,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::*;
-use crate::storage::{Access, FileSystem, Storage};
+use crate::storage::{Access, Attributes, EntryKind, FileSystem, Storage};
 
 fn states(log: &Log) -> Vec<State> {
     let mut states = Vec::new();
@@ -15,7 +15,7 @@ fn states(log: &Log) -> Vec<State> {
     states
 }
 
-/// How many different contents there are among these.
+/// Returns the number of different contents among the states.
 fn distinct(states: &[State]) -> usize {
     states.iter().map(|state| &state.files).collect::<BTreeSet<_>>().len()
 }
@@ -41,7 +41,7 @@ fn path(name: &str) -> &Path {
 }
 
 #[test]
-fn what_is_synced_is_in_every_later_state() {
+fn synced_writes_are_in_every_later_state() {
     let recorder = Recorder::new();
     let file = recorder.storage("a", vec![0; 1024]);
     file.write_at(&[1; 1024], 0).unwrap();
@@ -56,7 +56,7 @@ fn what_is_synced_is_in_every_later_state() {
 }
 
 #[test]
-fn a_sync_of_one_file_says_nothing_of_another() {
+fn sync_covers_one_file_only() {
     let recorder = Recorder::new();
     let (a, b) = (recorder.storage("a", vec![0; 512]), recorder.storage("b", vec![0; 512]));
     a.write_at(&[1; 512], 0).unwrap();
@@ -66,7 +66,7 @@ fn a_sync_of_one_file_says_nothing_of_another() {
 }
 
 #[test]
-fn a_dropped_sync_is_not_heard() {
+fn omitted_sync_is_not_recorded() {
     let recorder = Recorder::without_sync(0);
     let file = recorder.storage("a", vec![0; 512]);
     file.write_at(&[1; 512], 0).unwrap();
@@ -82,7 +82,7 @@ fn a_dropped_sync_is_not_heard() {
 }
 
 #[test]
-fn zeroes_copies_and_reserved_blocks_are_recorded_where_they_are_done() {
+fn range_operations_are_recorded() {
     let plain = Recorder::new().storage("plain", vec![1; 512]);
     assert!(plain.zero_range(0..512).is_err() && plain.allocate_range(0..1024).is_err());
     assert!(plain.copy_from(&MemoryStorage::new("source"), 0, 0, 1).is_err());
@@ -105,7 +105,7 @@ fn zeroes_copies_and_reserved_blocks_are_recorded_where_they_are_done() {
 }
 
 #[test]
-fn a_name_is_durable_when_its_directory_is_and_bytes_when_the_file_is() {
+fn name_and_content_are_durable_by_separate_syncs() {
     let recorder = Recorder::new();
     let names = recorder.names(&Tree::new());
     let file = names.create_new(path("d/a")).unwrap();
@@ -122,7 +122,7 @@ fn a_name_is_durable_when_its_directory_is_and_bytes_when_the_file_is() {
 }
 
 #[test]
-fn renames_and_removals_may_be_lost_one_by_one() {
+fn renames_and_removals_are_lost_independently() {
     let start: Tree =
         [("/d/a".into(), b"a".to_vec()), ("/d/b".into(), b"b".to_vec()), ("/d/c".into(), b"c".to_vec())].into();
     let recorder = Recorder::new();
@@ -132,14 +132,14 @@ fn renames_and_removals_may_be_lost_one_by_one() {
     assert_eq!(trees(&recorder.log()), set(["/d/a=a /d/b=b /d/c=c", "/d/b=a /d/c=c", "/d/a=a /d/b=b", "/d/b=a"]),);
     names.sync_dir(path("/d")).unwrap();
     assert_eq!(recorder.log().durable().tree(), [("/d/b".into(), b"a".to_vec())].into());
-    // What was opened before the rename is the same file still.
+    // A handle from before the rename leads to the same file.
     names.open(path("/d/b"), &Access::write()).unwrap().write_at(b"n", 0).unwrap();
     assert_eq!(names.tree()[path("/d/b")], b"n");
     assert!(names.open(path("/d/b"), &Access::read()).unwrap().write_at(b"n", 0).is_err());
 }
 
 #[test]
-fn a_rename_between_directories_waits_for_both_and_keeps_its_place() {
+fn rename_between_directories_waits_for_both_syncs() {
     let start: Tree = [("/x/a".into(), b"a".to_vec())].into();
     let recorder = Recorder::new();
     let names = recorder.names(&start);
@@ -156,7 +156,7 @@ fn a_rename_between_directories_waits_for_both_and_keeps_its_place() {
 }
 
 #[test]
-fn a_crash_state_is_the_start_of_another_recording() {
+fn crash_state_starts_another_recording() {
     let recorder = Recorder::new();
     let names = recorder.names(&[("/a".into(), b"1".to_vec())].into());
     names.open(path("a"), &Access::write()).unwrap().write_at(b"2", 0).unwrap();
@@ -171,7 +171,7 @@ fn a_crash_state_is_the_start_of_another_recording() {
 }
 
 #[test]
-fn only_files_that_are_said_to_tear_do() {
+fn only_listed_files_tear() {
     let torn_lengths = |name: &str| {
         let recorder = Recorder::with(RecorderOptions::default().with_torn("journal"));
         let names = recorder.names(&Tree::new());
@@ -195,7 +195,7 @@ fn only_files_that_are_said_to_tear_do() {
 }
 
 #[test]
-fn barriers_tell_who_calls_for_them() {
+fn barriers_have_call_sites() {
     let recorder = Recorder::with(RecorderOptions::default().with_sites(true));
     let names = recorder.names(&Tree::new());
     let file = names.create_new(path("/d/a")).unwrap();
@@ -208,7 +208,7 @@ fn barriers_tell_who_calls_for_them() {
     assert_eq!((&barriers[0].directory, &barriers[1].directory), (&None, &Some("/d".into())));
     for (site, line) in [(sites[0], line), (sites[1], line + 2)] {
         let caller = &site.frames[0];
-        assert!(caller.function.contains("barriers_tell_who_calls_for_them"), "{site:?}");
+        assert!(caller.function.contains("barriers_have_call_sites"), "{site:?}");
         assert!(caller.file.ends_with("src/storage/crash/tests.rs"), "{site:?}");
         assert_eq!(caller.line, line, "{site}");
         assert_eq!(site.to_string(), format!("{}:{line} {}", caller.file, caller.function));
@@ -216,7 +216,7 @@ fn barriers_tell_who_calls_for_them() {
 }
 
 #[test]
-fn a_mark_tells_old_states_from_new_ones() {
+fn marks_separate_old_states_from_new() {
     let recorder = Recorder::new();
     let file = recorder.storage("a", vec![0; 512]);
     file.write_at(&[1; 512], 0).unwrap();
@@ -235,7 +235,7 @@ fn a_mark_tells_old_states_from_new_ones() {
 }
 
 #[test]
-fn a_device_keeps_its_length() {
+fn fixed_file_keeps_its_length() {
     let recorder = Recorder::with(RecorderOptions::default().with_fixed("dev/"));
     let names = recorder.names(&[("/dev/disk".into(), vec![1; 1024]), ("/file".into(), vec![1; 1024])].into());
     let open = |name| names.open(path(name), &Access::write()).unwrap();
@@ -246,4 +246,21 @@ fn a_device_keeps_its_length() {
     assert!(recorder.log().is_unchanged(), "what failed is not recorded");
     device.write_at(&[2; 2], 1022).unwrap();
     assert_eq!(names.tree()[path("/dev/disk")][1021..], [1, 2, 2]);
+}
+
+#[test]
+fn creation_like_a_model_is_recorded_as_a_creation() {
+    let recorder = Recorder::new();
+    let names = recorder.names(&Tree::new());
+    let model = recorder.storage("model", vec![1]);
+    names.check_create_like(path("/d"), &model).unwrap();
+    let created = names.create_new_like(path("/d/a"), &model, Attributes::Require).unwrap();
+    created.write_at(b"x", 0).unwrap();
+    created.sync().unwrap();
+    assert_eq!(trees(&recorder.log()), set(["", "/d/a=-", "/d/a=x"]));
+    names.sync_dir(path("/d")).unwrap();
+    assert_eq!(recorder.log().durable().tree()[path("/d/a")], b"x");
+    assert_eq!(names.entry(path("/d/a")).unwrap(), EntryKind::File);
+    assert!(!names.is_memory_backed(path("/d")).unwrap());
+    assert_eq!(created.stamp().unwrap(), None);
 }

@@ -1,12 +1,13 @@
-//! Names that fail.
+//! The failing file system.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Call, Faults, FaultyStorage, Reach};
-use crate::storage::{Access, FileSystem, ListedFile, Resolved, Result, Storage};
+use crate::storage::{Access, Attributes, EntryKind, FileSystem, ListedFile, Resolved, Result, Storage};
 
-/// Names that fail when their group's plan says so, and the storages opened by them too.
+/// A file system that fails as the plan of its group requires, and so do the storages that it
+/// opens.
 ///
 /// ```
 /// use std::path::Path;
@@ -28,13 +29,13 @@ pub struct FaultyFileSystem {
 }
 
 impl FaultyFileSystem {
-    /// Names over others, in this group.
+    /// Wraps a file system as a member of a group.
     #[must_use]
     pub fn new(inner: Arc<dyn FileSystem>, faults: &Arc<Faults>) -> Self {
         Self { inner, faults: Arc::clone(faults) }
     }
 
-    /// Changes a name, or fails with the change done or not.
+    /// Performs a change, or fails before or after it.
     fn change<T>(&self, path: &Path, action: &str, call: Call, change: impl FnOnce() -> Result<T>) -> Result<T> {
         if !self.faults.strikes(call) {
             return change();
@@ -63,6 +64,16 @@ impl FileSystem for FaultyFileSystem {
     fn create_new(&self, path: &Path) -> Result<Arc<dyn Storage>> {
         let created = self.change(path, "create it", Call::TakesRoom, || self.inner.create_new(path))?;
         Ok(self.faulty(created))
+    }
+
+    fn create_new_like(&self, path: &Path, model: &dyn Storage, attributes: Attributes) -> Result<Arc<dyn Storage>> {
+        let create = || self.inner.create_new_like(path, model, attributes);
+        Ok(self.faulty(self.change(path, "create it", Call::TakesRoom, create)?))
+    }
+
+    fn check_create_like(&self, directory: &Path, model: &dyn Storage) -> Result<()> {
+        self.check(directory, "create a file in it", Call::TakesRoom)?;
+        self.inner.check_create_like(directory, model)
     }
 
     fn rename(&self, from: &Path, to: &Path) -> Result<()> {
@@ -97,6 +108,16 @@ impl FileSystem for FaultyFileSystem {
         self.inner.exists(path)
     }
 
+    fn entry(&self, path: &Path) -> Result<EntryKind> {
+        self.check(path, "look for it", Call::Other)?;
+        self.inner.entry(path)
+    }
+
+    fn is_memory_backed(&self, directory: &Path) -> Result<bool> {
+        self.check(directory, "find its file system", Call::Other)?;
+        self.inner.is_memory_backed(directory)
+    }
+
     fn resolve(&self, path: &Path) -> Result<Resolved> {
         self.check(path, "look for it", Call::Other)?;
         self.inner.resolve(path)
@@ -107,7 +128,7 @@ impl FileSystem for FaultyFileSystem {
 mod tests {
     use super::super::Fault;
     use super::*;
-    use crate::storage::MemoryFileSystem;
+    use crate::storage::{MemoryFileSystem, MemoryStorage};
 
     fn with(plan: super::super::Plan) -> (Arc<MemoryFileSystem>, FaultyFileSystem, Arc<Faults>) {
         let faults = Faults::new(plan);
@@ -116,16 +137,21 @@ mod tests {
         (inner.clone(), FaultyFileSystem::new(inner, &faults), faults)
     }
 
-    /// All that can be done to names, in this order.
+    /// Calls every operation in this order and returns the successes.
     fn results(names: &FaultyFileSystem) -> Vec<bool> {
         let [a, b] = ["/a", "/b"].map(Path::new);
-        let root = Path::new("/");
+        let [c, root] = ["/c", "/"].map(Path::new);
+        let model = MemoryStorage::new("model");
         vec![
             names.open(a, &Access::write()).is_ok(),
             names.create_new(b).is_ok(),
             names.list(root).is_ok(),
             names.exists(a).is_ok(),
             names.resolve(a).is_ok(),
+            names.check_create_like(root, &model).is_ok(),
+            names.create_new_like(c, &model, Attributes::Require).is_ok(),
+            names.entry(a).is_ok(),
+            names.is_memory_backed(root).is_ok(),
             names.rename(a, b).is_ok(),
             names.sync_dir(root).is_ok(),
             names.unlink(b).is_ok(),
@@ -133,23 +159,23 @@ mod tests {
     }
 
     #[test]
-    fn each_call_has_its_turn() {
-        for at in 0..8_usize {
+    fn every_operation_is_a_failing_point() {
+        for at in 0..12_usize {
             let (_, names, faults) = with(Fault::Io.at(at as u64).with_reach(Reach::All));
             let results = results(&names);
             assert_eq!(results.iter().position(|done| !done), Some(at), "{results:?}");
-            assert_eq!(faults.calls(), 8);
+            assert_eq!(faults.calls(), 12);
         }
-        let counted = [(Fault::Io, 8), (Fault::NoSpace, 2), (Fault::Interrupted, 7), (Fault::Sync, 1)];
+        let counted = [(Fault::Io, 12), (Fault::NoSpace, 4), (Fault::Interrupted, 11), (Fault::Sync, 1)];
         for (fault, calls) in counted {
             let (_, names, faults) = with(fault.at(100));
-            assert_eq!(results(&names), [true; 8]);
+            assert_eq!(results(&names), [true; 12]);
             assert_eq!(faults.calls(), calls, "{fault:?}");
         }
     }
 
     #[test]
-    fn a_failed_rename_was_done_or_not() {
+    fn failed_rename_may_have_been_done() {
         for (reach, moved) in [(Reach::Nothing, false), (Reach::Half, false), (Reach::All, true)] {
             let (inner, names, faults) = with(Fault::Io.at(0).with_reach(reach).ever_after());
             assert!(names.rename(Path::new("/a"), Path::new("/b")).is_err());
@@ -160,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_opened_fails_with_its_names() {
+    fn opened_storage_fails_by_the_same_plan() {
         let (_, names, _) = with(Fault::Io.at(1));
         let file = names.open(Path::new("/a"), &Access::write()).unwrap();
         assert!(file.write_at(b"x", 0).is_err());

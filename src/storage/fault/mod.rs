@@ -1,7 +1,8 @@
-//! Storages and names that fail when they are told to.
+//! Storages and file systems that fail at a chosen call.
 //!
-//! Feature `test-utils`. Let an operation run on [`FaultyStorage`]s, or on [`FaultyFileSystem`], of one [`Faults`], first without a
-//! fault to count its calls, then once for each call with that call failing: what is left must be as good as after a crash.
+//! Feature `test-utils`. Run an operation on [`FaultyStorage`]s or a [`FaultyFileSystem`] of one
+//! [`Faults`], first without a fault to count its calls, then once for each call with that call
+//! failing. The remaining state must be as good as after a crash.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -28,23 +29,23 @@ use super::{Error, FileId, FileStamp, LockMode, Result, Storage};
 
 pub use file_system::FaultyFileSystem;
 
-/// What goes wrong.
+/// The kind of fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Fault {
-    /// Any call fails as a broken medium does. After a sync that failed so, the storage is of no more use.
+    /// Any call fails as on a broken medium. A failed sync poisons the storage.
     Io,
-    /// A call that may need room finds none. Only such calls count.
+    /// A call that may need space finds none. Only such calls are counted.
     NoSpace,
-    /// Any call but a sync is interrupted by a signal, whoever should have taken it up again.
+    /// Any call except a sync is interrupted by a signal and not repeated.
     Interrupted,
-    /// A sync fails, of a file or of a directory. Only syncs count.
+    /// A sync of a file or directory fails. Only syncs are counted.
     Sync,
 }
 
-/// What a call is, to see which faults concern it.
+/// The kind of a call, which decides which faults apply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Call {
-    /// It may need room on the medium.
+    /// A call that may need space on the medium.
     TakesRoom,
     Sync,
     Other,
@@ -68,14 +69,14 @@ impl Fault {
         }
     }
 
-    /// A plan: this fault at the call with this number, counted from 0, and not again.
+    /// Returns the plan of this fault at the call with this number, counted from 0, once.
     #[must_use]
     pub fn at(self, call: u64) -> Plan {
         Plan { fault: self, from: call, ever_after: false, reach: Reach::Nothing }
     }
 }
 
-/// How much of a write that fails has reached the file all the same.
+/// The part of a failing write that reaches the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum Reach {
     /// Nothing.
@@ -83,11 +84,11 @@ pub enum Reach {
     Nothing,
     /// The first half, by whole sectors of 512 bytes.
     Half,
-    /// All of it: only the answer was lost.
+    /// All of it: only the result is lost.
     All,
 }
 
-/// When which fault happens, and how.
+/// The plan of a fault: its kind, its time and its effect.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     fault: Fault,
@@ -97,14 +98,14 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The same, with all calls from then on failing.
+    /// Lets all later calls fail too. Default: one call.
     #[must_use]
     pub fn ever_after(mut self) -> Self {
         self.ever_after = true;
         self
     }
 
-    /// The same, with another part of the failing writes done.
+    /// Sets the part of a failing write that reaches the file. Default: nothing.
     #[must_use]
     pub fn with_reach(mut self, reach: Reach) -> Self {
         self.reach = reach;
@@ -112,7 +113,7 @@ impl Plan {
     }
 }
 
-/// The calls to a group of storages and names, and which of them fail.
+/// The calls to a group of storages and file systems, and the plan of their faults.
 #[derive(Debug)]
 pub struct Faults {
     plan: Plan,
@@ -121,24 +122,24 @@ pub struct Faults {
 }
 
 impl Faults {
-    /// A group with this plan.
+    /// Returns a group with this plan.
     #[must_use]
     pub fn new(plan: Plan) -> Arc<Self> {
         Arc::new(Self { plan, calls: AtomicU64::new(0), healed: AtomicBool::new(false) })
     }
 
-    /// How many calls there were of the kind that can fail.
+    /// Returns the number of calls to which the fault applies.
     #[must_use]
     pub fn calls(&self) -> u64 {
         self.calls.load(Ordering::SeqCst)
     }
 
-    /// No call fails from now on, except on a storage whose sync has failed.
+    /// Ends the fault: no later call fails, except on a storage whose sync has failed.
     pub fn heal(&self) {
         self.healed.store(true, Ordering::SeqCst);
     }
 
-    /// Counts a call and tells whether it fails.
+    /// Counts a call and returns `true` if it fails.
     fn strikes(&self, call: Call) -> bool {
         if !self.plan.fault.concerns(call) {
             return false;
@@ -153,7 +154,7 @@ impl Faults {
     }
 }
 
-/// A storage that fails when its group's plan says so.
+/// A storage that fails as the plan of its group requires.
 #[derive(Debug)]
 pub struct FaultyStorage {
     inner: Arc<dyn Storage>,
@@ -162,7 +163,7 @@ pub struct FaultyStorage {
 }
 
 impl FaultyStorage {
-    /// A storage over another, in this group.
+    /// Wraps a storage as a member of a group.
     #[must_use]
     pub fn new(inner: Arc<dyn Storage>, faults: &Arc<Faults>) -> Self {
         Self { inner, faults: Arc::clone(faults), poisoned: AtomicBool::new(false) }
@@ -172,7 +173,7 @@ impl FaultyStorage {
         if self.faults.strikes(call) { Err(self.faults.error(self.inner.name(), action, len)) } else { Ok(()) }
     }
 
-    /// Whether a sync has failed before: then nothing that changes the file is accepted.
+    /// Refuses changes after a failed sync.
     fn check_poison(&self) -> Result<()> {
         if self.poisoned.load(Ordering::SeqCst) {
             return Err(Error::Poisoned { name: self.inner.name().to_owned() });

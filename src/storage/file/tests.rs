@@ -21,7 +21,7 @@ fn read(storage: &dyn Storage, offset: u64, len: usize) -> Vec<u8> {
 }
 
 #[test]
-fn reads_what_was_written_and_zeroes_behind_the_end() {
+fn file_reads_written_data_and_zeroes_past_the_end() {
     let (_directory, file) = new_file();
     assert!(file.is_empty().unwrap());
     file.write_at(b"hello", 1000).unwrap();
@@ -37,7 +37,7 @@ fn reads_what_was_written_and_zeroes_behind_the_end() {
 }
 
 #[test]
-fn length_is_set_both_ways() {
+fn set_len_truncates_and_extends() {
     let (_directory, file) = new_file();
     file.write_at(&[7; 100], 0).unwrap();
     file.set_len(10).unwrap();
@@ -49,7 +49,7 @@ fn length_is_set_both_ways() {
 }
 
 #[test]
-fn errors_tell_path_and_action_and_keep_their_source() {
+fn errors_name_path_and_action_and_keep_the_source() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("none");
     let error = FileStorage::open(&path, &Access::read()).unwrap_err();
@@ -64,7 +64,7 @@ fn errors_tell_path_and_action_and_keep_their_source() {
 }
 
 #[test]
-fn a_reader_changes_nothing() {
+fn read_only_file_refuses_changes() {
     let (directory, file) = new_file();
     file.write_at(b"data", 0).unwrap();
     drop(file);
@@ -86,7 +86,7 @@ fn a_reader_changes_nothing() {
 }
 
 #[test]
-fn a_failed_sync_is_the_end() {
+fn failed_sync_poisons_the_handle() {
     let (_directory, file) = new_file();
     file.write_at(b"data", 0).unwrap();
     file.poisoned.store(true, Ordering::Release);
@@ -115,7 +115,7 @@ fn only_files_and_block_devices_are_opened() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn blocks_are_reserved_zeroed_and_given_back() {
+fn ranges_are_reserved_zeroed_and_released() {
     // A disk's file system, as a rule, and one of memory, which can do less.
     for parent in [&std::env::temp_dir(), Path::new("/dev/shm")].into_iter().filter(|parent| parent.is_dir()) {
         serves_ranges(&new_file_in(parent).1);
@@ -130,7 +130,7 @@ fn serves_ranges(file: &FileStorage) {
     let full = file.allocated_len().unwrap().unwrap();
     assert!(full >= 4 * MIB);
 
-    // What the file system can do it must have done; what it cannot, it must say.
+    // A supported operation takes effect. Others return that they are unsupported.
     match file.punch_range(MIB..2 * MIB) {
         Ok(()) => {
             assert_eq!(file.len().unwrap(), 4 * MIB);
@@ -161,7 +161,7 @@ fn serves_ranges(file: &FileStorage) {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn copies_within_the_kernel() {
+fn copy_from_copies_within_the_kernel() {
     let (directory, source) = new_file();
     let target = FileStorage::create_new(directory.path().join("target")).unwrap();
     let bytes: Vec<u8> = (0..100_000_u32).flat_map(u32::to_le_bytes).collect();
@@ -183,7 +183,7 @@ fn copies_within_the_kernel() {
 
 #[cfg(unix)]
 #[test]
-fn a_file_is_the_same_under_all_its_names() {
+fn file_id_is_equal_under_all_names() {
     let (directory, file) = new_file();
     let [link, other] = ["link", "other"].map(|name| directory.path().join(name));
     std::fs::hard_link(directory.path().join("image"), &link).unwrap();
@@ -196,7 +196,7 @@ fn a_file_is_the_same_under_all_its_names() {
 }
 
 #[test]
-fn many_threads_share_one_handle() {
+fn threads_share_one_handle() {
     let (_directory, file) = new_file();
     let file = Arc::new(file);
     std::thread::scope(|scope| {
@@ -237,9 +237,10 @@ impl Aligned {
     }
 }
 
-/// Aligned or not, in the file, over its end and behind it: the reader sees what was written last, by whichever way.
+/// Aligned or not, in the file, over its end and behind it: the reader sees what was written last,
+/// by whichever way.
 #[test]
-fn bulk_writes_are_writes() {
+fn bulk_write_equals_write() {
     let (directory, file) = new_file();
     let reader = FileStorage::open(directory.path().join("image"), &Access::read().with_lock(LockMode::None)).unwrap();
     let mut model = vec![1; 100_000];
@@ -271,7 +272,7 @@ fn bulk_writes_are_writes() {
 
 /// The file is found by its descriptor, whatever has become of its name.
 #[test]
-fn bulk_writes_reach_a_file_that_was_renamed_or_removed() {
+fn bulk_write_reaches_renamed_or_removed_file() {
     let (directory, file) = new_file();
     let path = directory.path().join("image");
     std::fs::remove_file(&path).unwrap();
@@ -279,4 +280,62 @@ fn bulk_writes_reach_a_file_that_was_renamed_or_removed() {
     file.write_bulk_at(Aligned::new(4096, 0, 5).bytes(), 0).unwrap();
     assert_eq!(read(&file, 0, 4096), [5; 4096]);
     assert_eq!(std::fs::read(&path).unwrap(), b"somebody else's");
+}
+
+#[cfg(unix)]
+#[test]
+fn stamp_changes_with_content_metadata_and_identity() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::time::Duration;
+
+    let (directory, file) = new_file();
+    let path = directory.path().join("image");
+    file.write_at(b"hello", 0).unwrap();
+    // Times have the resolution of the kernel's clock tick, or of the file system.
+    let set_modified = |seconds| {
+        file.as_file().unwrap().set_modified(std::time::UNIX_EPOCH + Duration::new(seconds, 7)).unwrap();
+    };
+    set_modified(1_000);
+    let stamp = file.stamp().unwrap().unwrap();
+    assert_eq!((stamp.len, stamp.modified), (5, 1_000_000_000_007));
+    assert_eq!(stamp.inode, file.file_id().unwrap().inode);
+    assert!(stamp.changed > 1_000_000_000_007, "the change of the times is a change now");
+    let reader = FileStorage::open(&path, &Access::read().with_lock(LockMode::None)).unwrap();
+    read(&reader, 0, 5);
+    assert_eq!(reader.stamp().unwrap(), Some(stamp), "reading changes nothing");
+    let wrapped = crate::storage::ReadOnlyStorage::new(Arc::new(reader));
+    assert_eq!(wrapped.stamp().unwrap(), Some(stamp));
+
+    file.write_at(b"J", 0).unwrap();
+    let written = file.stamp().unwrap().unwrap();
+    assert!(written.modified > stamp.modified && written.len == 5);
+    set_modified(1_000);
+    std::thread::sleep(Duration::from_millis(20));
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let changed = file.stamp().unwrap().unwrap();
+    assert!(changed.modified == stamp.modified && changed.changed > stamp.changed);
+
+    let other = FileStorage::create_new(directory.path().join("other")).unwrap();
+    assert_ne!(other.stamp().unwrap().unwrap().inode, stamp.inode);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn descriptors_left_falls_with_every_open_file() {
+    const OPENED: u64 = 200;
+    let before = crate::storage::descriptors_left().unwrap();
+    let opened: Vec<_> = (0..OPENED).map_while(|_| File::open("/proc/self/stat").ok()).collect();
+    assert_eq!(opened.len() as u64, OPENED);
+    let after = crate::storage::descriptors_left().unwrap();
+    // Tests on other threads open and close files meanwhile.
+    assert!(before - after > OPENED / 2 && before - after < OPENED * 2, "{before} {after}");
+}
+
+#[cfg(feature = "json")]
+#[test]
+fn stamp_is_kept_in_json() {
+    let stamp = FileStamp { inode: u64::MAX, len: 5, modified: i64::MIN, changed: -1 };
+    let json = serde_json::to_string(&stamp).unwrap();
+    assert_eq!(json, r#"{"inode":18446744073709551615,"len":5,"modified":-9223372036854775808,"changed":-1}"#);
+    assert_eq!(serde_json::from_str::<FileStamp>(&json).unwrap(), stamp);
 }

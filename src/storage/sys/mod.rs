@@ -1,7 +1,8 @@
-//! What the operating systems do differently, behind plain functions of the same names.
+//! Calls that differ between operating systems, behind functions of the same names.
 //!
-//! `unix` and `windows` hold what every platform has in some form; `linux` is the only file with calls that Linux
-//! alone has, and `portable` answers in its place elsewhere: [`std::io::ErrorKind::Unsupported`], never a pretence.
+//! `unix` and `windows` have the calls that every platform has in some form. `linux` has the calls
+//! that only Linux has. `portable` replaces it elsewhere and returns
+//! [`std::io::ErrorKind::Unsupported`].
 
 #[cfg(unix)]
 mod unix;
@@ -23,19 +24,19 @@ mod portable;
 #[cfg(not(target_os = "linux"))]
 pub(super) use portable::*;
 
-/// What an open file is.
+/// The kind of an open file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     /// A regular file.
     Regular,
     /// A block device.
-    #[cfg_attr(not(unix), expect(dead_code, reason = "only unix tells block devices apart"))]
+    #[cfg_attr(not(unix), expect(dead_code, reason = "only unix distinguishes block devices"))]
     BlockDevice,
-    /// Anything else, by its name.
+    /// Any other kind, by its name.
     Other(&'static str),
 }
 
-/// Calls until no signal came in between.
+/// Repeats a call that a signal interrupted.
 pub(super) fn retry<T>(mut call: impl FnMut() -> std::io::Result<T>) -> std::io::Result<T> {
     loop {
         match call() {

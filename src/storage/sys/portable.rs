@@ -1,10 +1,13 @@
-//! What answers where Linux's own calls do not exist.
+//! Replacements on platforms without the calls of Linux.
 
+#[cfg(unix)]
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::path::Path;
 
-/// Whether QEMU's image locks exist here.
+/// The platform does not have the locks that QEMU takes on images.
 pub(in crate::storage) const HAS_IMAGE_LOCKS: bool = false;
 
 fn unsupported<T>() -> io::Result<T> {
@@ -37,13 +40,13 @@ pub(in crate::storage) fn reopen_direct(_file: &File) -> Option<File> {
 
 pub(in crate::storage) fn will_not_need(_file: &File, _range: &Range<u64>) {}
 
-/// All is data.
+/// Returns all that follows as data.
 #[expect(clippy::unnecessary_wraps, reason = "the signature of the Linux call")]
 pub(in crate::storage) fn next_data(_file: &File, at: u64, len: u64) -> io::Result<Option<Range<u64>>> {
     Ok((at < len).then_some(at..len))
 }
 
-/// Opens a name beneath a directory, component by component.
+/// Opens a path beneath a directory, one component at a time.
 #[cfg(unix)]
 pub(in crate::storage) use super::walk_beneath as open_beneath;
 
@@ -59,7 +62,44 @@ pub(in crate::storage) fn byte_is_locked(_file: &File, _byte: u64) -> io::Result
     unsupported()
 }
 
-/// No number of open descriptors is known.
+/// The number of open descriptors is unknown.
 pub(in crate::storage) fn descriptors_left() -> Option<u64> {
     None
+}
+
+/// Extended attributes are read and written on Linux only.
+#[cfg(unix)]
+#[expect(clippy::unnecessary_wraps, reason = "the signature of the Linux call")]
+pub(in crate::storage) fn xattr_names(_file: &File) -> io::Result<Vec<OsString>> {
+    Ok(Vec::new())
+}
+
+#[cfg(unix)]
+#[expect(clippy::unnecessary_wraps, reason = "the signature of the Linux call")]
+pub(in crate::storage) fn xattr(_file: &File, _name: &OsStr) -> io::Result<Option<Vec<u8>>> {
+    Ok(None)
+}
+
+#[cfg(unix)]
+pub(in crate::storage) fn set_xattr(_file: &File, _name: &OsStr, _value: &[u8]) -> io::Result<()> {
+    unsupported()
+}
+
+#[cfg(unix)]
+#[expect(clippy::unnecessary_wraps, reason = "the signature of the Linux call")]
+pub(in crate::storage) fn remove_xattr(_file: &File, _name: &OsStr) -> io::Result<()> {
+    Ok(())
+}
+
+/// There are no files without a name.
+#[cfg(unix)]
+#[expect(clippy::unnecessary_wraps, reason = "the signature of the Linux call")]
+pub(in crate::storage) fn open_unnamed(_directory: &Path) -> io::Result<Option<File>> {
+    Ok(None)
+}
+
+/// No directory is known to be in memory.
+#[expect(clippy::unnecessary_wraps, reason = "the signature of the Linux call")]
+pub(in crate::storage) fn is_device_tree(_directory: &Path) -> io::Result<bool> {
+    Ok(false)
 }

@@ -1,4 +1,4 @@
-//! What all unixes share.
+//! Calls that all unixes have.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
@@ -6,13 +6,15 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path};
 
-use nix::fcntl::{OFlag, openat};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat};
+use nix::libc;
 use nix::sys::stat::Mode;
+use nix::unistd::{AccessFlags, faccessat};
 
 use super::Kind;
-use crate::storage::FileId;
+use crate::storage::{EntryKind, FileId, FileStamp};
 
-/// Reads once; 0 at the end.
+/// Reads once. Returns 0 at the end.
 pub(in crate::storage) fn read_some_at(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
     file.read_at(buf, offset)
 }
@@ -22,12 +24,13 @@ pub(in crate::storage) fn write_some_at(file: &File, buf: &[u8], offset: u64) ->
     file.write_at(buf, offset)
 }
 
-/// The flags of every open: nothing inherited by children, no wait for a FIFO's other end, no controlling terminal.
+/// The flags of every open: no inheritance by children, no wait for the other end of a FIFO, no
+/// controlling terminal.
 fn open_flags() -> OFlag {
     OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY
 }
 
-/// Opens what exists, without waiting for anything.
+/// Opens an existing file without blocking.
 pub(in crate::storage) fn open(path: &Path, write: bool) -> io::Result<File> {
     OpenOptions::new().read(true).write(write).custom_flags(open_flags().bits()).open(path)
 }
@@ -37,7 +40,39 @@ pub(in crate::storage) fn create_new(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create_new(true).mode(0o644).open(path)
 }
 
-/// What an open file is.
+/// Creates a file that must not exist, for its owner only.
+pub(in crate::storage) fn create_private(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)
+}
+
+/// Checks if the effective user of this process may create entries in a directory.
+pub(in crate::storage) fn check_writable(directory: &Path) -> io::Result<()> {
+    let wanted = AccessFlags::W_OK | AccessFlags::X_OK;
+    Ok(faccessat(AT_FDCWD, directory, wanted, AtFlags::AT_EACCESS)?)
+}
+
+/// Returns the stamp of a regular file.
+pub(in crate::storage) fn stamp(metadata: &Metadata) -> Option<FileStamp> {
+    let nanoseconds = |seconds: i64, rest: i64| seconds.saturating_mul(1_000_000_000).saturating_add(rest);
+    (kind(metadata) == Kind::Regular).then(|| FileStamp {
+        inode: metadata.ino(),
+        len: metadata.len(),
+        modified: nanoseconds(metadata.mtime(), metadata.mtime_nsec()),
+        changed: nanoseconds(metadata.ctime(), metadata.ctime_nsec()),
+    })
+}
+
+/// Returns the kind of a directory entry from metadata that follow no link.
+pub(in crate::storage) fn entry(metadata: &Metadata) -> EntryKind {
+    match kind(metadata) {
+        Kind::Regular => EntryKind::File,
+        Kind::BlockDevice => EntryKind::BlockDevice,
+        Kind::Other(_) if metadata.file_type().is_symlink() => EntryKind::Link,
+        Kind::Other(_) => EntryKind::Other,
+    }
+}
+
+/// Returns the kind of an open file.
 pub(in crate::storage) fn kind(metadata: &Metadata) -> Kind {
     let kind = metadata.file_type();
     if kind.is_file() {
@@ -55,18 +90,20 @@ pub(in crate::storage) fn kind(metadata: &Metadata) -> Kind {
     }
 }
 
-/// What an open that failed says about the file's kind.
+/// Returns the kind of file that made an open fail, if that was the cause.
 pub(in crate::storage) fn refused_kind(error: &io::Error) -> Option<&'static str> {
     match error.raw_os_error() {
-        Some(nix::libc::EISDIR) => Some("a directory"),
-        Some(nix::libc::ENXIO) => Some("a socket, or a device with nothing behind it"),
+        Some(libc::EISDIR) => Some("a directory"),
+        Some(libc::ENXIO) => Some("a socket, or a device with nothing behind it"),
         _ => None,
     }
 }
 
-/// A file is told by its device and number. A block device is told by the device that it stands for, whichever of its
-/// nodes was opened; number 0 is no file's, so that it is not taken for a file of the file system on that device.
-#[expect(clippy::unnecessary_wraps, reason = "not every platform knows it")]
+/// Returns the identity of a file: its file system and number.
+///
+/// A block device is identified by its device number, whichever of its nodes was opened. No file
+/// has number 0, so that the device is not confused with a file of the file system on it.
+#[expect(clippy::unnecessary_wraps, reason = "not every platform has it")]
 pub(in crate::storage) fn file_id(metadata: &Metadata) -> Option<FileId> {
     Some(match kind(metadata) {
         Kind::BlockDevice => FileId { device: metadata.rdev(), inode: 0 },
@@ -74,13 +111,13 @@ pub(in crate::storage) fn file_id(metadata: &Metadata) -> Option<FileId> {
     })
 }
 
-/// The bytes that a regular file occupies.
-#[expect(clippy::unnecessary_wraps, reason = "not every platform knows it")]
+/// Returns the bytes that a regular file occupies.
+#[expect(clippy::unnecessary_wraps, reason = "not every platform has it")]
 pub(in crate::storage) fn allocated_len(metadata: &Metadata) -> Option<u64> {
     Some(metadata.blocks().saturating_mul(512))
 }
 
-/// The bytes that an unprivileged program could still write to the file system.
+/// Returns the bytes that an unprivileged program could still write to the file system.
 pub(in crate::storage) fn free_space(file: &File) -> io::Result<Option<u64>> {
     let stat = nix::sys::statvfs::fstatvfs(file)?;
     // The types of these fields differ between the unixes.
@@ -92,7 +129,13 @@ pub(in crate::storage) fn free_space(file: &File) -> io::Result<Option<u64>> {
 /// Makes the names in a directory durable.
 pub(in crate::storage) fn sync_dir(directory: &Path) -> io::Result<()> {
     let flags = OFlag::O_CLOEXEC | OFlag::O_DIRECTORY;
-    OpenOptions::new().read(true).custom_flags(flags.bits()).open(directory)?.sync_all()
+    let opened = OpenOptions::new().read(true).custom_flags(flags.bits()).open(directory)?;
+    match opened.sync_all() {
+        // Some CIFS and FUSE file systems have no sync of a directory. Their names are as durable
+        // as the server or the file system makes them, and no other call can improve that.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => Ok(()),
+        done => done,
+    }
 }
 
 /// Opens a directory to resolve names beneath it.
@@ -101,13 +144,13 @@ pub(in crate::storage) fn open_directory(directory: &Path) -> io::Result<OwnedFd
     Ok(OpenOptions::new().read(true).custom_flags(flags.bits()).open(directory)?.into())
 }
 
-/// The mark of a name that leads out of its directory.
+/// Returns the error of a path that leads out of its directory.
 fn escapes() -> io::Error {
     nix::errno::Errno::EXDEV.into()
 }
 
-/// Opens a name beneath a directory one component at a time, refusing symbolic links, for kernels that cannot do it in
-/// one call. As no link is ever followed, `..` is the directory opened before.
+/// Opens a path beneath a directory one component at a time and refuses symbolic links, for kernels
+/// without `openat2`. No link is followed, so that `..` is the directory that was opened before.
 pub(in crate::storage) fn walk_beneath(directory: &OwnedFd, rest: &Path, write: bool) -> io::Result<File> {
     let mode = if write { OFlag::O_RDWR } else { OFlag::O_RDONLY };
     let mut passed: Vec<OwnedFd> = Vec::new();
@@ -133,12 +176,13 @@ pub(in crate::storage) fn walk_beneath(directory: &OwnedFd, rest: &Path, write: 
     Err(nix::errno::Errno::EISDIR.into())
 }
 
-/// Why an open beneath a directory was refused, if that is what the error says.
+/// Returns the reason for which an open beneath a directory was refused, if the error is such a
+/// refusal.
 pub(in crate::storage) fn refused_beneath(error: &io::Error) -> Option<&'static str> {
     match error.raw_os_error() {
-        Some(nix::libc::EXDEV) => Some("leads out of its directory"),
-        // A link in the middle of a walk answers as something that is no directory.
-        Some(nix::libc::ELOOP) => Some("leads through a symbolic link"),
+        Some(libc::EXDEV) => Some("leads out of its directory"),
+        // A link in the middle of a path gives ENOTDIR instead.
+        Some(libc::ELOOP) => Some("leads through a symbolic link"),
         _ => None,
     }
 }
@@ -148,7 +192,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn walk_stays_beneath() {
+    fn walk_beneath_refuses_ways_out() {
         let root = tempfile::tempdir().unwrap();
         let top = root.path().join("top");
         std::fs::create_dir_all(top.join("a/b")).unwrap();

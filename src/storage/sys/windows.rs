@@ -6,9 +6,9 @@ use std::os::windows::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::Kind;
-use crate::storage::FileId;
+use crate::storage::{EntryKind, FileId, FileStamp};
 
-/// What a directory's handle must be asked for with.
+/// The flag that opening a directory requires.
 const FILE_FLAG_BACKUP_SEMANTICS: u32 = 0x0200_0000;
 
 pub(in crate::storage) fn read_some_at(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
@@ -41,7 +41,7 @@ pub(in crate::storage) fn refused_kind(_error: &io::Error) -> Option<&'static st
     None
 }
 
-/// The standard library does not tell it on Windows.
+/// The standard library does not return it on Windows.
 pub(in crate::storage) fn file_id(_metadata: &Metadata) -> Option<FileId> {
     None
 }
@@ -58,4 +58,20 @@ pub(in crate::storage) fn free_space(_file: &File) -> io::Result<Option<u64>> {
 /// Makes the names in a directory durable.
 pub(in crate::storage) fn sync_dir(directory: &Path) -> io::Result<()> {
     OpenOptions::new().write(true).custom_flags(FILE_FLAG_BACKUP_SEMANTICS).open(directory)?.sync_all()
+}
+
+/// The standard library does not return a file's number on Windows.
+pub(in crate::storage) fn stamp(_metadata: &Metadata) -> Option<FileStamp> {
+    None
+}
+
+/// Returns the kind of a directory entry from metadata that follow no link.
+pub(in crate::storage) fn entry(metadata: &Metadata) -> EntryKind {
+    if metadata.is_symlink() {
+        EntryKind::Link
+    } else if metadata.is_file() {
+        EntryKind::File
+    } else {
+        EntryKind::Other
+    }
 }

@@ -1,8 +1,9 @@
-//! Every sequence of what the system may answer, up to some calls: all, a part, a signal, the end, an error.
+//! Every sequence of what the system may answer, up to some calls: all, a part, a signal, the end,
+//! an error.
 
 use super::*;
 
-/// What one call does.
+/// The result of one call.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Answer {
     /// So many bytes, or what is left.
@@ -14,7 +15,7 @@ enum Answer {
 
 const ANSWERS: [Answer; 6] =
     [Answer::Some(1), Answer::Some(4), Answer::Some(100), Answer::Interrupted, Answer::End, Answer::Failed];
-/// How many calls are scripted; the next ones do all that they are asked.
+/// The number of scripted calls. Later calls are complete.
 const CALLS: u32 = 5;
 const LEN: usize = 12;
 const OFFSET: u64 = 1000;
@@ -23,11 +24,11 @@ const OFFSET: u64 = 1000;
 struct Script {
     answers: Vec<Answer>,
     calls: usize,
-    /// What is known to have been done.
+    /// The bytes that are known to be done.
     done: usize,
 }
 
-/// What must come of a script: how much is done, and whether it failed.
+/// The expected result of a script: the bytes done, and the failure if any.
 #[derive(Debug, PartialEq)]
 struct Expected {
     done: usize,
@@ -97,7 +98,7 @@ fn content() -> Vec<u8> {
 }
 
 #[test]
-fn a_read_gives_all_or_zeroes_behind_the_end_or_the_error() {
+fn read_fills_all_or_fails() {
     each_script(|script| {
         let mut buf = [0xee; LEN];
         let result = read(&mut buf, OFFSET, |part, at| {
@@ -115,7 +116,7 @@ fn a_read_gives_all_or_zeroes_behind_the_end_or_the_error() {
 }
 
 #[test]
-fn a_write_writes_all_or_fails() {
+fn write_completes_or_fails() {
     each_script(|script| {
         let mut file = [0; LEN];
         let result = write(&content(), OFFSET, |part, at| {
@@ -142,7 +143,7 @@ fn a_write_writes_all_or_fails() {
 }
 
 #[test]
-fn a_copy_tells_how_far_it_came() {
+fn copy_returns_the_bytes_copied() {
     each_script(|script| {
         let copied = copy(LEN as u64, |done, left| {
             let copied = script.answer(OFFSET + done, usize::try_from(left).unwrap())?;
@@ -154,7 +155,7 @@ fn a_copy_tells_how_far_it_came() {
 }
 
 #[test]
-fn units_are_written_until_something_else_comes() {
+fn write_units_stops_at_a_partial_unit() {
     let answers = [(vec![4, 8], 12), (vec![4, 3], 4), (vec![4, 0], 4), (vec![8, 4], 12), (vec![1], 0)];
     for (written, whole) in answers {
         let mut calls = written.iter();
