@@ -1,6 +1,7 @@
 //! The life of a VM in a world: random operations, kills, moves, damage, and the judgement after
 //! each.
 
+use std::os::unix::ffi::OsStringExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -23,7 +24,7 @@ pub fn live(grounds: &Grounds, table: &Table, rng: &mut Rng) {
     let (world, init) = World::build(grounds, recipe, rng);
     let labels = world.recipe.labels();
     let mut life = Life { world, table, labels, backup: None, journal: None, over: false };
-    if !life.init(&init) {
+    if !life.init(&init, rng) {
         return;
     }
     for _ in 0..rng.within(5..14) {
@@ -56,7 +57,7 @@ impl Life<'_> {
     }
 
     /// Takes the VM in; returns `false` if that is refused, as it may be in some worlds.
-    fn init(&mut self, init: &[std::ffi::OsString]) -> bool {
+    fn init(&mut self, init: &[std::ffi::OsString], rng: &mut Rng) -> bool {
         let before = Tree::read(&self.world.watched);
         let run = self.world.caller.run(init);
         self.world.log.push(format!("vm {} -> {:?} {}", render(init), run.code, run.stderr));
@@ -67,14 +68,28 @@ impl Life<'_> {
             assert!(self.world.recipe.may_refuse_init(), "init is refused: {}", run.stderr);
             return false;
         }
-        // Paths that are not UTF-8 cannot be read back from JSON.
         let catalogue = self.world.catalogue.as_os_str().as_encoded_bytes();
         let changes = before.changes(&now, |path| path.as_os_str().as_encoded_bytes().starts_with(catalogue));
         assert!(changes.is_empty(), "init: {}", changes.join("\n"));
         if matches!(self.world.recipe.access, Access::Owned | Access::OwnedByGroup) {
             give(&self.world.catalogue, HYPERVISOR, 0o640);
         }
+        if matches!(self.world.recipe.naming, Naming::Bytes | Naming::ByteDirectory) {
+            self.path_has_all_bytes(rng);
+        }
+        // The name of such an image cannot be read back from JSON.
         self.world.recipe.naming != Naming::Bytes
+    }
+
+    /// A path that is not UTF-8 is printed byte by byte.
+    fn path_has_all_bytes(&mut self, rng: &mut Rng) {
+        for volume in self.world.state.now.clone().into_keys() {
+            let args = self.world.verb("path", &[volume.into()], rng);
+            let run = self.world.caller.run(&args);
+            let bytes = run.bytes.strip_suffix(b"\n").expect("a line").to_vec();
+            let path = self.world.caller.cwd.join(std::ffi::OsString::from_vec(bytes));
+            assert!(path.exists(), "vm path prints {} ({:?})", path.display(), run.stdout);
+        }
     }
 
     /// One random event.
@@ -122,6 +137,8 @@ impl Life<'_> {
             assert!(expect != Expect::Refused, "{op}: done, and should be refused: {}", run.stdout);
             let after = op.after(&self.world.state);
             self.world.judge_done(before, run, &after, rng);
+            let volumes = before.listing.active.len();
+            self.world.detached |= self.world.state.now.len() < volumes || matches!(op, Op::Detach { .. });
             if matches!(op, Op::Snapshot { .. }) {
                 // The active file is frozen now: its clones keep their base.
                 self.world.neighbours.iter_mut().for_each(|neighbour| neighbour.on_active = false);
@@ -216,7 +233,9 @@ impl Life<'_> {
         self.world.log.push(format!("recover -> {:?} {}{}", run.code, run.stdout, run.stderr));
         self.count("recover", run.done());
         assert!(run.done(), "recovery fails: {}", run.stderr);
+        let volumes = before.listing.active.len();
         self.world.judge_done(before, &run, candidates, rng);
+        self.world.detached |= self.world.state.now.len() < volumes;
     }
 
     /// A dry run changes nothing, and refuses what the operation refuses.
@@ -414,7 +433,7 @@ impl Life<'_> {
         let run = self.world.caller.run(&args);
         self.count("verify", run.done());
         let recipe = &self.world.recipe;
-        let like_ours = recipe.bystanders || recipe.twin || recipe.clones;
+        let like_ours = recipe.bystanders || recipe.twin || recipe.clones || self.world.detached;
         assert!(run.done() || (like_ours && run.code == Some(2)), "verify: {}{}", run.stdout, run.stderr);
     }
 

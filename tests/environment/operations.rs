@@ -142,7 +142,7 @@ impl Op {
                 after.now.remove(volume);
                 let mut without = after.clone();
                 without.taken.values_mut().for_each(|contents| drop(contents.remove(volume)));
-                return vec![without, after];
+                return vec![after, without];
             }
         }
         vec![after]
@@ -156,6 +156,8 @@ impl Op {
         match self {
             Self::Revert { name, more } if lacks_a_volume(state, name) && more.is_empty() => Expect::Refused,
             Self::Delete { .. } | Self::Revert { .. } if !same_volumes || world.has_clones() => Expect::Either,
+            // The image of a detached volume may still depend on files of the set.
+            Self::Delete { .. } | Self::Revert { .. } if world.detached => Expect::Either,
             Self::Resize { .. } if world.has_clones() => Expect::Either,
             _ => Expect::Done,
         }
@@ -224,8 +226,12 @@ impl World<'_> {
         });
         let time = begun.elapsed();
         match done {
-            Ok(report) => Run { code: Some(0), stdout: format!("{report:?}"), stderr: String::new(), time },
-            Err(error) => Run { code: Some(1), stdout: String::new(), stderr: error.to_string(), time },
+            Ok(report) => {
+                Run { code: Some(0), stdout: format!("{report:?}"), bytes: Vec::new(), stderr: String::new(), time }
+            }
+            Err(error) => {
+                Run { code: Some(1), stdout: String::new(), bytes: Vec::new(), stderr: error.to_string(), time }
+            }
         }
     }
 

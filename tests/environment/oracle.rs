@@ -1,9 +1,9 @@
 //! What must hold after every operation, and the pictures of directories that are compared for it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde_json::Value;
 
@@ -130,13 +130,19 @@ pub struct Listing {
 }
 
 impl Listing {
-    fn parse(text: &str, base: &Path) -> Self {
+    /// Reads the output of `vm list --json`. JSON has no bytes that are not UTF-8: `odd` are the
+    /// directory names that may have them.
+    fn parse(text: &str, base: &Path, odd: &[&OsStr]) -> Self {
         let value: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("vm list: {error}: {text}"));
         let all = |value: &Value| value.as_array().cloned().unwrap_or_default();
         let word = |value: &Value| value.as_str().map(str::to_owned).unwrap_or_default();
         // Paths are printed as seen from the working directory.
         let path = |value: &Value| {
-            let path = base.join(word(value));
+            let exact = |part: Component<'_>| {
+                let name = odd.iter().find(|name| name.to_string_lossy() == part.as_os_str().to_string_lossy());
+                name.map_or_else(|| part.as_os_str().to_owned(), |name| (*name).to_owned())
+            };
+            let path: PathBuf = base.join(word(value)).components().map(exact).collect();
             std::fs::canonicalize(&path).unwrap_or(path)
         };
         let files = |value: &Value| {
@@ -179,7 +185,8 @@ impl World<'_> {
         let args = self.verb("list", &more, rng);
         let run = self.caller.run(&args);
         assert!(run.done(), "vm list: {}", run.stderr);
-        Listing::parse(&run.stdout, &self.caller.cwd)
+        let odd: Vec<&OsStr> = self.dirs.iter().filter_map(|directory| directory.file_name()).collect();
+        Listing::parse(&run.stdout, &self.caller.cwd, &odd)
     }
 
     /// Pictures the world before an operation.
@@ -357,7 +364,7 @@ impl World<'_> {
 }
 
 /// Returns `true` if a path is another path with something appended.
-fn starts_with(path: &std::ffi::OsStr, prefix: &std::ffi::OsStr) -> bool {
+fn starts_with(path: &OsStr, prefix: &OsStr) -> bool {
     path.as_encoded_bytes().starts_with(prefix.as_encoded_bytes())
 }
 

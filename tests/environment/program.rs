@@ -27,6 +27,8 @@ pub struct Run {
     /// The exit code, or `None` after a signal.
     pub code: Option<i32>,
     pub stdout: String,
+    /// The standard output as it is.
+    pub bytes: Vec<u8>,
     pub stderr: String,
     pub time: Duration,
 }
@@ -63,8 +65,9 @@ impl Caller {
         let begun = Instant::now();
         let mut child = command.spawn().unwrap_or_else(|error| panic!("{}: {error}", self.binary.display()));
         let status = wait(&mut child, begun, kill_after, args);
-        let run =
-            Run { code: status.code(), stdout: text(&mut stdout), stderr: text(&mut stderr), time: begun.elapsed() };
+        let (bytes, errors) = (read(&mut stdout), read(&mut stderr));
+        let [stdout, stderr] = [&bytes, &errors].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
+        let run = Run { code: status.code(), stdout, bytes, stderr, time: begun.elapsed() };
         run.judge(args, status);
         run
     }
@@ -107,10 +110,10 @@ fn wait(child: &mut Child, begun: Instant, kill_after: Option<Duration>, args: &
     }
 }
 
-fn text(file: &mut File) -> String {
+fn read(file: &mut File) -> Vec<u8> {
     let mut bytes = Vec::new();
     file.rewind().and_then(|()| file.read_to_end(&mut bytes)).expect("the output is read");
-    String::from_utf8_lossy(&bytes).into_owned()
+    bytes
 }
 
 /// Converts words and paths to arguments.

@@ -126,6 +126,8 @@ pub struct World<'a> {
     pub log: Vec<String>,
     /// The time that operations take here.
     pub pace: Duration,
+    /// A volume was detached: its files are still there, and no longer the VM's.
+    pub detached: bool,
     /// Numbers for new names.
     pub next: usize,
 }
@@ -181,6 +183,7 @@ impl<'a> World<'a> {
             device: None,
             log: Vec::new(),
             pace: Duration::from_millis(10),
+            detached: false,
             next: 0,
             grounds,
             recipe,
