@@ -219,8 +219,8 @@ impl Life<'_> {
 
     /// Recovers, sometimes killed at first; the VM is then in one of the states.
     fn recover(&mut self, before: &Before, candidates: &[State], delay: Duration, rng: &mut Rng) {
-        let args = self.world.verb("recover", &[], rng);
         while rng.chance(1, 3) {
+            let args = self.world.verb("recover", &[], rng);
             let run = self.world.caller.run_killed(&args, delay.mul_f64(rng.within(0..1500) as f64 / 1000.0));
             self.world.log.push(format!("recover killed -> {:?} {}", run.code, run.stderr));
             if run.code.is_none() {
@@ -229,6 +229,7 @@ impl Life<'_> {
                 self.can_start(candidates, rng);
             }
         }
+        let args = self.world.verb("recover", &[], rng);
         let run = self.world.caller.run(&args);
         self.world.log.push(format!("recover -> {:?} {}{}", run.code, run.stdout, run.stderr));
         self.count("recover", run.done());
