@@ -152,10 +152,10 @@ fn device_too_small_is_refused_and_a_larger_one_accepted() {
     assert_device(&device.path, number, &vm);
     let merged = std::fs::read(&device.path).expect("the device reads");
     assert!(merged[..expected.len()] == expected[..], "the device does not hold what was merged");
-    let listed = scene.ok("list web.json --json").stdout;
-    assert!(listed.contains("1572864"), "the disk is as large as before: {listed}");
+    // QEMU takes the length of a raw device for the size of the disk.
     scene.ok("snapshot web.json s2");
-    images::compare(&scene.active("web.json", "vda"), &expected).unwrap_or_else(|wrong| panic!("{wrong}"));
+    let disk = images::read(&scene.active("web.json", "vda")).expect("the volume reads");
+    assert!(disk.starts_with(&expected), "the volume does not hold what was merged");
 }
 
 #[test]

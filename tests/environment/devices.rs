@@ -101,7 +101,7 @@ pub struct VolumeGroup {
 impl VolumeGroup {
     /// Creates a group of 32 MiB, or returns `None` where LVM or the device mapper is missing.
     pub fn new(directory: &Path) -> Option<Self> {
-        if lvm("vgs", &[]).is_none() || !Path::new("/dev/mapper/control").exists() {
+        if lvm("vgs", &[]).is_none() || !Path::new("/sys/class/misc/device-mapper").exists() {
             say("SKIPPED: logical volumes need lvm2, the device mapper and root");
             return None;
         }

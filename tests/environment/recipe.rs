@@ -133,6 +133,10 @@ impl Recipe {
             (self.adopted, self.access, self.naming) = (0, Access::Own, Naming::Plain);
             (self.template, self.link) = (false, Link::None);
         }
+        if matches!(self.naming, Naming::ByteDirectory | Naming::Bytes) {
+            // The VM itself may be refused; the second VM may not.
+            self.twin = false;
+        }
         if self.link == Link::Image {
             // QEMU resolves a relative backing name beside the link.
             self.absolute_names = true;
