@@ -126,9 +126,8 @@ impl World<'_> {
             std::fs::write(&self.catalogue, present).expect("the catalogue is returned");
             return None;
         }
-        let ready =
-            |listing: &Listing| listing.snapshots.iter().filter(|s| s.1 == "ready").map(|s| s.0.clone()).collect();
-        let names: Vec<String> = ready(&old);
+        let ready = old.snapshots.iter().filter(|(_, state, _)| state == "ready");
+        let names: Vec<String> = ready.map(|(name, _, _)| name.clone()).collect();
         let (verb, name) = match rng.within(0..4) {
             0 | 1 if !names.is_empty() => ("delete", rng.pick(&names)),
             2 if !names.is_empty() => ("revert", rng.pick(&names)),
@@ -146,13 +145,11 @@ impl World<'_> {
         for (volume, content) in &self.state.now {
             images::compare(&listing.active[volume], content).unwrap_or_else(|wrong| panic!("{what}: {wrong}"));
         }
-        // A merge may have moved a snapshot that the older catalogue has too: that catalogue says
-        // where it is.
-        let kept: Vec<String> = ready(&now);
         for (snapshot, contents) in self.state.taken.iter().filter(|(s, _)| verb != "delete" || **s != name) {
             for (volume, content) in contents {
-                let path = if kept.contains(snapshot) { now.frozen(snapshot, volume) } else { None };
-                let path = path.or_else(|| listing.frozen(snapshot, volume)).expect("a file of the snapshot");
+                // A merge may have moved a snapshot that the older catalogue has too.
+                let moved = now.frozen(snapshot, volume).filter(|path| old.frozen(snapshot, volume) != Some(path));
+                let path = moved.or_else(|| listing.frozen(snapshot, volume)).expect("a file of the snapshot");
                 images::compare(path, content).unwrap_or_else(|wrong| panic!("{what}: {snapshot}: {wrong}"));
             }
         }
