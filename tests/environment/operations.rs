@@ -211,7 +211,10 @@ impl World<'_> {
         let begun = Instant::now();
         let done = SnapshotSet::load(&self.catalogue).and_then(|set| match op {
             Op::Snapshot { name } => set.create(name, &SnapshotOptions::default()),
-            Op::Revert { name, .. } => set.revert(name, &MergeOptions::default(), &()),
+            Op::Revert { name, more } => {
+                let options = MergeOptions::default().with_discard_lost(more.contains(&"--discard-lost"));
+                set.revert(name, &options.with_detach_missing(more.contains(&"--detach-missing")), &())
+            }
             Op::Delete { name, direction } => {
                 let options = MergeOptions::default();
                 let options = match direction {
