@@ -42,6 +42,8 @@ mod rebase;
 mod review;
 #[cfg(all(feature = "vm", unix))]
 mod scenarios;
+#[cfg(all(feature = "cli", target_os = "linux"))]
+mod signals;
 mod sparse;
 mod stress;
 mod support;

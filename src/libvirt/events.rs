@@ -1,18 +1,18 @@
-//! What libvirt tells by itself, kept until somebody waits for it; and the loop that receives it.
+//! The event loop that libvirt needs, and a queue of the events of one domain.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use virt::event::{event_register_default_impl, event_run_default_impl};
 use virt::sys;
 
-use crate::live::{Event, JobEvent};
+use crate::live::{Event, FailureKind, HypervisorError, JobEvent, Result};
 
-/// How much is kept of a disk that nobody waits for.
+/// The largest number of events that are kept for one disk. The oldest ones are discarded first.
 const KEPT: usize = 16;
 
-/// The events of one domain.
+/// The events of one domain that [`Mailbox::wait`] has not returned yet.
 #[derive(Debug)]
 pub(super) struct Mailbox {
     domain: String,
@@ -23,16 +23,18 @@ pub(super) struct Mailbox {
 #[derive(Debug, Default)]
 struct Inside {
     jobs: BTreeMap<String, VecDeque<JobEvent>>,
-    /// How often the domain stopped, and how many of these each disk's waiter has heard of.
+    /// The number of stops of the domain, and the number that was reported to the waiter of each disk.
     stops: u64,
-    heard: BTreeMap<String, u64>,
+    reported: BTreeMap<String, u64>,
 }
 
 impl Mailbox {
+    /// Creates an empty queue for the domain of this name or UUID.
     pub(super) fn new(domain: &str) -> Self {
         Self { domain: domain.to_owned(), inside: Mutex::default(), arrived: Condvar::new() }
     }
 
+    /// Returns the name or UUID of the domain.
     pub(super) fn domain(&self) -> &str {
         &self.domain
     }
@@ -41,7 +43,7 @@ impl Mailbox {
         self.inside.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A block job came to something (`virConnectDomainEventBlockJobStatus`).
+    /// Queues a change of a block job (`virConnectDomainEventBlockJobStatus`). Unknown values are ignored.
     pub(super) fn job(&self, disk: &str, status: i32) {
         let event = match u32::try_from(status) {
             Ok(sys::VIR_DOMAIN_BLOCK_JOB_COMPLETED) => JobEvent::Completed,
@@ -59,7 +61,7 @@ impl Mailbox {
         self.arrived.notify_all();
     }
 
-    /// The domain started, stopped, or something else (`virDomainEventType`).
+    /// Counts a stop or crash of the domain. Other events of its life cycle (`virDomainEventType`) are ignored.
     pub(super) fn lifecycle(&self, event: i32) {
         if matches!(u32::try_from(event), Ok(sys::VIR_DOMAIN_EVENT_STOPPED | sys::VIR_DOMAIN_EVENT_CRASHED)) {
             self.lock().stops += 1;
@@ -67,12 +69,12 @@ impl Mailbox {
         }
     }
 
-    /// Forgets what an earlier job on a disk came to.
+    /// Discards the events of earlier jobs on a disk.
     pub(super) fn forget(&self, disk: &str) {
         self.lock().jobs.remove(disk);
     }
 
-    /// Waits for something about a disk, or for the domain to stop.
+    /// Waits for an event of a job on a disk, or for a stop of the domain. Returns `None` when the time is over.
     pub(super) fn wait(&self, disk: &str, at_most: Duration) -> Option<Event> {
         let end = Instant::now() + at_most;
         let mut inside = self.lock();
@@ -80,9 +82,9 @@ impl Mailbox {
             if let Some(event) = inside.jobs.get_mut(disk).and_then(VecDeque::pop_front) {
                 return Some(Event::Job { disk: disk.to_owned(), event });
             }
-            // Each hears of a stop once: it is for a look, and the domain may be running again.
+            // Each waiter receives a stop once: it then reads the domain's state, and the domain may run again by then.
             let stops = inside.stops;
-            if inside.heard.insert(disk.to_owned(), stops).unwrap_or(0) < stops {
+            if inside.reported.insert(disk.to_owned(), stops).unwrap_or(0) < stops {
                 return Some(Event::Stopped);
             }
             let left = end.saturating_duration_since(Instant::now());
@@ -94,24 +96,48 @@ impl Mailbox {
     }
 }
 
-/// Starts libvirt's own event loop on a thread of its own, once in a process. Must be called before connections are opened.
-pub(super) fn run_loop() -> Result<(), virt::error::Error> {
-    static RUNNING: OnceLock<Result<(), virt::error::Error>> = OnceLock::new();
-    let start = || {
-        event_register_default_impl()?;
-        // Ends with the process: libvirt's registration does too.
-        let run = || {
-            loop {
-                if event_run_default_impl().is_err() {
-                    std::thread::sleep(Duration::from_millis(100));
-                }
+/// Starts libvirt's event loop on a thread of this library, once in a process. Call this before opening a connection.
+///
+/// # Errors
+/// [`FailureKind::Unreachable`]: libvirt refused the registration, or the thread cannot be started. The next call tries again.
+pub(super) fn run_loop() -> Result<()> {
+    static RUNNING: Mutex<bool> = Mutex::new(false);
+    let mut running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+    if *running {
+        return Ok(());
+    }
+    let failed = |why: String| HypervisorError::new(FailureKind::Unreachable, format!("libvirt's event loop: {why}"));
+    event_register_default_impl().map_err(|error| failed(error.message().to_owned()))?;
+    // The thread ends with the process, as libvirt's registration does.
+    let run = || {
+        loop {
+            if event_run_default_impl().is_err() {
+                std::thread::sleep(Duration::from_millis(100));
             }
-        };
-        // Without a thread events do not come, and what waits for them looks by itself.
-        let _ = std::thread::Builder::new().name("libvirt events".to_owned()).spawn(run);
-        Ok(())
+        }
     };
-    RUNNING.get_or_init(start).clone()
+    without_signals(|| std::thread::Builder::new().name("libvirt events".to_owned()).spawn(run))
+        .map_err(|error| failed(error.to_string()))?;
+    *running = true;
+    Ok(())
+}
+
+/// Runs `start` with all signals blocked in this thread, so that a thread that it starts receives none. The signals of the
+/// process belong to the program: a thread of a library that has them unblocked would run their default action.
+pub(super) fn without_signals<T>(start: impl FnOnce() -> T) -> T {
+    #[cfg(unix)]
+    {
+        use nix::sys::signal::{SigSet, SigmaskHow};
+        let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK);
+        let started = start();
+        if let Ok(before) = before {
+            // Cannot fail: the mask was valid before.
+            let _ = before.thread_set_mask();
+        }
+        started
+    }
+    #[cfg(not(unix))]
+    start()
 }
 
 #[cfg(test)]
@@ -123,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn each_disk_hears_of_its_own_jobs_in_order_and_all_hear_of_a_stop() {
+    fn events_are_queued_per_disk_and_stops_for_all() {
         let mailbox = Mailbox::new("vm");
         mailbox.job("vda", status(sys::VIR_DOMAIN_BLOCK_JOB_READY));
         mailbox.job("vda", status(sys::VIR_DOMAIN_BLOCK_JOB_COMPLETED));
@@ -137,11 +163,11 @@ mod tests {
         assert_eq!((of("vda"), of("vdb")), (Some(Event::Stopped), Some(Event::Stopped)));
         assert_eq!((of("vda"), of("vdb")), (None, None), "once");
         mailbox.lifecycle(status(sys::VIR_DOMAIN_EVENT_UNDEFINED));
-        assert_eq!(of("vda"), None, "a domain that is undefined may be running");
+        assert_eq!(of("vda"), None, "an undefined domain may be running");
     }
 
     #[test]
-    fn what_nobody_waits_for_is_not_kept_for_ever() {
+    fn unread_events_are_limited() {
         let mailbox = Mailbox::new("vm");
         for _ in 0..3 * KEPT {
             mailbox.job("vda", status(sys::VIR_DOMAIN_BLOCK_JOB_FAILED));
@@ -149,5 +175,16 @@ mod tests {
         assert_eq!(mailbox.lock().jobs["vda"].len(), KEPT);
         mailbox.forget("vda");
         assert_eq!(mailbox.wait("vda", Duration::ZERO), None);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn library_threads_block_signals() {
+        use nix::sys::signal::{SigSet, Signal};
+        let mask = || SigSet::thread_get_mask().unwrap();
+        let before = mask();
+        let thread = without_signals(|| std::thread::spawn(mask));
+        assert!(thread.join().unwrap().contains(Signal::SIGINT));
+        assert_eq!(mask().contains(Signal::SIGINT), before.contains(Signal::SIGINT), "the caller's mask is restored");
     }
 }

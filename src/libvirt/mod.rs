@@ -1,7 +1,7 @@
 //! Running VMs under libvirt (feature `libvirt`, which links libvirt's C library).
 //!
-//! [`Libvirt`] is the [`Hypervisor`] of one domain. What it is asked for becomes one call of libvirt's; what it answers is read from the
-//! domain's XML. It decides nothing. docs/live.md says which versions and permissions it needs.
+//! [`Libvirt`] implements [`Hypervisor`] for one domain. Each method is one call of libvirt; states are read from the domain's XML.
+//! docs/live.md lists the versions and permissions that it needs.
 //!
 //! ```no_run
 //! use std::sync::Arc;
@@ -16,6 +16,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod connection;
 mod events;
 mod raw;
 mod xml;
@@ -23,69 +24,74 @@ mod xml;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::domain_snapshot::DomainSnapshot;
 use virt::error::{Error, ErrorNumber};
 use virt::sys;
 
+use self::connection::{Connection, unreachable};
 use self::events::Mailbox;
 use crate::live::{Commit, Description, Event, FailureKind, Hypervisor, HypervisorError, Job, JobKind, NewTop, Result};
 
-/// How a libvirtd that died is noticed: asked every so many seconds, given up after so many questions.
-const KEEP_ALIVE: (i32, u32) = (5, 5);
-
-/// How events come in.
+/// The source of events, and the event loop that a connection uses.
+///
+/// Every connection needs a running event loop, because libvirt sends and checks keep-alives from it. Without keep-alives a call to
+/// a daemon that hangs never returns. libvirt has one event loop in a process, and keeps the one that was registered first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Listening {
-    /// Through libvirt's own event loop, which runs on a thread of this library from the first connection on.
+    /// Events through libvirt's default event loop, which runs on a thread of this library from the first connection on.
     #[default]
     OwnLoop,
-    /// Through an event loop that the program has registered with libvirt and runs itself.
+    /// Events through an event loop that the program has registered with libvirt, and runs, before it connects.
     CallersLoop,
-    /// Not at all: the state of jobs is asked for some times a second.
+    /// No events: the state of a job is read several times per second. The thread of [`Listening::OwnLoop`] runs for the
+    /// keep-alives. A program with an event loop of its own must use [`Listening::CallersLoop`].
     Poll,
 }
 
 /// A domain of a libvirt.
+///
+/// It holds one connection, which is closed when the last use ends after the drop. A connection that broke is replaced by the next
+/// call.
 #[derive(Debug)]
 pub struct Libvirt {
     uri: String,
     domain: String,
     listening: Listening,
     mailbox: Arc<Mailbox>,
-    connection: Mutex<Connect>,
+    connection: Mutex<Arc<Connection>>,
 }
 
 impl Libvirt {
-    /// Connects to a libvirt (such as `qemu:///system`) for the domain of this name or UUID. The domain need not exist yet.
+    /// Connects to a libvirt, such as `qemu:///system`, for the domain of this name or UUID. The domain need not exist yet.
     ///
     /// # Errors
-    /// What connecting gives.
+    /// - [`FailureKind::Failed`]: the URI or the name has a zero byte.
+    /// - [`FailureKind::Unreachable`]: the connection was refused, or not established within 30 seconds.
     pub fn connect(uri: impl Into<String>, domain: impl Into<String>, listening: Listening) -> Result<Self> {
         let (uri, domain) = (uri.into(), domain.into());
         if uri.contains('\0') || domain.contains('\0') {
-            return Err(HypervisorError::new(FailureKind::Failed, "a URI or a domain's name has no zero bytes"));
+            return Err(HypervisorError::new(FailureKind::Failed, "a URI or a domain's name has a zero byte"));
         }
         let mailbox = Arc::new(Mailbox::new(&domain));
-        let connection = Mutex::new(open(&uri, listening, &mailbox)?);
+        let connection = Mutex::new(Arc::new(Connection::open(&uri, listening, &mailbox)?));
         Ok(Self { uri, domain, listening, mailbox, connection })
     }
 
-    /// The connection; a new one where the last one broke.
-    fn connection(&self) -> Result<Connect> {
+    /// Returns the connection, or a new one if the last one broke. The broken one is closed with its last user.
+    fn connection(&self) -> Result<Arc<Connection>> {
         let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
-        if !connection.is_alive().unwrap_or(false) {
-            *connection = open(&self.uri, self.listening, &self.mailbox)?;
+        if !connection.is_alive() {
+            *connection = Arc::new(Connection::open(&self.uri, self.listening, &self.mailbox)?);
         }
-        Ok(connection.clone())
+        Ok(Arc::clone(&connection))
     }
 
-    /// The domain, where there is one.
-    fn find(&self, connection: &Connect) -> Result<Option<Domain>> {
-        // A name goes before a UUID.
-        let found = Domain::lookup_by_name(connection, &self.domain)
-            .or_else(|error| Domain::lookup_by_uuid_string(connection, &self.domain).map_err(|_| error));
+    /// Looks the domain up, by name first and then by UUID.
+    fn find(&self, connection: &Connection) -> Result<Option<Domain>> {
+        let connect = connection.handle();
+        let found = Domain::lookup_by_name(connect, &self.domain)
+            .or_else(|error| Domain::lookup_by_uuid_string(connect, &self.domain).map_err(|_| error));
         match found {
             Ok(domain) => Ok(Some(domain)),
             Err(error) if error.code() == ErrorNumber::NoDomain => Ok(None),
@@ -93,7 +99,7 @@ impl Libvirt {
         }
     }
 
-    /// Asks the domain something. An error is told apart by what has become of the connection and the domain.
+    /// Makes a call for the domain. The kind of an error depends on the state of the connection and of the domain afterwards.
     fn ask<T>(&self, call: impl FnOnce(&Domain) -> raw::Result<T>) -> Result<T> {
         let connection = self.connection()?;
         let gone = |message: String| HypervisorError::new(FailureKind::Gone, message);
@@ -102,9 +108,9 @@ impl Libvirt {
         let error = match call(&domain) {
             Ok(answer) => return Ok(answer),
             Err(Some(error)) => error,
-            Err(None) => return Err(HypervisorError::new(FailureKind::Failed, "a name or path has a zero byte")),
+            Err(None) => return Err(HypervisorError::new(FailureKind::Failed, "a name or a path has a zero byte")),
         };
-        if !connection.is_alive().unwrap_or(false) {
+        if !connection.is_alive() {
             return Err(unreachable(&error));
         }
         match self.find(&connection) {
@@ -133,34 +139,12 @@ impl Libvirt {
     }
 }
 
-fn open(uri: &str, listening: Listening, mailbox: &Arc<Mailbox>) -> Result<Connect> {
-    if listening == Listening::OwnLoop {
-        events::run_loop().map_err(|error| unreachable(&error))?;
-    }
-    let connection = Connect::open(Some(uri)).map_err(|error| unreachable(&error))?;
-    raw::print_no_errors(&connection);
-    if listening != Listening::Poll {
-        let (interval, count) = KEEP_ALIVE;
-        // Some drivers have no such thing, those in this process among them.
-        let _ = connection.set_keep_alive(interval, count);
-        raw::register_events(&connection, mailbox).map_err(|error| {
-            let message = error.map_or_else(String::new, |error| error.message().to_owned());
-            HypervisorError::new(FailureKind::Unreachable, message)
-        })?;
-    }
-    Ok(connection)
-}
-
-fn unreachable(error: &Error) -> HypervisorError {
-    HypervisorError::new(FailureKind::Unreachable, error.message())
-}
-
-/// What kind of failure an error of a libvirt that answers and of a domain that runs is.
+/// Classifies an error of a daemon that answers and of a domain that runs.
 fn kind(error: &Error) -> FailureKind {
-    let says = |words: &str| error.message().contains(words);
+    let has = |words: &str| error.message().contains(words);
     match error.code() {
-        ErrorNumber::ArgumentUnsupported if says("agent") => FailureKind::NoAgent,
-        ErrorNumber::AgentUnresponsive if says("not connected") || says("not configured") => FailureKind::NoAgent,
+        ErrorNumber::ArgumentUnsupported if has("agent") => FailureKind::NoAgent,
+        ErrorNumber::AgentUnresponsive if has("not connected") || has("not configured") => FailureKind::NoAgent,
         ErrorNumber::AgentUnresponsive | ErrorNumber::AgentUnsynced | ErrorNumber::AgentCommandTimeout => {
             FailureKind::AgentTimeout
         }
@@ -169,11 +153,11 @@ fn kind(error: &Error) -> FailureKind {
 }
 
 fn text(path: &std::path::Path) -> Result<&str> {
-    let refused = || format!("{}: libvirt takes UTF-8 paths only", path.display());
+    let refused = || format!("{}: libvirt requires UTF-8 paths", path.display());
     path.to_str().ok_or_else(|| HypervisorError::new(FailureKind::Failed, refused()))
 }
 
-/// The flags of `virDomainSnapshotCreateXML` for a snapshot of disks alone, into files that exist.
+/// Returns the flags of `virDomainSnapshotCreateXML` for a snapshot of disks alone, into files that exist.
 fn snapshot_flags(quiesce: bool) -> u32 {
     let mut flags = sys::VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
         | sys::VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
@@ -202,8 +186,8 @@ impl Hypervisor for Libvirt {
         Ok(())
     }
 
-    fn set_agent_timeout(&self, at_most: Duration) -> Result<()> {
-        let seconds = i32::try_from(at_most.as_secs().max(1)).unwrap_or(i32::MAX);
+    fn set_agent_timeout(&self, at_most: Option<Duration>) -> Result<()> {
+        let seconds = at_most.map(|time| i32::try_from(time.as_secs().max(1)).unwrap_or(i32::MAX));
         self.ask(|domain| raw::agent_set_response_timeout(domain, seconds))
     }
 
@@ -214,8 +198,24 @@ impl Hypervisor for Libvirt {
     fn commit(&self, commit: &Commit) -> Result<()> {
         let (base, top) = (text(&commit.base)?, text(&commit.top)?);
         self.mailbox.forget(&commit.disk);
-        let limit = commit.rate_limit.unwrap_or(0);
-        self.ask(|domain| raw::block_commit(domain, &commit.disk, base, top, limit, commit.active))
+        let arguments = raw::BlockCommit {
+            disk: &commit.disk,
+            base,
+            top,
+            bandwidth: commit.rate_limit.unwrap_or(0),
+            active: commit.active,
+            // The header of the file above gets a new name, relative as the present one. With an absolute name, a directory that
+            // is copied or moved would read the old directory's base. A commit of the active file changes no header.
+            relative: !commit.active,
+        };
+        self.ask(|domain| match raw::block_commit(domain, arguments) {
+            // libvirt refuses the flag, before anything starts, where a name between the file above and the base is absolute:
+            // the chain has no relative path, and the new name is absolute as well. An error with another cause comes again.
+            Err(Some(error)) if arguments.relative && error.code() == ErrorNumber::OperationInvalid => {
+                raw::block_commit(domain, raw::BlockCommit { relative: false, ..arguments })
+            }
+            answer => answer,
+        })
     }
 
     fn job(&self, disk: &str) -> Result<Option<Job>> {
@@ -244,7 +244,7 @@ impl Hypervisor for Libvirt {
 
     fn resize(&self, disk: &str, size: u64) -> Result<()> {
         if disk.contains('\0') {
-            return Err(HypervisorError::new(FailureKind::Failed, "a disk's name has no zero bytes"));
+            return Err(HypervisorError::new(FailureKind::Failed, "a disk's name has a zero byte"));
         }
         self.ask(|domain| domain.block_resize(disk, size, sys::VIR_DOMAIN_BLOCK_RESIZE_BYTES).map_err(Some))?;
         Ok(())

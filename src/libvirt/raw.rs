@@ -1,5 +1,5 @@
-//! The calls of libvirt's C library that `virt` has no safe function for, and no others. With the mapping of files the only
-//! place of unsafe code.
+//! The calls of libvirt's C library that `virt` has no safe function for. This file and `storage/map.rs` have the crate's only
+//! unsafe code.
 
 #![allow(unsafe_code)]
 
@@ -14,56 +14,66 @@ use virt::sys;
 
 use super::events::Mailbox;
 
-/// The result of a call: `None` is an argument with a zero byte in it.
+/// The result of a call. The error `None` is an argument that has a zero byte.
 pub(super) type Result<T> = std::result::Result<T, Option<Error>>;
 
 fn text(text: &str) -> Result<CString> {
     CString::new(text).map_err(|_| None)
 }
 
-/// What a call says: -1 is an error.
+/// Converts the return value of a call, of which -1 is an error.
 fn checked(answer: c_int) -> Result<c_int> {
     if answer == -1 { Err(Some(Error::last_error())) } else { Ok(answer) }
 }
 
-/// `virDomainBlockCommit`; `bandwidth` in bytes a second, 0 for no limit.
-pub(super) fn block_commit(
-    domain: &Domain,
-    disk: &str,
-    base: &str,
-    top: &str,
-    bandwidth: u64,
-    active: bool,
-) -> Result<()> {
-    let (disk, base, top) = (text(disk)?, text(base)?, text(top)?);
+/// The arguments of [`block_commit`].
+#[derive(Clone, Copy, Debug)]
+pub(super) struct BlockCommit<'a> {
+    pub(super) disk: &'a str,
+    pub(super) base: &'a str,
+    pub(super) top: &'a str,
+    /// In bytes per second; 0 for no limit.
+    pub(super) bandwidth: u64,
+    /// The VM writes `top`.
+    pub(super) active: bool,
+    /// The file above `top` gets a relative backing name. libvirt refuses this where a name on the way is absolute.
+    pub(super) relative: bool,
+}
+
+/// Calls `virDomainBlockCommit`.
+pub(super) fn block_commit(domain: &Domain, commit: BlockCommit<'_>) -> Result<()> {
+    let (disk, base, top) = (text(commit.disk)?, text(commit.base)?, text(commit.top)?);
     let mut flags = sys::VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES;
-    if active {
+    if commit.active {
         flags |= sys::VIR_DOMAIN_BLOCK_COMMIT_ACTIVE;
     }
-    let bandwidth = long(bandwidth);
-    // SAFETY: the domain is held by `domain`, the strings live until the call is over, and libvirt keeps none of them.
+    if commit.relative {
+        flags |= sys::VIR_DOMAIN_BLOCK_COMMIT_RELATIVE;
+    }
+    let bandwidth = long(commit.bandwidth);
+    // SAFETY: the domain is held by `domain`, the strings live until the call returns, and libvirt keeps none of them.
     checked(unsafe {
         sys::virDomainBlockCommit(domain.as_ptr(), disk.as_ptr(), base.as_ptr(), top.as_ptr(), bandwidth, flags)
     })?;
     Ok(())
 }
 
-/// `virDomainBlockJobSetSpeed`; `bandwidth` in bytes a second, 0 for no limit.
+/// Calls `virDomainBlockJobSetSpeed` with a bandwidth in bytes per second; 0 for no limit.
 pub(super) fn block_job_set_speed(domain: &Domain, disk: &str, bandwidth: u64) -> Result<()> {
     let disk = text(disk)?;
     let flags = sys::VIR_DOMAIN_BLOCK_JOB_SPEED_BANDWIDTH_BYTES;
-    // SAFETY: the domain is held by `domain`, and the string lives until the call is over.
+    // SAFETY: the domain is held by `domain`, and the string lives until the call returns.
     checked(unsafe { sys::virDomainBlockJobSetSpeed(domain.as_ptr(), disk.as_ptr(), long(bandwidth), flags) })?;
     Ok(())
 }
 
-/// A number as C's long, the largest where that is too short.
-#[allow(clippy::useless_conversion, reason = "a long of C's has 32 bits on some platforms")]
+/// Converts a number to C's `long`; one that does not fit becomes the largest.
+#[allow(clippy::useless_conversion, reason = "C's long has 32 bits on some platforms")]
 fn long(number: u64) -> c_ulong {
     number.try_into().unwrap_or(c_ulong::MAX)
 }
 
-/// A job as libvirt counts it.
+/// The state of a job (`virDomainBlockJobInfo`).
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BlockJob {
     /// `virDomainBlockJobType`.
@@ -72,53 +82,56 @@ pub(super) struct BlockJob {
     pub(super) end: u64,
 }
 
-/// `virDomainGetBlockJobInfo`.
+/// Calls `virDomainGetBlockJobInfo`. Returns `None` if there is no job.
 pub(super) fn block_job(domain: &Domain, disk: &str) -> Result<Option<BlockJob>> {
     let disk = text(disk)?;
     let mut info = sys::virDomainBlockJobInfo { type_: 0, bandwidth: 0, cur: 0, end: 0 };
-    // SAFETY: the domain is held by `domain`; string and record live until the call is over; the record is of the type that
+    // SAFETY: the domain is held by `domain`; string and record live until the call returns; the record has the type that
     // libvirt fills.
     let found = checked(unsafe { sys::virDomainGetBlockJobInfo(domain.as_ptr(), disk.as_ptr(), &raw mut info, 0) })?;
     let kind = u32::try_from(info.type_).unwrap_or_default();
     Ok((found > 0).then_some(BlockJob { kind, cur: info.cur, end: info.end }))
 }
 
-/// `virDomainBlockJobAbort`, switching the domain over or not.
+/// Calls `virDomainBlockJobAbort`; with `pivot` the domain is switched to the file that the job copied to.
 pub(super) fn block_job_abort(domain: &Domain, disk: &str, pivot: bool) -> Result<()> {
     let disk = text(disk)?;
     let flags = if pivot { sys::VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT } else { 0 };
-    // SAFETY: the domain is held by `domain`, and the string lives until the call is over.
+    // SAFETY: the domain is held by `domain`, and the string lives until the call returns.
     checked(unsafe { sys::virDomainBlockJobAbort(domain.as_ptr(), disk.as_ptr(), flags) })?;
     Ok(())
 }
 
-/// `virDomainAgentSetResponseTimeout`, in seconds.
-pub(super) fn agent_set_response_timeout(domain: &Domain, seconds: i32) -> Result<()> {
+/// Calls `virDomainAgentSetResponseTimeout` with a time in seconds, or with the limit that a new domain has: none.
+///
+/// libvirt has no call that returns the present limit. A domain starts with `VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK` (-2), which
+/// waits without a limit. `VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_DEFAULT` (-1) is another one: 5 seconds.
+pub(super) fn agent_set_response_timeout(domain: &Domain, seconds: Option<i32>) -> Result<()> {
+    let seconds = seconds.unwrap_or(sys::VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK);
     // SAFETY: the domain is held by `domain`.
     checked(unsafe { sys::virDomainAgentSetResponseTimeout(domain.as_ptr(), seconds, 0) })?;
     Ok(())
 }
 
-/// `virDomainFSThaw` of all file systems.
+/// Calls `virDomainFSThaw` for all file systems.
 pub(super) fn fs_thaw(domain: &Domain) -> Result<()> {
     // SAFETY: the domain is held by `domain`; no mount points, and their number is 0.
     checked(unsafe { sys::virDomainFSThaw(domain.as_ptr(), std::ptr::null_mut(), 0, 0) })?;
     Ok(())
 }
 
-/// Keeps a connection's errors from being printed: libvirt writes each to standard error unless it is told not to, and they are
-/// returned all the same.
+/// Stops libvirt from writing a connection's errors to standard error. Calls return them as before.
 pub(super) fn print_no_errors(connection: &Connect) {
-    // SAFETY: the connection is held by `connection`; the function uses none of what it is given.
+    // SAFETY: the connection is held by `connection`; the function uses none of its arguments.
     unsafe { sys::virConnSetErrorFunc(connection.as_ptr(), std::ptr::null_mut(), Some(ignore)) };
 }
 
 unsafe extern "C" fn ignore(_opaque: *mut c_void, _error: sys::virErrorPtr) {}
 
-/// Lets events about block jobs and about starts and stops go to a mailbox, as long as the connection lives. Needs an event
-/// loop that was there before the connection.
-pub(super) fn register_events(connection: &Connect, mailbox: &Arc<Mailbox>) -> Result<()> {
-    // SAFETY: libvirt calls a callback through its true type, which the event's number tells; these are those of the two
+/// Registers for the events of block jobs and of starts and stops, which go to a mailbox. Returns the callbacks' numbers for
+/// [`deregister_event`]; each callback holds a reference to the connection. Needs an event loop that is older than the connection.
+pub(super) fn register_events(connection: &Connect, mailbox: &Arc<Mailbox>) -> Result<Vec<c_int>> {
+    // SAFETY: libvirt calls a callback through the type that belongs to the event's number; these are the types of the two
     // numbers below.
     let (job, lifecycle) = unsafe {
         type Generic = unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, *mut c_void);
@@ -128,11 +141,12 @@ pub(super) fn register_events(connection: &Connect, mailbox: &Arc<Mailbox>) -> R
         (std::mem::transmute::<Job, Generic>(on_block_job), std::mem::transmute::<Life, Generic>(on_lifecycle))
     };
     let events = [(sys::VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2, job), (sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle)];
+    let mut registered = Vec::new();
     for (event, callback) in events {
         let opaque = Arc::into_raw(Arc::clone(mailbox)).cast_mut().cast::<c_void>();
         // SAFETY: the connection is held by `connection`. `opaque` is a count of an `Arc` that `release` gives back; libvirt
-        // calls it once, when the callback is taken away or the connection ends.
-        let registered = checked(unsafe {
+        // calls it once, when the callback is removed.
+        let answer = checked(unsafe {
             sys::virConnectDomainEventRegisterAny(
                 connection.as_ptr(),
                 std::ptr::null_mut(),
@@ -142,18 +156,29 @@ pub(super) fn register_events(connection: &Connect, mailbox: &Arc<Mailbox>) -> R
                 Some(release),
             )
         });
-        if let Err(error) = registered {
-            // SAFETY: libvirt did not take it: the count is ours again.
-            unsafe { release(opaque) };
-            return Err(error);
+        match answer {
+            Ok(number) => registered.push(number),
+            Err(error) => {
+                // SAFETY: libvirt did not take the count, and does not call `release` for it.
+                unsafe { release(opaque) };
+                registered.into_iter().for_each(|number| deregister_event(connection, number));
+                return Err(error);
+            }
         }
     }
-    Ok(())
+    Ok(registered)
 }
 
-/// Gives back the count of a mailbox.
+/// Removes a callback and its reference to the connection. On a connection that broke libvirt removes it too, and reports an
+/// error because it cannot inform the daemon; that error is ignored.
+pub(super) fn deregister_event(connection: &Connect, number: c_int) {
+    // SAFETY: the connection is held by `connection`; libvirt checks the number.
+    let _ = unsafe { sys::virConnectDomainEventDeregisterAny(connection.as_ptr(), number) };
+}
+
+/// Releases one count of a mailbox.
 unsafe extern "C" fn release(opaque: *mut c_void) {
-    // SAFETY: `opaque` is what `Arc::into_raw` gave in `register_events`, and this is called once for it.
+    // SAFETY: `opaque` is from `Arc::into_raw` in `register_events`, and this is called once for it.
     drop(unsafe { Arc::from_raw(opaque.cast_const().cast::<Mailbox>()) });
 }
 
@@ -195,7 +220,7 @@ unsafe extern "C" fn on_lifecycle(
     0
 }
 
-/// Whether an event is about the mailbox's domain, by its name or UUID.
+/// Returns true if a domain is the mailbox's, by its name or UUID.
 ///
 /// # Safety
 /// `domain` must be a domain that lives during the call.

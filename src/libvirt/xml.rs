@@ -1,4 +1,4 @@
-//! libvirt's XML: what a domain says of its disks, and the snapshot that is asked for.
+//! libvirt's XML: reads a domain's disks, and writes the description of a snapshot.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -8,10 +8,12 @@ use roxmltree::{Document, Node};
 use crate::chain::Format;
 use crate::live::{Disk, DiskFile, Mirror, NewTop};
 
-/// The disks of a domain that are files or block devices, and the names of all.
+/// The disks of a domain.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Disks {
+    /// The disks that are files or block devices.
     pub(super) known: Vec<Disk>,
+    /// The names of all disks.
     pub(super) names: Vec<String>,
 }
 
@@ -30,7 +32,7 @@ pub(super) fn disks(xml: &str) -> Result<Disks, String> {
         let mut files = vec![DiskFile { path, format: format.and_then(named) }];
         let mut next = child(node, "backingStore");
         while let Some(store) = next {
-            // An empty one says that there is no more.
+            // An empty element ends the chain.
             let Some(path) = source(store) else { break };
             let format = child(store, "format").and_then(|format| format.attribute("type"));
             files.push(DiskFile { path, format: format.and_then(named) });
@@ -63,15 +65,14 @@ fn child<'a, 'input>(node: Node<'a, 'input>, name: &'static str) -> Option<Node<
     children(node, name).next()
 }
 
-/// A snapshot of these disks into files that exist, and of none of the others (libvirt: "Snapshot XML format").
+/// Describes a snapshot of these disks into files that exist, without the other disks (libvirt: "Snapshot XML format").
 pub(super) fn snapshot(tops: &[NewTop], all: &[String]) -> Result<String, String> {
     let mut xml = String::from("<domainsnapshot><memory snapshot='no'/><disks>");
     for name in all.iter().filter(|name| !tops.iter().any(|top| top.disk == **name)) {
         let _ = write!(xml, "<disk name='{}' snapshot='no'/>", escaped(name));
     }
     for top in tops {
-        let path =
-            top.file.to_str().ok_or_else(|| format!("{}: libvirt takes UTF-8 paths only", top.file.display()))?;
+        let path = top.file.to_str().ok_or_else(|| format!("{}: libvirt requires UTF-8 paths", top.file.display()))?;
         let _ = write!(
             xml,
             "<disk name='{}' snapshot='external' type='file'><driver type='qcow2'/><source file='{}'/></disk>",
@@ -92,7 +93,7 @@ fn escaped(text: &str) -> String {
             '>' => out += "&gt;",
             '\'' => out += "&apos;",
             '"' => out += "&quot;",
-            // A parser would make spaces of them.
+            // A parser would convert them to spaces.
             '\n' | '\r' | '\t' => {
                 let _ = write!(out, "&#{};", u32::from(character));
             }
@@ -122,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn disks_are_files_and_devices_with_what_they_stand_on() {
+    fn disks_files_and_devices_with_backing_files() {
         let Disks { known, names } = disks(DOMAIN).unwrap();
         assert_eq!(names, ["sda", "vda", "vdb", "vdc", "vdd"]);
         assert_eq!(known.iter().map(|disk| disk.name.as_str()).collect::<Vec<_>>(), ["vda", "vdb", "vdd"]);
@@ -134,13 +135,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_xml_is_an_error_and_a_domain_without_devices_has_no_disks() {
+    fn disks_invalid_xml_fails_and_no_devices_is_empty() {
         assert!(disks("<domain").unwrap_err().contains("XML"));
         assert_eq!(disks("<domain/>").unwrap(), Disks { known: Vec::new(), names: Vec::new() });
     }
 
     #[test]
-    fn a_snapshot_names_all_disks_and_escapes_their_paths() {
+    fn snapshot_names_all_disks_and_escapes_paths() {
         let top = NewTop { disk: "vda".into(), file: "/vm/a'<&>\".qcow2".into() };
         let xml = snapshot(&[top], &["sda".into(), "vda".into()]).unwrap();
         let document = Document::parse(&xml).unwrap();

@@ -1,6 +1,6 @@
 //! The executor for a VM that may be running.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,24 +14,27 @@ use crate::vm::{
     Result, VolumeFiles, Watch,
 };
 
-/// What becomes of a merge that takes too long.
+/// The treatment of a merge that exceeds its time limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnTimeout {
-    /// Its job goes on. Deleting the snapshot again watches on.
+    /// The job continues. The next deletion of the same snapshot takes it over.
     #[default]
     Keep,
-    /// Its job is ended; the VM goes on with the files that it has.
+    /// The job is ended. The VM keeps its present files.
     Abort,
 }
 
 /// Carries plans out for a VM that may be running.
+///
+/// Files that the running VM has open are merged, resized and switched by the hypervisor. All others are left to
+/// [`OfflineExecutor`].
 ///
 /// ```
 /// use std::sync::Arc;
 /// use qcow2_chain::live::{Hypervisor, LiveExecutor};
 /// use qcow2_chain::vm::{Result, SnapshotSet};
 ///
-/// /// Deletes a snapshot, whether the VM is running or not.
+/// /// Deletes a snapshot of a VM that is running or off.
 /// fn delete(hypervisor: Arc<dyn Hypervisor>, catalogue: &str, snapshot: &str) -> Result<()> {
 ///     let set = SnapshotSet::load(catalogue)?.with_executor(Arc::new(LiveExecutor::new(hypervisor)));
 ///     set.delete(snapshot, &Default::default(), &())?;
@@ -47,13 +50,13 @@ pub struct LiveExecutor {
 }
 
 impl LiveExecutor {
-    /// One over this hypervisor's VM: without a limit of time for merges, with 30 seconds for the guest agent.
+    /// Creates an executor over this hypervisor's VM, without a time limit for merges and with 30 seconds for the guest agent.
     #[must_use]
     pub fn new(hypervisor: Arc<dyn Hypervisor>) -> Self {
         Self { hypervisor, timeout: None, on_timeout: OnTimeout::Keep, agent_timeout: Duration::from_secs(30) }
     }
 
-    /// The same with a limit of time for each merge of a running VM, and what then becomes of it; 0 does not limit.
+    /// Sets the time limit for each merge in the running VM, and the treatment of one that exceeds it. Default: 0, no limit.
     #[must_use]
     pub fn with_timeout(mut self, timeout: Duration, on_timeout: OnTimeout) -> Self {
         self.timeout = (!timeout.is_zero()).then_some(timeout);
@@ -61,7 +64,8 @@ impl LiveExecutor {
         self
     }
 
-    /// The same with another limit of time for the guest agent, in whole seconds.
+    /// Sets the time limit for each answer of the guest agent, in whole seconds. Default: 30 seconds. It holds for the time of a
+    /// snapshot that freezes the guest; the hypervisor's initial limit is restored afterwards.
     #[must_use]
     pub fn with_agent_timeout(mut self, timeout: Duration) -> Self {
         self.agent_timeout = timeout;
@@ -69,16 +73,16 @@ impl LiveExecutor {
     }
 
     fn describe(&self) -> Result<Description> {
-        self.hypervisor.describe().map_err(|error| failed("asking what the VM is doing", error))
+        self.hypervisor.describe().map_err(|error| failed("reading the state of the VM", error))
     }
 
-    /// The disk that has a file open, and the file's place among its files, while the VM runs.
-    fn disk_with(&self, place: &VolumeFiles, recorded: &str) -> Result<Option<(Disk, usize)>> {
+    /// Returns the disk of the running VM that has a file open, and the file's index among the disk's files.
+    fn disk_with(&self, place: &VolumeFiles, file: &FileRef) -> Result<Option<(Disk, usize)>> {
         let description = self.describe()?;
-        Ok(if description.running { find(&description, &place.path(recorded), place) } else { None })
+        if description.running { find(&description, &place.path(&file.path), place) } else { Ok(None) }
     }
 
-    /// Lets the disks write their overlays. After an answer that said nothing, the hypervisor's description decides.
+    /// Switches disks to their overlays. If the answer is an error, the hypervisor's description decides.
     fn switch_to(&self, tops: &[NewTop], place: &VolumeFiles, quiesce: bool) -> Result<()> {
         let hypervisor = &*self.hypervisor;
         let done =
@@ -96,8 +100,8 @@ impl LiveExecutor {
         }
         Err(match error.kind {
             FailureKind::NoAgent | FailureKind::AgentTimeout => Refusal::Quiesce { why: error.message }.into(),
-            // Of a VM that is gone, its configuration tells what it was told, not what it wrote: it may have been switched over,
-            // and have written, before it went.
+            // The definition of a VM that stopped may name other files than those it wrote: it may have been switched, and have
+            // written its overlays, before it stopped.
             _ if !description.running => uncertain(error),
             _ => failed(what, error),
         })
@@ -108,30 +112,30 @@ impl LiveExecutor {
         disk: &Disk,
         found: (Option<usize>, usize),
         step: &MergeStep,
-        manner: &ExecutionContext<'_>,
+        context: &ExecutionContext<'_>,
         watch: &dyn Watch,
     ) -> Result<Merged> {
-        let place = manner.place;
-        match found {
-            // The base is there and the top is not: done before. (What the VM writes is the journal's to judge.)
+        let place = context.place;
+        let (top, base) = match found {
+            // Only the base is left: the merge was done before. For the active file, the journal decides that.
             (None, base) if !step.active => return merged(place, disk, base, step),
-            // The VM writes the top if the plan says so, and not otherwise.
-            (Some(top), base) if base == top + 1 && step.active == (top == 0) => {}
+            // The top is the active file exactly if the plan says so.
+            (Some(top), base) if base == top + 1 && step.active == (top == 0) => (top, base),
             _ => {
-                let whose = if step.active { "what is written and" } else { "only read and" };
-                return Err(disagreement(
-                    place,
-                    &step.top,
-                    &format!("not {whose} above {} on disk {}", step.base, disk.name),
-                ));
+                let role = if step.active { "the active file" } else { "a read-only file" };
+                let found =
+                    format!("the hypervisor does not have it as {role} above {} on disk {}", step.base, disk.name);
+                return Err(disagreement(place, &step.top, &found));
             }
-        }
+        };
         let commit = Commit {
             disk: disk.name.clone(),
-            top: place.path(&step.top.path),
-            base: place.path(&step.base.path),
+            // The hypervisor's own names, which it compares as text: it has another working directory, and may have opened the
+            // file through another link.
+            top: disk.files[top].path.clone(),
+            base: disk.files[base].path.clone(),
             active: step.active,
-            rate_limit: manner.rate_limit,
+            rate_limit: context.rate_limit,
         };
         let watcher = Watcher {
             hypervisor: &*self.hypervisor,
@@ -159,83 +163,98 @@ impl Executor for LiveExecutor {
         Ok(domain)
     }
 
-    fn create(&self, overlays: &[NewOverlay], quiesce: bool, manner: &ExecutionContext<'_>) -> Result<()> {
-        let description = self.describe()?;
+    fn create(&self, overlays: &[NewOverlay], quiesce: bool, context: &ExecutionContext<'_>) -> Result<()> {
+        let (place, description) = (context.place, self.describe()?);
         let mut tops = Vec::new();
         for overlay in overlays.iter().filter(|_| description.running) {
-            let backing = manner.place.path(&overlay.backing.path);
-            let Some((disk, at)) = find(&description, &backing, manner.place) else { continue };
+            // A volume that no disk has is detached from the VM: its overlay is created as offline.
+            let Some((disk, at)) = find(&description, &place.path(&overlay.backing.path), place)? else { continue };
             if at != 0 {
-                return Err(disagreement(manner.place, &overlay.backing, "not the one that the VM writes"));
+                return Err(disagreement(place, &overlay.backing, &format!("disk {} only reads it", disk.name)));
             }
-            let file = absolute(&manner.place.path(&overlay.file.path));
-            tops.push(NewTop { disk: disk.name, file });
+            tops.push(NewTop { disk: disk.name, file: absolute(&place.path(&overlay.file.path)) });
         }
-        // The overlays are ours, with the geometry that the volume wants; the hypervisor opens them.
-        OfflineExecutor.create(overlays, false, manner)?;
-        if tops.is_empty() { Ok(()) } else { self.switch_to(&tops, manner.place, quiesce) }
+        // The overlays are created here, with the volume's geometry; the hypervisor only opens them.
+        OfflineExecutor.create(overlays, false, context)?;
+        if tops.is_empty() { Ok(()) } else { self.switch_to(&tops, place, quiesce) }
     }
 
-    fn merge(&self, step: &MergeStep, manner: &ExecutionContext<'_>, watch: &dyn Watch) -> Result<Merged> {
-        let (place, description) = (manner.place, self.describe()?);
-        let at = |recorded: &str| find(&description, &place.path(recorded), place).filter(|_| description.running);
-        let (top, base) = (at(&step.top.path), at(&step.base.path));
-        match (top, base) {
-            (None, None) => OfflineExecutor.merge(step, manner, watch),
+    fn merge(&self, step: &MergeStep, context: &ExecutionContext<'_>, watch: &dyn Watch) -> Result<Merged> {
+        let (place, description) = (context.place, self.describe()?);
+        let find_open = |file: &FileRef| {
+            if description.running { find(&description, &place.path(&file.path), place) } else { Ok(None) }
+        };
+        match (find_open(&step.top)?, find_open(&step.base)?) {
+            (None, None) => OfflineExecutor.merge(step, context, watch),
             _ if step.direction == Direction::Pull => {
                 Err(Refusal::Running { operation: "complete a merge upwards" }.into())
             }
-            (top, Some((disk, base))) => self.merge_live(&disk, (top.map(|(_, at)| at), base), step, manner, watch),
-            (Some(_), None) => Err(disagreement(place, &step.base, "not beneath what its disk has")),
+            (Some((disk, _)), Some((other, _))) if disk.name != other.name => {
+                let found = format!("disk {} has it open, and disk {} has its base", disk.name, other.name);
+                Err(disagreement(place, &step.top, &found))
+            }
+            (top, Some((disk, base))) => self.merge_live(&disk, (top.map(|(_, at)| at), base), step, context, watch),
+            (Some((disk, _)), None) => {
+                Err(disagreement(place, &step.base, &format!("disk {} does not have it", disk.name)))
+            }
         }
     }
 
-    fn relink(&self, file: &FileRef, from: &FileRef, to: &FileRef, manner: &ExecutionContext<'_>) -> Result<()> {
-        if self.disk_with(manner.place, &file.path)?.is_none() {
-            return OfflineExecutor.relink(file, from, to, manner);
+    fn relink(&self, file: &FileRef, from: &FileRef, to: &FileRef, context: &ExecutionContext<'_>) -> Result<()> {
+        if self.disk_with(context.place, file)?.is_none() {
+            return OfflineExecutor.relink(file, from, to, context);
         }
-        // The hypervisor did it with the merge; a header that it has open is not ours to write. By the letters: the old name,
-        // which may lead to the same file still, is about to go.
-        if !manner.place.is_named_by(file, to)? {
+        // The hypervisor changed the header together with the merge; a header that it has open must not be written here. The names
+        // are compared, not the files: the old name may still lead to the same file, and is about to be removed.
+        if !context.place.is_named_by(file, to)? {
             return Err(Refusal::Running { operation: "relink a file that the VM has open" }.into());
         }
-        manner.place.check_head(file, std::slice::from_ref(to), Links::Exact)
+        context.place.check_head(file, std::slice::from_ref(to), Links::Exact)
     }
 
-    fn resize(&self, file: &FileRef, below: &[FileRef], size: u64, manner: &ExecutionContext<'_>) -> Result<()> {
-        let Some((disk, at)) = self.disk_with(manner.place, &file.path)? else {
-            return OfflineExecutor.resize(file, below, size, manner);
+    fn resize(&self, file: &FileRef, below: &[FileRef], size: u64, context: &ExecutionContext<'_>) -> Result<()> {
+        let Some((disk, at)) = self.disk_with(context.place, file)? else {
+            return OfflineExecutor.resize(file, below, size, context);
         };
         if at != 0 {
             return Err(Refusal::Running { operation: "resize a file that the VM only reads" }.into());
         }
         let done = self.hypervisor.resize(&disk.name, size);
-        // Whatever was answered, the image tells.
-        if manner.place.look(file)?.virtual_size == size {
-            return sync(manner.place, &manner.place.path(&file.path));
+        // The image decides, since an answer may be lost.
+        if context.place.look(file)?.virtual_size == size {
+            return sync(context.place, &context.place.path(&file.path));
         }
         let unchanged = || HypervisorError::new(FailureKind::Failed, "the disk kept its size");
         Err(failed("resizing a disk", done.err().unwrap_or_else(unchanged)))
     }
 }
 
-/// The hypervisor has other files than the plan.
+/// Creates the error for a file whose use by the hypervisor differs from the plan.
 fn disagreement(place: &VolumeFiles, file: &FileRef, found: &str) -> Error {
-    let what =
-        format!("{}: by the catalogue a disk's file, by the hypervisor {found}", place.path(&file.path).display());
+    let what = format!("{}: the hypervisor and the catalogue disagree: {found}", place.path(&file.path).display());
     Error::Hypervisor { what, source: None }
 }
 
-/// The disk that has a file, and the file's place among its files.
-fn find(description: &Description, path: &Path, place: &VolumeFiles) -> Option<(Disk, usize)> {
-    description.disks.iter().find_map(|disk| Some((disk.clone(), position(disk, path, place)?)))
+/// Returns the disk that has a file, and the file's index among the disk's files. Files are compared by identity.
+///
+/// # Errors
+/// [`Error::Hypervisor`]: more than one disk has the file. To merge, resize or remove it would change the other disk.
+fn find(description: &Description, path: &Path, place: &VolumeFiles) -> Result<Option<(Disk, usize)>> {
+    let mut users = description.disks.iter().filter_map(|disk| Some((disk, position(disk, path, place)?)));
+    let (first, second) = (users.next(), users.next());
+    if let (Some((first, _)), Some((second, _))) = (first, second) {
+        let what = format!("{}: the disks {} and {} of the VM share it", path.display(), first.name, second.name);
+        return Err(Error::Hypervisor { what, source: None });
+    }
+    Ok(first.map(|(disk, at)| (disk.clone(), at)))
 }
 
+/// Returns the index of a file among a disk's files. Files are compared by identity.
 pub(super) fn position(disk: &Disk, path: &Path, place: &VolumeFiles) -> Option<usize> {
     disk.files.iter().position(|file| place.leads_to(&file.path, path))
 }
 
-/// What a commit in the hypervisor came to: durable, whatever the VM's way of caching, before the top's name may go.
+/// Returns the result of a commit in the hypervisor, after making it durable: the VM's cache mode may omit syncs.
 fn merged(place: &VolumeFiles, disk: &Disk, base: usize, step: &MergeStep) -> Result<Merged> {
     let above = base.saturating_sub(1);
     for file in disk.files.iter().take(base + 1).skip(above) {
@@ -249,12 +268,12 @@ fn sync(place: &VolumeFiles, path: &Path) -> Result<()> {
     Ok(place.names().open(path, &Access::write().with_lock(LockMode::None))?.sync()?)
 }
 
-/// A hypervisor is a program of its own, with a directory of its own.
-fn absolute(path: &Path) -> std::path::PathBuf {
+/// Makes a path absolute: the hypervisor is another process with another working directory.
+fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
-/// A failure of the hypervisor, as the snapshots' error.
+/// Converts a failure of the hypervisor; `what` names the attempt.
 pub(super) fn failed(what: &str, error: HypervisorError) -> Error {
     Error::Hypervisor { what: format!("{what}: {error}"), source: Some(Box::new(error)) }
 }

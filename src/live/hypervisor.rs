@@ -1,4 +1,4 @@
-//! What the adapter needs of a hypervisor, about one VM.
+//! The interface to a hypervisor, for one VM.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -8,228 +8,236 @@ use thiserror::Error as ThisError;
 
 use crate::chain::Format;
 
-/// The result of asking a hypervisor.
+/// The result of a call of a hypervisor.
 pub type Result<T, E = HypervisorError> = std::result::Result<T, E>;
 
-/// Why a hypervisor did not do what it was asked for.
+/// A failed call of a hypervisor.
 #[derive(Clone, Debug, PartialEq, Eq, ThisError)]
 #[error("{message}")]
 pub struct HypervisorError {
-    /// What kind of failure.
+    /// The kind of failure.
     pub kind: FailureKind,
-    /// The hypervisor's own words.
+    /// The hypervisor's own message.
     pub message: String,
 }
 
 impl HypervisorError {
-    /// A failure of this kind.
+    /// Creates an error of this kind.
     #[must_use]
     pub fn new(kind: FailureKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into() }
     }
 }
 
-/// What kind of failure.
+/// The kind of a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FailureKind {
-    /// There is no such VM, or it is not running.
+    /// The VM does not exist or does not run.
     Gone,
-    /// The hypervisor cannot be reached, or its answer was lost: nobody knows whether it was done.
+    /// The hypervisor cannot be reached, or its answer was lost. The call may have had its effect.
     Unreachable,
-    /// There is no guest agent, or it is not connected.
+    /// The VM has no guest agent, or the agent is not connected.
     NoAgent,
-    /// The guest agent did not answer in time. What it was told may still be obeyed.
+    /// The guest agent did not answer in time. It may still execute the command later.
     AgentTimeout,
-    /// Anything else. It was not done.
+    /// Any other failure. The call had no effect.
     Failed,
 }
 
 /// One file of a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskFile {
-    /// Its path.
+    /// The path, as the hypervisor names it.
     pub path: PathBuf,
-    /// Its format, where the hypervisor says one that is known here.
+    /// The format, if the hypervisor reports one that this crate reads.
     pub format: Option<Format>,
 }
 
-/// A job that copies a disk's writes to another file meanwhile.
+/// A job that mirrors a disk's writes to another file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mirror {
-    /// The file that it copies to.
+    /// The file that the job copies to.
     pub path: PathBuf,
-    /// Whether that file reads as the disk does, so that the VM can be switched over.
+    /// True once that file has the content of the disk, so that the VM can be switched to it.
     pub ready: bool,
 }
 
 /// A disk of the VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Disk {
-    /// Its name in the hypervisor: libvirt's target, such as `vda`.
+    /// The hypervisor's name of the disk: libvirt's target, such as `vda`.
     pub name: String,
-    /// Its files, the one that the VM writes first. Of a VM that is off, perhaps only that one.
+    /// The disk's files, from the active file down. A VM that is off may have only the first one.
     pub files: Vec<DiskFile>,
-    /// The job on it that will want to be switched over, if there is one.
+    /// The mirroring job on the disk, if there is one.
     pub mirror: Option<Mirror>,
 }
 
-/// A VM as its hypervisor describes it.
+/// The state of a VM.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Description {
-    /// Whether it is running, or paused.
+    /// True if the VM runs or is paused.
     pub running: bool,
-    /// Its disks that are files.
+    /// The disks that are files or block devices.
     pub disks: Vec<Disk>,
 }
 
-/// Which job is running on a disk.
+/// The kind of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum JobKind {
-    /// A commit of files that the VM does not write.
+    /// A commit of files that the VM only reads.
     Commit,
-    /// A commit of the file that the VM writes.
+    /// A commit of the active file.
     ActiveCommit,
-    /// Another one.
+    /// Any other job.
     Other,
 }
 
-/// How far a job is.
+/// The state of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Job {
-    /// Which job.
+    /// The kind of job.
     pub kind: JobKind,
-    /// What is done, in bytes. Equal to `total` does not mean ready, and both are 0 at first.
+    /// The work done, in bytes. A value equal to `total` does not mean that the job is ready; both are 0 at first.
     pub done: u64,
-    /// What is to be done, in bytes.
+    /// The work in total, in bytes.
     pub total: u64,
 }
 
-/// A commit that is wanted.
+/// A request to commit one file into another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Commit {
     /// The disk.
     pub disk: String,
-    /// The file whose data go down.
+    /// The file whose data is committed, as the hypervisor names it.
     pub top: PathBuf,
-    /// The file beneath it, which takes them in.
+    /// The file that receives the data, as the hypervisor names it.
     pub base: PathBuf,
-    /// Whether the VM writes `top`.
+    /// True if `top` is the active file.
     pub active: bool,
-    /// The most bytes to copy in a second; none does not limit.
+    /// The largest number of bytes to copy per second; `None` for no limit.
     pub rate_limit: Option<u64>,
 }
 
-/// A disk that is to write a new file.
+/// A disk and its new active file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewTop {
     /// The disk.
     pub disk: String,
-    /// The file, which exists, is backed by the one that the disk writes now, and is qcow2.
+    /// The new file: an absolute path of an existing qcow2 image that is backed by the present active file.
     pub file: PathBuf,
 }
 
-/// How a job ended, or what it came to.
+/// A change of a job's state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum JobEvent {
-    /// It is complete.
+    /// The job is complete.
     Completed,
-    /// It failed.
+    /// The job failed.
     Failed,
-    /// It was aborted.
+    /// The job was aborted.
     Cancelled,
-    /// The VM can be switched over.
+    /// The VM can be switched to the file that the job copies to.
     Ready,
 }
 
-/// Something that the hypervisor told by itself. It says that it is time to look, no more: events get lost, come late, or come
-/// for another job.
+/// A notification. It is a hint to read the VM's state, and no more: events get lost, arrive late, or concern another job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {
-    /// Of the job on a disk.
+    /// A job's state changed.
     Job {
         /// The disk.
         disk: String,
-        /// What.
+        /// The change.
         event: JobEvent,
     },
-    /// The VM is not running any more.
+    /// The VM stopped.
     Stopped,
 }
 
-/// A hypervisor's view of one VM, and what can be asked of it. The adapter over it is [`super::LiveExecutor`].
+/// A hypervisor's interface to one VM. [`super::LiveExecutor`] carries plans out over it.
 ///
-/// Every call may be made from several threads at once.
+/// All methods may be called from several threads at once.
 pub trait Hypervisor: Send + Sync + fmt::Debug {
-    /// The VM as it is now: running with these disks, or off with those that it would be started with.
+    /// Returns the present state: of a running VM its disks, of one that is off the disks of its definition. A VM that does not
+    /// exist is described as off and without disks.
     ///
     /// # Errors
-    /// [`FailureKind::Unreachable`]. A VM that does not exist is described as off, without disks.
+    /// [`FailureKind::Unreachable`]: the state cannot be read.
     fn describe(&self) -> Result<Description>;
 
-    /// Lets disks write new files, all at one instant or none. With `quiesce` the guest's file systems are brought in order
-    /// first and let go afterwards.
+    /// Switches disks to new active files, all at one instant or none. With `quiesce` the guest's file systems are frozen before
+    /// and thawed afterwards.
     ///
     /// # Errors
-    /// [`FailureKind::NoAgent`], [`FailureKind::AgentTimeout`]; any other. After [`FailureKind::Unreachable`] it may be done.
+    /// - [`FailureKind::NoAgent`], [`FailureKind::AgentTimeout`]: the guest could not be frozen; no disk was switched.
+    /// - [`FailureKind::Unreachable`]: the disks may have been switched.
+    /// - Any other kind: no disk was switched.
     fn snapshot(&self, disks: &[NewTop], quiesce: bool) -> Result<()>;
 
-    /// Sets how long the guest agent may take for an answer, from now on.
+    /// Sets the time limit for answers of the guest agent; `None` restores the hypervisor's initial limit. The limit belongs to the
+    /// VM: other users of the agent have it too, until it is restored.
     ///
     /// # Errors
-    /// [`FailureKind::NoAgent`]; any other.
-    fn set_agent_timeout(&self, at_most: Duration) -> Result<()>;
+    /// - [`FailureKind::NoAgent`]: there is no agent.
+    /// - Any other kind: the limit is unchanged, or unknown after [`FailureKind::Unreachable`].
+    fn set_agent_timeout(&self, at_most: Option<Duration>) -> Result<()>;
 
-    /// Lets go the guest's file systems.
+    /// Thaws the guest's file systems.
     ///
     /// # Errors
-    /// [`FailureKind::AgentTimeout`]; any other.
+    /// - [`FailureKind::AgentTimeout`]: the agent did not answer, or still answers an earlier command.
+    /// - Any other kind: the file systems may be frozen.
     fn thaw(&self) -> Result<()>;
 
-    /// Starts a commit.
+    /// Starts a commit. Where the file above `top` names its backing file by a relative path, it keeps a relative path.
     ///
     /// # Errors
-    /// Any. After [`FailureKind::Unreachable`] it may be running.
+    /// - [`FailureKind::Unreachable`]: the job may be running.
+    /// - Any other kind: no job was started.
     fn commit(&self, commit: &Commit) -> Result<()>;
 
-    /// The job on a disk, if one is running.
+    /// Returns the state of the job on a disk, or `None` if there is none.
     ///
     /// # Errors
-    /// [`FailureKind::Gone`], [`FailureKind::Unreachable`].
+    /// - [`FailureKind::Gone`]: the VM does not run.
+    /// - [`FailureKind::Unreachable`]: the state cannot be read.
     fn job(&self, disk: &str) -> Result<Option<Job>>;
 
-    /// Lets the job on a disk copy at most so many bytes in a second from now on; none does not limit.
+    /// Limits the job on a disk to a number of bytes per second; `None` removes the limit.
     ///
     /// # Errors
-    /// Any.
+    /// Any kind, also if there is no job.
     fn set_rate_limit(&self, disk: &str, rate_limit: Option<u64>) -> Result<()>;
 
-    /// Ends the job on a disk: the VM goes on as without it.
+    /// Ends the job on a disk. The VM keeps its present files.
     ///
     /// # Errors
-    /// Any.
+    /// Any kind, also if there is no job.
     fn abort(&self, disk: &str) -> Result<()>;
 
-    /// Ends the job on a disk that is ready: the VM writes the file that was copied to from now on.
+    /// Ends the job on a disk and switches the VM to the file that the job copied to.
     ///
     /// # Errors
-    /// Any. After [`FailureKind::Unreachable`] it may be done.
+    /// - [`FailureKind::Unreachable`]: the VM may have been switched.
+    /// - Any other kind: the VM was not switched, for example because the job is not ready.
     fn pivot(&self, disk: &str) -> Result<()>;
 
-    /// Gives a disk another size in bytes, seen by the guest at once.
+    /// Changes the size of a disk, in bytes. The guest sees the new size at once.
     ///
     /// # Errors
-    /// Any. After [`FailureKind::Unreachable`] it may be done.
+    /// - [`FailureKind::Unreachable`]: the size may have changed.
+    /// - Any other kind: the size is unchanged.
     fn resize(&self, disk: &str, size: u64) -> Result<()>;
 
-    /// Waits for something about this disk or the VM to happen, no longer than this. Where the hypervisor tells nothing by
-    /// itself it just waits.
+    /// Waits for an event of this disk or of the VM, for at most this time. A hypervisor without events waits for the whole time.
     fn wait(&self, disk: &str, at_most: Duration) -> Option<Event>;
 
-    /// The time, from any moment on. Another one than the machine's is for tests.
+    /// Returns the time since an arbitrary moment. Tests replace the machine's clock.
     fn now(&self) -> Duration {
         static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
         START.get_or_init(Instant::now).elapsed()

@@ -1,12 +1,13 @@
-//! Snapshots of a running VM: the same plans, carried out by its hypervisor where it has the files open.
+//! Snapshots of a running VM: the plans of [`vm`](crate::vm), carried out by a hypervisor for the files that the VM has open.
 //!
-//! [`LiveExecutor`] is an [`Executor`](crate::vm::Executor). It decides nothing that the planner could: it turns a step into calls of a
-//! [`Hypervisor`] and what the hypervisor says into the step's outcome. Files that the VM does not have open (another branch of the
-//! tree, or all of them while it is off) are worked on by [`OfflineExecutor`](crate::vm::OfflineExecutor), under image locks.
+//! [`LiveExecutor`] implements [`Executor`](crate::vm::Executor). It makes no decisions that belong to the planner: it converts a
+//! step to calls of a [`Hypervisor`], and the hypervisor's state to the step's result. Files that the VM does not have open (another
+//! branch of the tree, or all files of a VM that is off) are left to [`OfflineExecutor`](crate::vm::OfflineExecutor), which locks
+//! them.
 //!
-//! Events are hints and nothing more. What happened is read from the hypervisor's description of the VM and from the images.
+//! Events are hints to read the state earlier. Results are read from the hypervisor's description of the VM and from the images.
 //!
-//! With feature `libvirt`, `libvirt::Libvirt` is such a hypervisor.
+//! With the feature `libvirt`, `libvirt::Libvirt` is a hypervisor.
 
 mod executor;
 #[cfg(any(test, feature = "test-utils"))]

@@ -1,5 +1,4 @@
-//! Snapshots of a running VM over a hypervisor that plays every ugly turn: what is answered, what is on disk then, and what
-//! recovery makes of it.
+//! Snapshots of a running VM over a hypervisor with injected faults: answers, images on disk, and the recovery.
 
 mod merges;
 mod rig;

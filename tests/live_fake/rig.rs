@@ -1,4 +1,4 @@
-//! A VM under a fake hypervisor, with a model of what its snapshots and disks must read as.
+//! A VM under a fake hypervisor, with a model of the contents of its snapshots and disks.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use qcow2_chain::live::fake::{FakeHypervisor, Turn};
+use qcow2_chain::live::fake::{FakeHypervisor, Fault};
 use qcow2_chain::live::{FailureKind, Hypervisor, HypervisorError, LiveExecutor, OnTimeout};
 use qcow2_chain::storage::{FileSystem, MemoryFileSystem};
 use qcow2_chain::vm::{
@@ -16,7 +16,7 @@ use qcow2_chain::vm::{
 use crate::support::lab::{Contents, Lab, LabShape, read};
 use crate::support::rng::{Rng, seed};
 
-/// The VM.
+/// A VM with its snapshot set and its hypervisor.
 pub struct Rig {
     pub lab: Lab,
     pub fake: Arc<FakeHypervisor>,
@@ -24,14 +24,14 @@ pub struct Rig {
 }
 
 impl Rig {
-    /// A running VM with two disks of noise.
+    /// A running VM with two disks of random data.
     pub fn new() -> Self {
         let rig = Self::off(Arc::new(MemoryFileSystem::new()), Path::new("/vm"), LabShape::default(), Rng::new(seed()));
         rig.fake.start().expect("started");
         rig
     }
 
-    /// One that is off.
+    /// A VM that is off.
     pub fn off(names: Arc<dyn FileSystem>, directory: &Path, shape: LabShape, mut rng: Rng) -> Self {
         let lab = Lab::new(Arc::clone(&names), directory, shape, &mut rng);
         let path = |volume: &String| (volume.clone(), lab.set.active_path(volume).expect("a volume"));
@@ -49,7 +49,7 @@ impl Rig {
         set.with_executor(executor).with_jobs(1)
     }
 
-    /// One whose catalogue fails at the save of this number, having saved or not.
+    /// A set whose catalogue fails at the save of this number, before or after it saved.
     pub fn flaky_set(&self, executor: Arc<dyn Executor>, fails_at: u32, saved: bool) -> SnapshotSet {
         let (names, path) = (Arc::clone(&self.lab.names), &self.lab.catalogue);
         let catalogue = Catalogue::new(Arc::clone(&names), path);
@@ -65,12 +65,12 @@ impl Rig {
         self.set_over(self.fake.clone())
     }
 
-    /// One that waits ten seconds for a merge.
+    /// A set with a time limit of ten seconds for a merge.
     pub fn hasty_set(&self, then: OnTimeout) -> SnapshotSet {
         self.set_with(Arc::new(LiveExecutor::new(self.fake.clone()).with_timeout(Duration::from_secs(10), then)))
     }
 
-    /// The guest writes to all disks.
+    /// Writes to all disks as the guest does.
     pub fn write_all(&mut self) {
         for volume in self.volumes() {
             write(&self.fake, &volume, self.lab.now.get_mut(&volume).unwrap(), &mut self.rng);
@@ -87,9 +87,22 @@ impl Rig {
         self.set().delete(name, &Default::default(), &())
     }
 
-    /// The names of a disk's files as the hypervisor has them.
+    /// The names of a disk's files by the hypervisor.
     pub fn chain(&self, volume: &str) -> Vec<String> {
         self.fake.files(volume).iter().map(|path| path.file_name().unwrap().to_string_lossy().into_owned()).collect()
+    }
+
+    /// The active file of a volume by the catalogue.
+    pub fn active(&self, volume: &str) -> PathBuf {
+        self.set().active_path(volume).expect("a volume")
+    }
+
+    /// The file of a volume above the file that a snapshot froze, towards the active file.
+    pub fn overlay_of(&self, volume: &str, snapshot: &str) -> PathBuf {
+        let model = self.lab.model();
+        let id = model.find(snapshot).expect("a snapshot").id;
+        let above = model.snapshots.values().find(|other| other.parent == Some(id));
+        above.map_or_else(|| self.active(volume), |other| self.path(&other.files[volume].file.path))
     }
 
     /// Starts a VM that is off, with the files that the catalogue names.
@@ -98,20 +111,20 @@ impl Rig {
         self.fake.start().expect("started");
     }
 
-    /// What a manager does after a change to a VM that is off.
+    /// Changes the definition as a manager does after an operation on a VM that is off.
     pub fn define(&self) {
         for volume in self.lab.model().volumes {
             self.fake.define(&volume.name, self.path(&volume.active.file.path)).expect("defined");
         }
     }
 
-    /// The snapshot is deleted, and so it must read.
+    /// Checks everything after the deletion of a snapshot.
     pub fn settled_without(&mut self, name: &str) {
         self.lab.taken.remove(name);
         self.settled();
     }
 
-    /// Nothing is under way; catalogue, headers, directory, hypervisor and contents agree.
+    /// No operation is pending; catalogue, headers, directory, hypervisor and contents agree.
     pub fn settled(&self) {
         self.check().unwrap_or_else(|wrong| panic!("{wrong}"));
     }
@@ -156,7 +169,7 @@ impl Rig {
         Ok(())
     }
 
-    /// Whether the directory holds what is recorded and nothing else, and the VM has what is recorded.
+    /// Compares the directory and the VM with the records.
     fn check_files(&self, set: &SnapshotSet, now: &Contents) -> Result<(), String> {
         let model = set.model().map_err(|error| error.to_string())?;
         let mut recorded: Vec<PathBuf> = model.records().map(|(_, _, record)| self.path(&record.file.path)).collect();
@@ -192,13 +205,13 @@ impl Rig {
         self.lab.catalogue.with_file_name(name)
     }
 
-    /// Every turn was taken.
-    pub fn all_played(&self) {
-        assert_eq!(self.fake.unplayed(), Vec::<Turn>::new());
+    /// Every fault has occurred.
+    pub fn assert_all_injected(&self) {
+        assert_eq!(self.fake.pending_faults(), Vec::<Fault>::new());
     }
 }
 
-/// A catalogue that fails at one time: before it has saved anything, or afterwards.
+/// A catalogue that fails once, before or after it saved.
 #[derive(Debug)]
 pub struct Flaky {
     catalogue: Catalogue,
@@ -226,7 +239,12 @@ impl Store for Flaky {
     }
 }
 
-/// The guest writes somewhere in a disk.
+/// The last component of a path.
+pub fn name(path: &Path) -> String {
+    path.file_name().expect("a name").to_string_lossy().into_owned()
+}
+
+/// Writes to a random range of a disk as the guest does.
 pub fn write(fake: &FakeHypervisor, disk: &str, content: &mut [u8], rng: &mut Rng) {
     let range = rng.range(content.len() as u64, 512);
     let part = usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap();
@@ -235,7 +253,7 @@ pub fn write(fake: &FakeHypervisor, disk: &str, content: &mut [u8], rng: &mut Rn
     content[part].copy_from_slice(&bytes);
 }
 
-/// What kind of failure of the hypervisor is behind an error.
+/// The kind of the hypervisor's failure that caused an error.
 pub fn kind(error: &Error) -> Option<FailureKind> {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(at) = cause {
@@ -247,7 +265,7 @@ pub fn kind(error: &Error) -> Option<FailureKind> {
     None
 }
 
-/// The cause of an incomplete operation, and its volumes done and left.
+/// The cause of an incomplete operation, and the volumes that are done and left.
 pub fn incomplete(error: Error) -> (Error, Vec<String>, Vec<String>) {
     match error {
         Error::Incomplete { source, done, left, .. } => (*source, done, left),

@@ -1,13 +1,12 @@
-//! Thousands of random schedules: operations on a VM that runs, stops, dies and starts, under a hypervisor that takes ugly turns,
-//! with a guest that writes between any two of its calls. No schedule loses what a snapshot holds or what the guest wrote, or
-//! leaves a set that cannot be settled.
+//! Thousands of random schedules: operations on a VM that runs, stops, dies and starts, under a hypervisor with random faults, with
+//! a guest that writes between any two calls. No schedule loses data of a snapshot or of the guest, and each set can be settled.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use qcow2_chain::live::fake::{FakeHypervisor, Turn};
+use qcow2_chain::live::fake::{FakeHypervisor, Fault};
 use qcow2_chain::live::{
     Commit, Description, Event, Hypervisor, Job, LiveExecutor, NewTop, OnTimeout, Result as Answer,
 };
@@ -22,16 +21,16 @@ use super::rig::{Rig, write};
 use crate::support::lab::{Contents, LabShape};
 use crate::support::rng::{Rng, cases, count, trace};
 
-/// The guest, and what it has written.
+/// The guest and its data.
 #[derive(Debug)]
 struct Guest {
     rng: Rng,
     now: Contents,
-    /// What the disks held when the last snapshot was asked for.
+    /// The contents of the disks at the last request for a snapshot.
     at_snapshot: Option<Contents>,
 }
 
-/// The hypervisor with a guest that is busy between any two calls.
+/// The hypervisor with a guest that writes between any two calls.
 #[derive(Debug)]
 struct Busy {
     fake: Arc<FakeHypervisor>,
@@ -46,7 +45,7 @@ impl Busy {
         }
         let Guest { rng, now, .. } = &mut *guest;
         for (disk, content) in now.iter_mut() {
-            // It sees a new size at once.
+            // The guest sees a new size at once.
             content.resize(usize::try_from(self.fake.size(disk).expect("a size")).unwrap(), 0);
             if rng.chance(2, 3) {
                 write(&self.fake, disk, content, rng);
@@ -77,7 +76,7 @@ impl Hypervisor for Busy {
         answer
     }
 
-    fn set_agent_timeout(&self, at_most: Duration) -> Answer<()> {
+    fn set_agent_timeout(&self, at_most: Option<Duration>) -> Answer<()> {
         self.between(|| self.fake.set_agent_timeout(at_most))
     }
 
@@ -121,7 +120,7 @@ impl Hypervisor for Busy {
     }
 }
 
-/// May want to stop.
+/// Requests cancellation at random.
 struct Moody(Mutex<Rng>);
 
 impl Progress for Moody {
@@ -132,7 +131,7 @@ impl Progress for Moody {
     }
 }
 
-/// What is asked for.
+/// A request.
 #[derive(Clone, Debug)]
 enum Operation {
     Create(String, bool),
@@ -141,7 +140,7 @@ enum Operation {
     Grow(String, u64),
 }
 
-/// A VM and its manager.
+/// A VM and its manager program.
 struct World {
     rig: Rig,
     busy: Arc<Busy>,
@@ -166,12 +165,12 @@ impl World {
     }
 
     fn live(&mut self) -> Arc<dyn Executor> {
-        // A job that never ends would be waited for for ever.
+        // The time limit ends the wait for a job that never ends.
         let then = if self.rig.rng.chance(1, 2) { OnTimeout::Keep } else { OnTimeout::Abort };
         Arc::new(LiveExecutor::new(self.busy.clone()).with_timeout(Duration::from_secs(20), then))
     }
 
-    /// A new process; it may know nothing of the hypervisor while the VM is off, and its catalogue may fail.
+    /// The set of a new process. It may have no hypervisor while the VM is off, and its catalogue may fail.
     fn any_set(&mut self) -> SnapshotSet {
         let offline = !self.rig.fake.is_running() && self.rig.rng.chance(1, 2);
         let executor = if offline { Arc::new(OfflineExecutor) } else { self.live() };
@@ -188,7 +187,7 @@ impl World {
         self.busy.guest.lock().unwrap().now.clone()
     }
 
-    /// Whether each disk of a VM that is off would be started on what it wrote last.
+    /// Returns true if the definition of the VM names its last active files.
     fn may_start(&self) -> bool {
         self.rig.fake.is_defined_as_written()
     }
@@ -234,7 +233,7 @@ impl World {
         let set = self.any_set();
         let rng = &mut self.rig.rng;
         let direction = rng.pick(&[Direction::Auto, Direction::Commit, Direction::Pull]);
-        let options = MergeOptions::default().with_direction(direction).with_keep_top_names(rng.chance(1, 3));
+        let options = MergeOptions::default().with_direction(direction);
         let moody = Moody(Mutex::new(Rng::new(rng.next_u64())));
         let progress: &dyn Progress = if rng.chance(1, 4) { &moody } else { &() };
         self.busy.guest.lock().unwrap().at_snapshot = None;
@@ -247,8 +246,8 @@ impl World {
         done.map(|_| ())
     }
 
-    /// A VM that died while it was merged has been merged on without it: a file that it was defined with and that no record
-    /// names any more is, or is about to be, gone. Only of a snapshot that is under way the definition may know more.
+    /// Corrects a definition that names a file without a record: its merge was completed after the VM stopped, and the file is
+    /// removed. Only while a snapshot is being taken may the definition be newer than the catalogue.
     fn define_the_dropped(&self) {
         let pending = self.rig.lab.set.pending().expect("the journal reads").and_then(|pending| pending.operation);
         if matches!(pending, Some(Purpose::Create { .. })) {
@@ -263,27 +262,27 @@ impl World {
         }
     }
 
-    /// Nothing is under way: a VM that is off is started on what the catalogue says.
+    /// No operation is pending: the definition of a VM that is off follows the catalogue.
     fn define_if_off(&self) {
         if !self.rig.fake.is_running() {
             self.rig.define();
         }
     }
 
-    /// One operation, to its end.
+    /// Runs one operation, and recovery if it failed.
     fn step(&mut self, deep: bool) -> Result<(), String> {
         let operation = self.operation();
         if self.rig.rng.chance(2, 3) {
             for _ in 0..self.rig.rng.within(1..4) {
-                let turn = Turn::drawn(self.rig.rng.next_u64());
-                trace(&format!("  turn {turn:?}"));
-                self.rig.fake.play(turn);
+                let fault = Fault::from_random(self.rig.rng.next_u64());
+                trace(&format!("  fault {fault:?}"));
+                self.rig.fake.inject(fault);
             }
         }
         let was_running = self.rig.fake.is_running();
         trace(&format!("{operation:?}, running: {was_running}"));
         let done = self.run(&operation);
-        // What a snapshot holds for which the hypervisor was not asked.
+        // The content of a snapshot that was taken without the hypervisor.
         let off = self.now();
         trace(&format!("  {:?}", done.as_ref().map_err(ToString::to_string)));
         if let Err(error) = &done
@@ -305,14 +304,14 @@ impl World {
         }
         for attempt in 0..12 {
             if attempt >= 6 {
-                self.rig.fake.behave();
+                self.rig.fake.clear_faults();
             } else if self.rig.rng.chance(1, 2) {
                 self.rig.fake.reconnect();
             }
             self.busy.work(1, 2);
             let must = attempt >= 9;
             if must && self.rig.fake.is_running() {
-                // What was begun upwards is completed while it is off.
+                // A pull can only be completed while the VM is off.
                 self.rig.fake.stop();
             } else if !done && self.rig.rng.chance(1, 3) {
                 self.power();
@@ -325,7 +324,7 @@ impl World {
                 Ok(recovery) => {
                     trace(&format!("  recovery, running: {running}: {recovery:?}"));
                     self.reach.note(done, &recovery);
-                    self.rig.fake.behave();
+                    self.rig.fake.clear_faults();
                     return self.wind_up(&recovery, done);
                 }
                 Err(error) => {
@@ -342,10 +341,10 @@ impl World {
         unreachable!("the last attempts return")
     }
 
-    /// After an operation nothing may be left over.
+    /// Checks that no job and no frozen guest is left.
     fn wind_up(&mut self, recovery: &Recovery, done: bool) -> Result<(), String> {
         if done && *recovery != Recovery::Clean {
-            return Err(format!("it was said to be done: {recovery:?}"));
+            return Err(format!("the operation had reported success: {recovery:?}"));
         }
         for volume in self.rig.volumes() {
             if self.rig.fake.has_job(&volume) {
@@ -354,13 +353,13 @@ impl World {
         }
         self.define_if_off();
         if self.rig.fake.is_frozen() {
-            // It was told: the guest may be frozen.
+            // The error reported that the guest may be frozen.
             self.rig.fake.stop();
         }
         Ok(())
     }
 
-    /// Compares everything with what must be there.
+    /// Compares everything with the model.
     fn judge(&mut self, operation: &Operation, off: &Contents, done: bool, deep: bool) -> Result<(), String> {
         let model = self.rig.lab.model();
         let listed = |name: &String| model.find(name).is_some();
@@ -390,7 +389,7 @@ impl World {
         as_it_is
     }
 
-    /// A disk that was to grow has grown, or not if it was not said.
+    /// Follows the size of a disk after a request to grow it.
     fn follow_sizes(&mut self, operation: &Operation, done: bool) -> Result<(), String> {
         let Operation::Grow(volume, size) = operation else { return Ok(()) };
         let is = self.rig.lab.model().volume(volume).map(|volume| volume.active.virtual_size).unwrap();
@@ -412,7 +411,7 @@ impl Operation {
     }
 }
 
-/// How often something came about in all schedules.
+/// The number of outcomes over all schedules.
 #[derive(Debug, Default)]
 struct Reach {
     done: AtomicU32,
@@ -434,7 +433,7 @@ impl Reach {
 }
 
 #[test]
-fn no_schedule_loses_anything_or_leaves_what_cannot_be_settled() {
+fn random_schedules_lose_no_data_and_can_be_settled() {
     let schedules = count("QCOW2_CHAIN_LIVE_SCHEDULES", 2000);
     let reach = Arc::new(Reach::default());
     cases("schedules of a running VM", schedules, |rng| {
@@ -448,7 +447,7 @@ fn no_schedule_loses_anything_or_leaves_what_cannot_be_settled() {
             world.step(step + 1 == steps).unwrap_or_else(|wrong| panic!("step {step}: {wrong}"));
         }
     });
-    // Neither does all go well, nor nothing.
+    // All outcomes occur.
     let each =
         |counter: &AtomicU32, least: u64| assert!(u64::from(counter.load(Ordering::Relaxed)) > least, "{reach:?}");
     each(&reach.done, 4 * schedules);

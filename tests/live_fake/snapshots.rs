@@ -1,27 +1,27 @@
-//! Snapshots, sizes and the guest agent, one ugly turn each.
+//! Snapshots, sizes and the guest agent, with one fault each.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use qcow2_chain::live::fake::{Call, Turn};
+use qcow2_chain::live::fake::{Call, Fault};
 use qcow2_chain::live::{FailureKind, Hypervisor};
 use qcow2_chain::vm::{Error, OfflineExecutor, Recovery, Refusal, SnapshotOptions};
 
-use super::rig::{Rig, kind};
+use super::rig::{Rig, kind, name};
 
 #[test]
-fn a_snapshot_whose_answer_was_lost_was_taken_if_the_vm_writes_the_overlays() {
+fn snapshot_with_lost_answer_is_found_taken() {
     let mut rig = Rig::new();
-    rig.fake.play(Turn::LosesAnswer { to: Call::Snapshot, done: true });
+    rig.fake.inject(Fault::LosesAnswer { to: Call::Snapshot, done: true });
     rig.create("s1");
-    assert_eq!(rig.chain("vda"), ["vm-vda.1.qcow2", "vda.img"]);
+    assert_eq!(rig.chain("vda"), [name(&rig.active("vda")).as_str(), "vda.img"]);
     rig.settled();
 }
 
 #[test]
-fn a_snapshot_whose_answer_was_lost_was_not_taken_if_the_vm_writes_what_it_wrote() {
+fn snapshot_with_lost_request_is_found_not_taken() {
     let mut rig = Rig::new();
-    rig.fake.play(Turn::LosesAnswer { to: Call::Snapshot, done: false });
+    rig.fake.inject(Fault::LosesAnswer { to: Call::Snapshot, done: false });
     let error = rig.set().create("s1", &Default::default()).unwrap_err();
     assert_eq!(kind(&error), Some(FailureKind::Unreachable), "{error:?}");
     assert_eq!(rig.chain("vda"), ["vda.img"]);
@@ -29,20 +29,20 @@ fn a_snapshot_whose_answer_was_lost_was_not_taken_if_the_vm_writes_what_it_wrote
     rig.settled();
 }
 
-/// A snapshot is asked for, and nobody can be asked what became of it.
+/// Requests a snapshot whose answer is lost together with the connection.
 fn uncertain(rig: &mut Rig, done: bool) {
-    rig.fake.play(Turn::LosesAnswer { to: Call::Snapshot, done });
-    // Two descriptions come before it.
-    rig.fake.play(Turn::Disconnects(3));
+    rig.fake.inject(Fault::LosesAnswer { to: Call::Snapshot, done });
+    // The calls before it are three descriptions.
+    rig.fake.inject(Fault::Disconnects(3));
     let error = rig.set().create("s1", &Default::default()).unwrap_err();
     assert!(matches!(error, Error::Uncertain { .. }), "{error:?}");
-    rig.all_played();
-    assert!(rig.set().recover(&()).is_err(), "not without the hypervisor");
+    rig.assert_all_injected();
+    assert!(rig.set().recover(&()).is_err(), "recovery needs the hypervisor");
     rig.fake.reconnect();
 }
 
 #[test]
-fn a_snapshot_of_which_nothing_is_known_is_settled_when_the_hypervisor_can_be_asked() {
+fn uncertain_snapshot_is_settled_by_the_hypervisor() {
     for (done, written) in [(true, true), (true, false), (false, true), (false, false)] {
         let mut rig = Rig::new();
         let before = rig.lab.now.clone();
@@ -60,7 +60,7 @@ fn a_snapshot_of_which_nothing_is_known_is_settled_when_the_hypervisor_can_be_as
 }
 
 #[test]
-fn overlays_that_a_vm_has_written_are_kept_although_it_is_gone() {
+fn written_overlays_are_kept_after_the_vm_stopped() {
     for written in [true, false] {
         let mut rig = Rig::new();
         let before = rig.lab.now.clone();
@@ -83,18 +83,18 @@ fn overlays_that_a_vm_has_written_are_kept_although_it_is_gone() {
 }
 
 #[test]
-fn a_vm_that_dies_in_a_snapshot_may_have_written_the_overlays() {
+fn vm_that_stops_during_a_snapshot_keeps_overlays() {
     for forgets in [false, true] {
         let mut rig = Rig::new();
-        rig.fake.play(Turn::DiesIn(Call::Snapshot));
+        rig.fake.inject(Fault::DiesIn(Call::Snapshot));
         if forgets {
-            rig.fake.play(Turn::ForgetsFiles);
+            rig.fake.inject(Fault::ForgetsFiles);
         }
         let done = rig.set().create("s1", &Default::default());
         assert_eq!(done.is_ok(), !forgets, "{done:?}");
-        rig.all_played();
+        rig.assert_all_injected();
         if forgets {
-            // Not taken back: the VM was switched over, and what it wrote then would be lost.
+            // The VM was switched and may have written: nothing is undone.
             assert!(matches!(done, Err(Error::Uncertain { .. })), "{done:?}");
             assert!(rig.set().pending().unwrap().is_some());
             rig.set().recover(&()).unwrap();
@@ -106,9 +106,9 @@ fn a_vm_that_dies_in_a_snapshot_may_have_written_the_overlays() {
 }
 
 #[test]
-fn a_vm_that_is_gone_before_a_snapshot_is_not_switched() {
+fn vm_that_stops_before_a_snapshot_is_not_switched() {
     let mut rig = Rig::new();
-    rig.fake.play(Turn::Dies(2));
+    rig.fake.inject(Fault::Dies(2));
     let error = rig.set().create("s1", &Default::default()).unwrap_err();
     assert_eq!(kind(&error), Some(FailureKind::Gone), "{error:?}");
     rig.set().recover(&()).unwrap();
@@ -119,22 +119,23 @@ fn a_vm_that_is_gone_before_a_snapshot_is_not_switched() {
 }
 
 #[test]
-fn a_vm_that_went_back_to_the_files_beneath_written_overlays_is_for_people_to_judge() {
+fn vm_restarted_below_written_overlays_is_uncertain() {
     let mut rig = Rig::new();
-    rig.fake.play(Turn::ForgetsFiles);
+    rig.fake.inject(Fault::ForgetsFiles);
     uncertain(&mut rig, true);
+    let written: Vec<_> =
+        rig.volumes().into_iter().map(|volume| (rig.fake.files(&volume)[0].clone(), volume)).collect();
     rig.write_all();
     rig.fake.destroy();
     rig.fake.start().unwrap();
     assert_eq!(rig.chain("vda"), ["vda.img"]);
     let error = rig.set().recover(&()).unwrap_err();
     assert!(matches!(error, Error::Uncertain { .. }), "{error:?}");
-    assert!(rig.lab.names.exists(&rig.path("vm-vda.1.qcow2")).unwrap(), "what was written is kept");
-    // Started where it wrote last, it goes on.
+    assert!(written.iter().all(|(overlay, _)| rig.lab.names.exists(overlay).unwrap()), "written overlays are kept");
+    // Recovery completes once the VM runs on the overlays again.
     rig.fake.destroy();
-    for volume in rig.volumes() {
-        let written = rig.path(&format!("vm-{volume}.{}.qcow2", if volume == "vda" { 1 } else { 2 }));
-        rig.fake.define(&volume, written).unwrap();
+    for (overlay, volume) in written {
+        rig.fake.define(&volume, overlay).unwrap();
     }
     rig.fake.start().unwrap();
     assert!(matches!(rig.set().recover(&()), Ok(Recovery::Completed(_))));
@@ -145,7 +146,7 @@ fn quiesced() -> SnapshotOptions {
 }
 
 #[test]
-fn c2_a_quiesced_snapshot_freezes_and_thaws_once() {
+fn c2_quiesced_snapshot_freezes_and_thaws_once() {
     let mut rig = Rig::new();
     rig.set().create("s1", &quiesced()).unwrap();
     rig.lab.taken.insert("s1".to_owned(), rig.lab.now.clone());
@@ -154,10 +155,23 @@ fn c2_a_quiesced_snapshot_freezes_and_thaws_once() {
     rig.settled();
 }
 
+/// The time limit belongs to the VM: other users of the agent must not inherit it.
 #[test]
-fn without_an_agent_a_quiesced_snapshot_is_refused_and_nothing_is_changed() {
+fn agent_timeout_is_restored_after_each_snapshot() {
+    for fault in [None, Some(Fault::HasNoAgent), Some(Fault::FreezesLate(Duration::from_secs(5)))] {
+        let rig = Rig::new();
+        fault.into_iter().for_each(|fault| rig.fake.inject(fault));
+        let done = rig.set().create("s1", &quiesced());
+        assert_eq!(done.is_ok(), fault.is_none(), "{fault:?}: {done:?}");
+        assert_eq!(rig.fake.agent_timeout(), None, "{fault:?}");
+        rig.assert_all_injected();
+    }
+}
+
+#[test]
+fn quiesced_snapshot_without_agent_is_refused() {
     let mut rig = Rig::new();
-    rig.fake.play(Turn::HasNoAgent);
+    rig.fake.inject(Fault::HasNoAgent);
     let error = rig.set().create("s1", &quiesced()).unwrap_err();
     assert!(matches!(error.refusal(), Some(Refusal::Quiesce { why }) if why.contains("agent")), "{error:?}");
     assert_eq!(rig.chain("vda"), ["vda.img"]);
@@ -167,24 +181,27 @@ fn without_an_agent_a_quiesced_snapshot_is_refused_and_nothing_is_changed() {
 }
 
 #[test]
-fn a_guest_that_freezes_too_late_is_let_go() {
+fn guest_that_freezes_late_is_thawed() {
     let mut rig = Rig::new();
-    rig.fake.play(Turn::FreezesLate(Duration::from_secs(5)));
+    rig.fake.inject(Fault::FreezesLate(Duration::from_secs(5)));
     let start = rig.fake.now();
     let error = rig.set().create("s1", &quiesced()).unwrap_err();
     assert!(matches!(error.refusal(), Some(Refusal::Quiesce { .. })), "{error:?}");
     assert!(!error.to_string().contains("may be frozen"), "{error}");
     let took = rig.fake.now() - start;
-    assert!((Duration::from_secs(35)..Duration::from_secs(40)).contains(&took), "the agent's limit was set: {took:?}");
+    assert!(
+        (Duration::from_secs(35)..Duration::from_secs(40)).contains(&took),
+        "the time limit of the agent was set: {took:?}"
+    );
     assert_eq!(rig.fake.freezes_and_thaws(), (1, 1));
     rig.write_all();
     rig.settled();
 }
 
 #[test]
-fn a_guest_that_cannot_be_let_go_is_told_of() {
+fn guest_that_cannot_be_thawed_is_reported() {
     let rig = Rig::new();
-    rig.fake.play(Turn::FreezesLate(Duration::from_secs(500)));
+    rig.fake.inject(Fault::FreezesLate(Duration::from_secs(500)));
     let error = rig.set().create("s1", &quiesced()).unwrap_err();
     assert!(error.to_string().contains("the guest may be frozen"), "{error}");
     assert!(rig.fake.is_frozen());
@@ -192,19 +209,19 @@ fn a_guest_that_cannot_be_let_go_is_told_of() {
 }
 
 #[test]
-fn a_disk_is_resized_whatever_is_answered() {
-    for (turn, done) in [
+fn resize_survives_each_fault() {
+    for (fault, done) in [
         (None, true),
-        (Some(Turn::LosesAnswer { to: Call::Resize, done: true }), true),
-        (Some(Turn::LosesAnswer { to: Call::Resize, done: false }), false),
-        (Some(Turn::DiesIn(Call::Resize)), true),
+        (Some(Fault::LosesAnswer { to: Call::Resize, done: true }), true),
+        (Some(Fault::LosesAnswer { to: Call::Resize, done: false }), false),
+        (Some(Fault::DiesIn(Call::Resize)), true),
     ] {
         let mut rig = Rig::new();
         rig.create("s1");
         let old = rig.lab.now["vda"].len();
-        turn.into_iter().for_each(|turn| rig.fake.play(turn));
+        fault.into_iter().for_each(|fault| rig.fake.inject(fault));
         let result = rig.set().resize("vda", old as u64 + 8192, false);
-        assert_eq!(result.is_ok(), done, "{turn:?}: {result:?}");
+        assert_eq!(result.is_ok(), done, "{fault:?}: {result:?}");
         if done {
             let changes = result.unwrap().resized;
             assert_eq!(

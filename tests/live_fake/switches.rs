@@ -1,37 +1,37 @@
-//! A VM that was switched over, and nobody knows: what it wrote since must not be undone by merging again.
+//! A VM that was switched to its base, with the answer lost: merging again would undo its later writes.
 
 use std::sync::Arc;
 
 use qcow2_chain::live::LiveExecutor;
-use qcow2_chain::live::fake::{Call, Turn};
+use qcow2_chain::live::fake::{Call, Fault};
 use qcow2_chain::vm::{Error, Executor, OfflineExecutor, Recovery};
 
 use super::rig::{Rig, incomplete, write};
 
-/// The first disk is switched over or not, nobody hears of it, and the guest writes where the old files hold other data.
+/// The first disk is switched or not, the answer is lost, and the guest writes over data of the old files.
 fn switched(done: bool) -> Rig {
     let mut rig = Rig::new();
     rig.create("s1");
     rig.write_all();
-    rig.fake.play(Turn::LosesAnswer { to: Call::Pivot, done });
-    rig.fake.play(Turn::JobIsSwift);
-    // The connection goes with the answer: what comes before it is a description, one more, and three calls about the job.
+    rig.fake.inject(Fault::LosesAnswer { to: Call::Pivot, done });
+    rig.fake.inject(Fault::JobIsSwift);
+    // The connection breaks with the answer. The number of calls before is found by trial.
     let mut calls = 0;
     loop {
-        let fresh = rig.fake.unplayed();
+        let fresh = rig.fake.pending_faults();
         assert_eq!(fresh.len(), 2);
-        rig.fake.play(Turn::Disconnects(calls));
-        let Err(error) = rig.set().delete("s1", &Default::default(), &()) else { panic!("it was heard of") };
-        if !rig.fake.unplayed().contains(&Turn::LosesAnswer { to: Call::Pivot, done }) {
+        rig.fake.inject(Fault::Disconnects(calls));
+        let Err(error) = rig.set().delete("s1", &Default::default(), &()) else { panic!("the answer arrived") };
+        if !rig.fake.pending_faults().contains(&Fault::LosesAnswer { to: Call::Pivot, done }) {
             let (error, ..) = incomplete(error);
             assert!(matches!(error, Error::Uncertain { .. }), "{error:?}");
             break;
         }
-        // Not that far yet: everything as before, and one call more.
+        // The connection broke too early: one more call.
         rig.fake.destroy();
-        rig.fake.behave();
-        rig.fake.play(Turn::LosesAnswer { to: Call::Pivot, done });
-        rig.fake.play(Turn::JobIsSwift);
+        rig.fake.clear_faults();
+        rig.fake.inject(Fault::LosesAnswer { to: Call::Pivot, done });
+        rig.fake.inject(Fault::JobIsSwift);
         rig.start();
         calls += 1;
     }
@@ -48,7 +48,7 @@ fn switched(done: bool) -> Rig {
 }
 
 #[test]
-fn a_vm_that_writes_the_base_is_not_merged_again() {
+fn running_vm_on_the_base_is_not_merged_again() {
     for done in [true, false] {
         let mut rig = switched(done);
         assert_eq!(rig.chain("vda").len(), 2 - usize::from(done));
@@ -59,11 +59,11 @@ fn a_vm_that_writes_the_base_is_not_merged_again() {
 }
 
 #[test]
-fn a_vm_that_wrote_the_base_and_is_off_is_not_merged_again() {
+fn stopped_vm_on_the_base_is_not_merged_again() {
     for done in [true, false] {
         let mut rig = switched(done);
         rig.fake.destroy();
-        // Its definition tells.
+        // The definition decides.
         assert!(matches!(rig.set().recover(&()), Ok(Recovery::Completed(_))));
         rig.define();
         rig.settled_without("s1");
@@ -76,7 +76,7 @@ fn a_vm_that_wrote_the_base_and_is_off_is_not_merged_again() {
 }
 
 #[test]
-fn without_its_hypervisor_nobody_knows_and_whoever_does_can_say_it() {
+fn recovery_without_hypervisor_is_uncertain() {
     for done in [true, false] {
         let mut rig = switched(done);
         rig.fake.destroy();
@@ -94,7 +94,7 @@ fn without_its_hypervisor_nobody_knows_and_whoever_does_can_say_it() {
 }
 
 #[test]
-fn a_switch_that_is_known_is_not_forgotten_with_the_catalogue() {
+fn known_switch_survives_a_failed_catalogue() {
     for (saved, destroyed) in [(false, false), (false, true), (true, false), (true, true)] {
         for fails_at in 0.. {
             let mut rig = Rig::new();
@@ -102,7 +102,7 @@ fn a_switch_that_is_known_is_not_forgotten_with_the_catalogue() {
             rig.write_all();
             let live = Arc::new(LiveExecutor::new(rig.fake.clone()));
             if rig.flaky_set(live, fails_at, saved).delete("s1", &Default::default(), &()).is_ok() {
-                assert!(fails_at > 2, "begun, each volume, done");
+                assert!(fails_at > 2, "at the start, for each volume, and at the end");
                 break;
             }
             (0..8).for_each(|_| rig.write_all());

@@ -1,4 +1,4 @@
-//! What the program accepts on its command line.
+//! The command line: parses it and runs the verb.
 
 use std::ffi::OsString;
 
@@ -7,7 +7,9 @@ use clap::{Parser, Subcommand};
 
 use crate::failure::{Failure, Outcome};
 use crate::output::emit;
-use crate::{chain, check, commit, compare, convert, create, dump, info, map, measure, pull, rebase, resize, vm};
+use crate::{
+    chain, check, commit, compare, convert, create, dump, info, interrupt, map, measure, pull, rebase, resize, vm,
+};
 
 /// qcow2 images and chains of overlays, without QEMU
 ///
@@ -22,7 +24,7 @@ struct Cli {
     verb: Verb,
 }
 
-/// One file a verb.
+/// The verbs; each has a file of its own.
 #[derive(Subcommand, Debug)]
 enum Verb {
     Info(info::Args),
@@ -41,9 +43,28 @@ enum Verb {
     Vm(vm::Args),
 }
 
-/// Does what the command line says.
+impl Verb {
+    /// Returns true for verbs that stop where the chain is whole when a signal asks them.
+    fn can_be_stopped(&self) -> bool {
+        match self {
+            Self::Compare(_) | Self::Commit(_) | Self::Rebase(_) | Self::Pull(_) | Self::Convert(_) | Self::Vm(_) => {
+                true
+            }
+            Self::Info(_)
+            | Self::Create(_)
+            | Self::Map(_)
+            | Self::Check(_)
+            | Self::Measure(_)
+            | Self::Resize(_)
+            | Self::Chain(_)
+            | Self::Dump(_) => false,
+        }
+    }
+}
+
+/// Parses the command line and runs its verb.
 pub(crate) fn run(mut args: Vec<OsString>) -> Outcome {
-    // A size like -512M is the last word of `resize` and no option.
+    // A size such as -512M is the last argument of `resize`, not an option.
     if args.get(1).is_some_and(|verb| verb == "resize") && args.len() > 3 {
         let size = args.last().is_some_and(|last| last.to_str().is_some_and(resize::is_shrinking_size));
         if size && !args.iter().any(|arg| arg == "--") {
@@ -61,6 +82,11 @@ pub(crate) fn run(mut args: Vec<OsString>) -> Outcome {
         Ok(cli) => cli,
         Err(error) => return refuse(&error),
     };
+    if cli.verb.can_be_stopped() {
+        interrupt::receive()
+    } else {
+        interrupt::unblock()
+    }
     match cli.verb {
         Verb::Info(args) => info::run(&args),
         Verb::Create(args) => create::run(&args),
@@ -79,10 +105,10 @@ pub(crate) fn run(mut args: Vec<OsString>) -> Outcome {
     }
 }
 
-/// Verbs of qemu-img that are known but not served.
+/// Verbs of qemu-img that this program does not have.
 const UNSERVED: &[&str] = &["amend", "bench", "bitmap", "dd", "snapshot"];
 
-/// Help and version are no failure; everything else has qemu-img's exit code for it.
+/// Prints help and version, and converts all other errors to a failure with qemu-img's exit code.
 fn refuse(error: &clap::Error) -> Outcome {
     if let (ErrorKind::InvalidSubcommand, Some(ContextValue::String(verb))) =
         (error.kind(), error.get(ContextKind::InvalidSubcommand))

@@ -1,4 +1,4 @@
-//! The command line program: qemu-img's verbs, option letters, exit codes and output, on the library's public API.
+//! The command line program: qemu-img's verbs, option letters, exit codes and output, over the library's public API.
 #![deny(unsafe_code)]
 #![warn(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used, clippy::dbg_macro)]
 
@@ -39,10 +39,11 @@ mod zone;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    interrupt::block();
     match cli::run(std::env::args_os().collect()) {
         Ok(code) => ExitCode::from(code),
         Err(failure) => {
-            eprintln!("qcow2-chain: {failure}");
+            interrupt::report(&format!("qcow2-chain: {failure}"));
             ExitCode::from(failure.code)
         }
     }

@@ -6,6 +6,7 @@ use qcow2_chain::chain::{Chain, Layer, Node};
 use qcow2_chain::merge::{self, Report};
 
 use crate::failure::{Failure, Outcome};
+use crate::interrupt::report;
 use crate::json::Json;
 use crate::output::{Form, emit, say};
 use crate::size;
@@ -78,10 +79,10 @@ pub(crate) fn warn_of_snapshots(layers: &[Layer]) -> Result<(), Failure> {
             && !image.snapshots()?.is_empty()
         {
             let file = layer.path.display();
-            eprintln!(
+            report(&format!(
                 "qcow2-chain: warning: {file} has internal snapshots; where they hold nothing themselves they show what \
                  lies beneath, which changes"
-            );
+            ));
         }
     }
     Ok(())

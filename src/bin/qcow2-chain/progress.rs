@@ -1,22 +1,22 @@
-//! Progress of long verbs: a bar on a terminal, qemu-img's lines where standard output goes elsewhere.
+//! Progress of long verbs: a bar on a terminal, otherwise qemu-img's lines on standard output.
 
 use std::cell::Cell;
 use std::io::{IsTerminal as _, Write as _, stdout};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// How much `done` of `total` is, in hundredths of a percent.
+/// Returns the ratio of `done` to `total` in hundredths of a percent.
 pub(crate) fn part(done: u64, total: u64) -> u64 {
     let part = if total == 0 { 10_000 } else { u128::from(done) * 10_000 / u128::from(total) };
     u64::try_from(part).unwrap_or(10_000).min(10_000)
 }
 
-/// qemu-img's line for it.
+/// Formats qemu-img's line for a part in hundredths of a percent.
 pub(crate) fn line(part: u64) -> String {
     format!("    ({}.{:02}/100%)", part / 100, part % 100)
 }
 
-/// Where progress is shown.
+/// The display of one operation's progress.
 #[derive(Debug)]
 pub(crate) struct Progress {
     face: Face,
@@ -32,7 +32,7 @@ enum Face {
 }
 
 impl Progress {
-    /// Shows nothing unless `wanted`.
+    /// Creates a display. It shows nothing unless `wanted`.
     pub(crate) fn new(wanted: bool) -> Self {
         let face = match (wanted, stdout().is_terminal()) {
             (false, _) => Face::Nothing,
@@ -47,7 +47,7 @@ impl Progress {
         progress
     }
 
-    /// Says that `done` of `total` is done; a step of less than a percent is not shown, as in qemu-img.
+    /// Shows that `done` of `total` is done. As in qemu-img, a step of less than a percent is omitted.
     pub(crate) fn set(&self, done: u64, total: u64) {
         let part = part(done, total);
         match &self.face {
@@ -60,7 +60,7 @@ impl Progress {
                 let worth = self.last.get().is_none_or(|last| part >= last + 100 || (part == 10_000 && last < part));
                 if worth {
                     self.last.set(Some(part));
-                    // A reader that went away is no reason to stop working.
+                    // The work continues if standard output was closed.
                     let mut out = stdout().lock();
                     let _ = write!(out, "{}\r", line(part));
                     let _ = out.flush();
@@ -69,7 +69,7 @@ impl Progress {
         }
     }
 
-    /// Ends the line that is being drawn.
+    /// Ends the line or bar.
     pub(crate) fn end(&self) {
         match &self.face {
             Face::Nothing => {}

@@ -1,4 +1,4 @@
-//! What the hypervisor answers.
+//! The methods of the fake hypervisor.
 
 use std::sync::MutexGuard;
 use std::time::Duration;
@@ -7,12 +7,12 @@ use super::super::hypervisor::{
     Commit, Description, Disk, DiskFile, Event, FailureKind, Hypervisor, HypervisorError, Job, JobKind, Mirror, NewTop,
     Result,
 };
-use super::turn::{Call, Fate, Turn};
+use super::fault::{Call, Fate, Fault};
 use super::{FakeHypervisor, State, failed, gone};
 use crate::chain::Format;
 
-/// How long a guest agent is waited for by whoever set no limit.
-const FOR_EVER: Duration = Duration::from_secs(1 << 30);
+/// The wait for a guest agent without a time limit.
+const NO_LIMIT: Duration = Duration::from_secs(1 << 30);
 
 fn unreachable() -> HypervisorError {
     HypervisorError::new(FailureKind::Unreachable, "the connection to the hypervisor is lost")
@@ -27,35 +27,35 @@ fn agent_timeout(what: &str) -> HypervisorError {
 }
 
 impl FakeHypervisor {
-    /// A call arrives, or what keeps it from arriving.
+    /// Receives a call, unless a fault prevents it.
     fn arrive(&self, call: Call) -> Result<MutexGuard<'_, State>> {
         let mut state = self.state();
-        match state.turns.count_call() {
+        match state.faults.count_call() {
             Fate::Goes => {}
             Fate::Dies => state.power_off(false),
             Fate::Disconnects => state.connected = false,
         }
-        if !state.connected || state.turns.takes(Turn::LosesAnswer { to: call, done: false }) {
+        if !state.connected || state.faults.takes(Fault::LosesAnswer { to: call, done: false }) {
             return Err(unreachable());
         }
         Ok(state)
     }
 
-    /// An answer leaves, or gets lost.
+    /// Receives a call, executes it and refaults its answer, unless a fault prevents it.
     fn answer<T>(&self, call: Call, work: impl FnOnce(&mut State) -> Result<T>) -> Result<T> {
         let mut state = self.arrive(call)?;
         let done = work(&mut state)?;
-        if state.turns.takes(Turn::DiesIn(call)) && state.running {
+        if state.faults.takes(Fault::DiesIn(call)) && state.running {
             state.power_off(false);
             return Err(gone());
         }
-        if state.turns.takes(Turn::LosesAnswer { to: call, done: true }) {
+        if state.faults.takes(Fault::LosesAnswer { to: call, done: true }) {
             return Err(unreachable());
         }
         Ok(done)
     }
 
-    /// Lets all disks write their new files, or none.
+    /// Switches all disks to their new files, or none.
     fn switch_all(&self, state: &mut State, tops: &[NewTop]) -> Result<()> {
         for top in tops {
             let disk = state.running_disk(&top.disk)?;
@@ -66,10 +66,14 @@ impl FakeHypervisor {
             alone.open(&self.place)?;
             let beneath = alone.files.get(1).map(|file| file.path.clone()).unwrap_or_default();
             if disk.position(&self.place, &beneath)? != 0 {
-                return Err(failed(format!("{} is not over what disk {} writes", top.file.display(), disk.name)));
+                return Err(failed(format!(
+                    "{} is not backed by the active file of disk {}",
+                    top.file.display(),
+                    disk.name
+                )));
             }
         }
-        let forgets = state.turns.takes(Turn::ForgetsFiles);
+        let forgets = state.faults.takes(Fault::ForgetsFiles);
         for top in tops {
             let disk = state.disk(&top.disk)?;
             disk.files.insert(0, DiskFile { path: top.file.clone(), format: Some(Format::Qcow2) });
@@ -81,16 +85,16 @@ impl FakeHypervisor {
         Ok(())
     }
 
-    /// Freezes the guest. What an agent that is slow is told it does, after all.
+    /// Freezes the guest. A slow agent executes the command as well.
     fn freeze(state: &mut State) -> Result<()> {
-        if state.turns.takes(Turn::HasNoAgent) {
+        if state.faults.takes(Fault::HasNoAgent) {
             return Err(no_agent());
         }
         state.agent.freezes += 1;
         state.agent.frozen = true;
-        let late = state.turns.take(|turn| if let Turn::FreezesLate(time) = turn { Some(*time) } else { None });
+        let late = state.faults.take(|fault| if let Fault::FreezesLate(time) = fault { Some(*time) } else { None });
         let Some(late) = late else { return Ok(()) };
-        state.now += state.agent.timeout.unwrap_or(FOR_EVER);
+        state.now += state.agent.timeout.unwrap_or(NO_LIMIT);
         state.agent.confused_until = state.now + late;
         Err(agent_timeout("freeze"))
     }
@@ -103,21 +107,21 @@ impl FakeHypervisor {
         Disk { name: disk.name.clone(), files, mirror }
     }
 
-    /// Lets the VM write the base of its job, or begin to.
+    /// Switches the VM to the base of its job, or starts to.
     fn pivot_disk(&self, state: &mut State, name: &str) -> Result<()> {
-        let refused = state.turns.refuses_pivot();
+        let refused = state.faults.refuses_pivot();
         let disk = state.running_disk(name)?;
         let Some(job) = disk.job.as_ref() else { return Err(failed(format!("disk {name} has no block job"))) };
         if refused || !job.ready || job.kind != JobKind::ActiveCommit {
             return Err(failed(format!("the block job on disk {name} is not ready for pivot yet")));
         }
         let base = job.base;
-        let late = state.turns.take(|turn| if let Turn::PivotsLate(looks) = turn { Some(*looks) } else { None });
-        let forgets = state.turns.takes(Turn::ForgetsFiles);
+        let late = state.faults.take(|fault| if let Fault::PivotsLate(polls) = fault { Some(*polls) } else { None });
+        let forgets = state.faults.takes(Fault::ForgetsFiles);
         let disk = state.disk(name)?;
         let path = disk.files[base].path.clone();
-        if let Some(looks) = late {
-            (disk.job, disk.switching) = (None, Some((looks, base)));
+        if let Some(polls) = late {
+            (disk.job, disk.switching) = (None, Some((polls, base)));
             return Ok(());
         }
         disk.switch(&self.place, base)?;
@@ -127,8 +131,8 @@ impl FakeHypervisor {
         Ok(())
     }
 
-    /// Something may have happened to a disk since the last look.
-    fn look(&self, state: &mut State, name: &str) {
+    /// Advances a disk by one poll.
+    fn poll(&self, state: &mut State, name: &str) {
         let running = state.running;
         let Ok(disk) = state.disk(name) else { return };
         if !running {
@@ -136,10 +140,10 @@ impl FakeHypervisor {
         }
         let switching = disk.switching.is_some();
         if disk.advance(&self.place).is_err() {
-            // The images did not allow it.
+            // An image failed.
             disk.job = None;
             disk.switching = None;
-            disk.tell(super::JobEvent::Failed);
+            disk.notify(super::JobEvent::Failed);
         }
         if switching && disk.switching.is_none() && !disk.files.is_empty() {
             disk.defined.clone_from(&disk.files[0].path);
@@ -173,12 +177,12 @@ impl Hypervisor for FakeHypervisor {
         })
     }
 
-    fn set_agent_timeout(&self, at_most: Duration) -> Result<()> {
+    fn set_agent_timeout(&self, at_most: Option<Duration>) -> Result<()> {
         self.answer(Call::SetAgentTimeout, |state| {
             if !state.running {
                 return Err(gone());
             }
-            state.agent.timeout = Some(at_most);
+            state.agent.timeout = at_most;
             Ok(())
         })
     }
@@ -200,10 +204,11 @@ impl Hypervisor for FakeHypervisor {
     fn commit(&self, commit: &Commit) -> Result<()> {
         self.answer(Call::Commit, |state| {
             state.running_disk(&commit.disk)?.start_job(&self.place, commit)?;
-            let vanishes = state.turns.takes(Turn::JobVanishes);
-            let never_ends = state.turns.takes(Turn::JobNeverEnds);
-            let stalls = state.turns.take(|turn| if let Turn::JobStalls(looks) = turn { Some(*looks) } else { None });
-            let swift = state.turns.takes(Turn::JobIsSwift);
+            let vanishes = state.faults.takes(Fault::JobVanishes);
+            let never_ends = state.faults.takes(Fault::JobNeverEnds);
+            let stalls =
+                state.faults.take(|fault| if let Fault::JobStalls(polls) = fault { Some(*polls) } else { None });
+            let swift = state.faults.takes(Fault::JobIsSwift);
             let disk = state.disk(&commit.disk)?;
             if let Some(job) = disk.job.as_mut() {
                 (job.vanishes, job.never_ends, job.stalls) = (vanishes, never_ends, stalls.unwrap_or_default());
@@ -215,12 +220,12 @@ impl Hypervisor for FakeHypervisor {
     fn job(&self, disk: &str) -> Result<Option<Job>> {
         self.answer(Call::Job, |state| {
             state.running_disk(disk)?;
-            self.look(state, disk);
-            let told = state.disk(disk)?.job.as_ref().map(|job| {
+            self.poll(state, disk);
+            let job = state.disk(disk)?.job.as_ref().map(|job| {
                 let (done, total) = job.progress();
                 Job { kind: job.kind, done, total }
             });
-            Ok(told)
+            Ok(job)
         })
     }
 
@@ -238,7 +243,7 @@ impl Hypervisor for FakeHypervisor {
             if found.job.take().is_none() {
                 return Err(failed(format!("disk {disk} has no block job")));
             }
-            found.tell(super::JobEvent::Cancelled);
+            found.notify(super::JobEvent::Cancelled);
             Ok(())
         })
     }
@@ -256,17 +261,17 @@ impl Hypervisor for FakeHypervisor {
             self.state().now += at_most;
             return None;
         };
-        self.look(&mut state, disk);
+        self.poll(&mut state, disk);
         let event = state.disk(disk).ok().and_then(|disk| disk.events.pop_front());
-        if event.is_none() || state.turns.silent {
+        if event.is_none() || state.faults.silent {
             state.now += at_most;
             return None;
         }
-        if state.turns.takes(Turn::LosesEvent) {
+        if state.faults.takes(Fault::LosesEvent) {
             return None;
         }
         match event {
-            Some(Event::Job { event, .. }) if state.turns.takes(Turn::NamesWrongDisk) => {
+            Some(Event::Job { event, .. }) if state.faults.takes(Fault::NamesWrongDisk) => {
                 Some(Event::Job { disk: format!("not {disk}"), event })
             }
             event => event,

@@ -1,4 +1,4 @@
-//! A disk of the VM: its files, and the job on it.
+//! A disk of the VM, with its files and its job.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -13,38 +13,38 @@ use crate::merge::{self, CommitOptions};
 use crate::storage::{Access, LockMode, Storage};
 use crate::vm::VolumeFiles;
 
-/// In how many parts a job copies.
+/// The number of parts in which a job copies.
 const PARTS: u64 = 3;
 
 /// A disk of the VM.
 #[derive(Debug)]
 pub(super) struct FakeDisk {
     pub(super) name: String,
-    /// The file that it is started on.
+    /// The active file in the definition of the VM.
     pub(super) defined: PathBuf,
-    /// Its files, the one that it writes first; of a VM that is off, those that it had.
+    /// The files, from the active file down; of a VM that is off, those of its last run.
     pub(super) files: Vec<DiskFile>,
     pub(super) job: Option<FakeJob>,
-    /// After how many looks a switch to the file of this place is seen.
+    /// A delayed switch: the number of polls that are left, and the index of the new active file.
     pub(super) switching: Option<(u32, usize)>,
     pub(super) events: VecDeque<Event>,
-    /// Its files, open for their locks.
+    /// The files, open for their locks.
     pub(super) held: Vec<Arc<dyn Storage>>,
 }
 
-/// A commit.
+/// A commit job.
 #[derive(Debug)]
 pub(super) struct FakeJob {
     pub(super) kind: JobKind,
-    /// The places of its files.
+    /// The indices of its files.
     pub(super) top: usize,
     pub(super) base: usize,
-    /// The parts that are copied; one more look, and it is ready, or done.
+    /// The number of parts that are copied. One more poll makes the job ready or done.
     pub(super) parts: u64,
     pub(super) ready: bool,
-    /// The bytes to copy, as it says.
+    /// The reported number of bytes to copy.
     pub(super) total: u64,
-    /// What it was told to keep to.
+    /// The requested limit, in bytes per second.
     pub(super) rate_limit: Option<u64>,
     pub(super) stalls: u32,
     pub(super) vanishes: bool,
@@ -52,12 +52,12 @@ pub(super) struct FakeJob {
 }
 
 impl FakeJob {
-    /// It is not stuck any more.
-    pub(super) fn behave(&mut self) {
+    /// Removes the faults of the job.
+    pub(super) fn clear_faults(&mut self) {
         (self.stalls, self.vanishes, self.never_ends) = (0, false, false);
     }
 
-    /// What it says of itself: nothing of nothing at first.
+    /// Refaults the reported progress: 0 of 0 at first.
     pub(super) fn progress(&self) -> (u64, u64) {
         if self.parts == 0 { (0, 0) } else { (self.total * self.parts.min(PARTS) / PARTS, self.total) }
     }
@@ -69,11 +69,12 @@ impl FakeDisk {
         Self { name, defined, files, job: None, switching: None, events, held }
     }
 
-    pub(super) fn tell(&mut self, event: JobEvent) {
+    /// Queues an event of the job.
+    pub(super) fn notify(&mut self, event: JobEvent) {
         self.events.push_back(Event::Job { disk: self.name.clone(), event });
     }
 
-    /// Opens the file that it is defined with, and follows the headers from there.
+    /// Opens the active file of the definition, and its backing files by their headers.
     pub(super) fn open(&mut self, place: &VolumeFiles) -> Result<()> {
         let wrong = |error: &dyn std::fmt::Display| failed(format!("cannot open a disk: {error}"));
         let known = self.files.iter().find(|file| file.path == self.defined).and_then(|file| file.format);
@@ -89,7 +90,7 @@ impl FakeDisk {
         self.hold(place)
     }
 
-    /// Takes the locks of its files.
+    /// Locks the files.
     pub(super) fn hold(&mut self, place: &VolumeFiles) -> Result<()> {
         self.held.clear();
         for (index, file) in self.files.iter().enumerate() {
@@ -100,13 +101,13 @@ impl FakeDisk {
         Ok(())
     }
 
-    /// The place of a file.
+    /// Refaults the index of a file.
     pub(super) fn position(&self, place: &VolumeFiles, path: &std::path::Path) -> Result<usize> {
         let found = self.files.iter().position(|file| place.leads_to(&file.path, path));
         found.ok_or_else(|| failed(format!("disk {} has no file {}", self.name, path.display())))
     }
 
-    /// Its files from a place on, so many of them writable.
+    /// Opens the files from an index on, the first `writable` of them for writing.
     fn open_from(&self, place: &VolumeFiles, from: usize, writable: usize) -> Result<Chain> {
         let mut layers = Vec::new();
         for (index, file) in self.files.iter().skip(from).enumerate() {
@@ -118,7 +119,7 @@ impl FakeDisk {
         Ok(Chain::from_layers(top, layers))
     }
 
-    /// Its files, so many of them writable.
+    /// Opens the files, the first `writable` of them for writing.
     pub(super) fn chain(&self, place: &VolumeFiles, writable: usize) -> Result<Chain> {
         self.open_from(place, 0, writable)
     }
@@ -142,7 +143,7 @@ impl FakeDisk {
         set_size(&self.chain(place, 1)?, size)
     }
 
-    /// Starts a commit. The base grows first, where the top is larger.
+    /// Starts a commit. A base that is smaller than the top grows first.
     pub(super) fn start_job(&mut self, place: &VolumeFiles, commit: &Commit) -> Result<()> {
         if self.job.is_some() || self.switching.is_some() {
             return Err(failed(format!("disk {} has an active block job", self.name)));
@@ -173,11 +174,11 @@ impl FakeDisk {
         Ok(())
     }
 
-    /// The job gets a little further. A part that was copied is in the base, and tells nothing about the whole.
+    /// Advances the job or a delayed switch by one step. A copied part is in the base before the job is done.
     pub(super) fn advance(&mut self, place: &VolumeFiles) -> Result<()> {
-        if let Some((looks, base)) = self.switching {
-            self.switching = Some((looks.saturating_sub(1), base));
-            return if looks == 0 { self.switch(place, base) } else { Ok(()) };
+        if let Some((polls, base)) = self.switching {
+            self.switching = Some((polls.saturating_sub(1), base));
+            return if polls == 0 { self.switch(place, base) } else { Ok(()) };
         }
         let Some(job) = self.job.as_mut() else { return Ok(()) };
         if job.stalls > 0 {
@@ -191,7 +192,7 @@ impl FakeDisk {
         }
         if job.vanishes {
             self.job = None;
-            self.tell(JobEvent::Failed);
+            self.notify(JobEvent::Failed);
             return Ok(());
         }
         if job.never_ends || job.ready {
@@ -200,7 +201,8 @@ impl FakeDisk {
         self.complete(place)
     }
 
-    /// All is copied: the VM can be switched over, or, where it only reads the top, what is above it is.
+    /// Completes the copy. A job on the active file becomes ready; otherwise the file above the top gets the base as its backing
+    /// file.
     pub(super) fn complete(&mut self, place: &VolumeFiles) -> Result<()> {
         let Some(job) = self.job.as_mut() else { return Ok(()) };
         job.parts = PARTS;
@@ -208,13 +210,14 @@ impl FakeDisk {
         if job.kind == JobKind::ActiveCommit {
             job.ready = true;
             self.commit(place, top, base)?;
-            self.tell(JobEvent::Ready);
+            self.notify(JobEvent::Ready);
             return Ok(());
         }
         self.commit(place, top, base)?;
         let target = &self.files[base];
-        let name = std::path::absolute(&target.path).unwrap_or_else(|_| target.path.clone());
+        let absolute = std::path::absolute(&target.path).unwrap_or_else(|_| target.path.clone());
         let format = target.format.map(Format::name).unwrap_or_default();
+        let name = self.relative_name(place, top - 1, base)?.unwrap_or(absolute);
         let above = layer(place, &self.files[top - 1], true).map_err(|error| failed(error.to_string()))?;
         if let Node::Qcow2(image) = above.node {
             let name = name.into_os_string().into_encoded_bytes();
@@ -223,16 +226,31 @@ impl FakeDisk {
         }
         self.files.drain(top..base);
         self.job = None;
-        self.tell(JobEvent::Completed);
+        self.notify(JobEvent::Completed);
         self.hold(place)
     }
 
-    /// The VM writes the base from now on, which holds all that was written to the top until now.
+    /// Refaults the path of a file relative to the directory of a file above it, from the names in the headers. As with libvirt,
+    /// there is none if a header has an absolute name.
+    fn relative_name(&self, place: &VolumeFiles, from: usize, to: usize) -> Result<Option<PathBuf>> {
+        let mut name = PathBuf::new();
+        for file in &self.files[from..to] {
+            let layer = layer(place, file, false).map_err(|error| failed(error.to_string()))?;
+            let header = layer.node.as_qcow2().map(Image::header);
+            let next =
+                header.and_then(|header| Some(PathBuf::from(String::from_utf8(header.backing_file.clone()?).ok()?)));
+            let Some(next) = next.filter(|next| next.is_relative()) else { return Ok(None) };
+            name = name.parent().map(|directory| directory.join(&next)).unwrap_or(next);
+        }
+        Ok(Some(name))
+    }
+
+    /// Switches the VM to the base, which has all data that was written to the top until now.
     pub(super) fn switch(&mut self, place: &VolumeFiles, base: usize) -> Result<()> {
         self.commit(place, 0, base)?;
         self.files.drain(..base);
         (self.job, self.switching) = (None, None);
-        self.tell(JobEvent::Completed);
+        self.notify(JobEvent::Completed);
         self.hold(place)
     }
 
@@ -264,7 +282,7 @@ impl FakeDisk {
     }
 }
 
-/// A file that starts as a qcow2 image does is one.
+/// Refaults the format by the first bytes of a file.
 fn probe(place: &VolumeFiles, path: &std::path::Path) -> crate::storage::Result<Format> {
     let storage = place.names().open(path, &Access::read().with_lock(LockMode::None))?;
     let mut magic = [0; 4];
@@ -282,7 +300,7 @@ fn layer(place: &VolumeFiles, file: &DiskFile, write: bool) -> Result<Layer, cra
     Ok(Layer { node, path: file.path.clone() })
 }
 
-/// Gives the topmost image of a chain another size.
+/// Changes the size of the topmost image of a chain.
 fn set_size(chain: &Chain, size: u64) -> Result<()> {
     let done = match &chain.top().node {
         Node::Qcow2(image) => {

@@ -1,13 +1,13 @@
-//! A hypervisor for tests: one VM whose disks are real images, and which plays the ugly turns that it is told to.
+//! A hypervisor for tests: one VM whose disks are real images, with faults on request.
 //!
-//! Feature `test-utils`. The images are those that the snapshots are of, in the same [`FileSystem`]; what the VM's jobs copy is really
-//! copied, by this crate's merges. Time is the number of waits, so that nothing sleeps.
+//! Feature `test-utils`. The images are in the same [`FileSystem`] as the snapshot set; the VM's jobs copy their data with this crate's
+//! merges. Each wait advances the clock, and nothing sleeps.
 //!
 //! ```
 //! use std::sync::Arc;
 //! use qcow2_chain::image::{CreateOptions, Image};
 //! use qcow2_chain::live::LiveExecutor;
-//! use qcow2_chain::live::fake::{Call, FakeHypervisor, Turn};
+//! use qcow2_chain::live::fake::{Call, FakeHypervisor, Fault};
 //! use qcow2_chain::storage::{MemoryFileSystem, FileSystem};
 //! use qcow2_chain::vm::{AdoptOptions, SnapshotSet, VolumeSpec};
 //!
@@ -22,8 +22,8 @@
 //! set.create("s1", &Default::default())?;
 //! fake.write("vda", 0, b"newer than s1")?;
 //!
-//! // The VM is switched over, and nobody hears of it.
-//! fake.play(Turn::LosesAnswer { to: Call::Pivot, done: true });
+//! // The VM is switched to its base, and the answer is lost.
+//! fake.inject(Fault::LosesAnswer { to: Call::Pivot, done: true });
 //! set.delete("s1", &Default::default(), &())?;
 //! assert_eq!(fake.files("vda")[0], set.active_path("vda")?);
 //! assert_eq!(fake.read("vda", 0, 5)?, b"newer");
@@ -32,7 +32,7 @@
 
 mod answers;
 mod disk;
-mod turn;
+mod fault;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -42,9 +42,9 @@ use super::hypervisor::{Event, FailureKind, HypervisorError, JobEvent, Result};
 use crate::storage::FileSystem;
 use crate::vm::VolumeFiles;
 use disk::FakeDisk;
-use turn::Turns;
+use fault::Faults;
 
-pub use turn::{Call, Turn};
+pub use fault::{Call, Fault};
 
 /// A VM and its hypervisor. See the [module](self).
 #[derive(Debug)]
@@ -58,17 +58,18 @@ struct State {
     running: bool,
     disks: Vec<FakeDisk>,
     now: Duration,
-    turns: Turns,
+    faults: Faults,
     connected: bool,
     agent: Agent,
 }
 
-/// The guest agent and what it has done.
+/// The guest agent.
 #[derive(Debug, Default)]
 struct Agent {
+    /// The time limit for an answer; `None` for no limit, as initially.
     timeout: Option<Duration>,
     frozen: bool,
-    /// Until when it answers something else than what it was asked.
+    /// The time until which its answers belong to an earlier command.
     confused_until: Duration,
     freezes: u32,
     thaws: u32,
@@ -87,12 +88,12 @@ impl State {
         self.disks.iter_mut().find(|disk| disk.name == name).ok_or_else(|| failed(format!("there is no disk {name}")))
     }
 
-    /// A disk of a VM that runs.
+    /// Refaults a disk of the running VM.
     fn running_disk(&mut self, name: &str) -> Result<&mut FakeDisk> {
         if self.running { self.disk(name) } else { Err(gone()) }
     }
 
-    /// The VM ends. Its jobs end without a word, unless that is asked for.
+    /// Stops the VM. `cancelled`: events report the end of its jobs.
     fn power_off(&mut self, cancelled: bool) {
         if !self.running {
             return;
@@ -101,7 +102,7 @@ impl State {
         self.agent = Agent { timeout: None, frozen: false, ..std::mem::take(&mut self.agent) };
         for disk in &mut self.disks {
             if disk.job.take().is_some() && cancelled {
-                disk.tell(JobEvent::Cancelled);
+                disk.notify(JobEvent::Cancelled);
             }
             disk.switching = None;
             disk.held.clear();
@@ -111,7 +112,7 @@ impl State {
 }
 
 impl FakeHypervisor {
-    /// A VM that is off, with these disks: the hypervisor's name of each, and the file that it would write.
+    /// Creates a VM that is off, with these disks: the hypervisor's name of each, and its active file.
     #[must_use]
     pub fn new<N: Into<String>, P: Into<PathBuf>>(
         names: Arc<dyn FileSystem>,
@@ -122,14 +123,27 @@ impl FakeHypervisor {
         Self { place: VolumeFiles::new(names, ""), state: Mutex::new(state) }
     }
 
+    /// Adds a disk to a VM that is off.
+    ///
+    /// # Errors
+    /// [`FailureKind::Failed`]: the VM is running, or has a disk of this name.
+    pub fn add_disk(&self, disk: impl Into<String>, path: impl Into<PathBuf>) -> Result<()> {
+        let (mut state, disk) = (self.state(), disk.into());
+        if state.running || state.disk(&disk).is_ok() {
+            return Err(failed("the domain is running, or has this disk"));
+        }
+        state.disks.push(FakeDisk::new(disk, path.into()));
+        Ok(())
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts the VM on the files that it is defined with, and on what their headers name beneath them.
+    /// Starts the VM on the files of its definition and their backing files.
     ///
     /// # Errors
-    /// [`FailureKind::Failed`] where it is running, or a file cannot be opened and locked.
+    /// [`FailureKind::Failed`]: the VM is running, or a file cannot be opened and locked.
     pub fn start(&self) -> Result<()> {
         let mut state = self.state();
         if state.running {
@@ -140,20 +154,20 @@ impl FakeHypervisor {
         Ok(())
     }
 
-    /// The guest shuts down. Its jobs are cancelled, which is told.
+    /// Shuts the guest down. Events report that its jobs were cancelled.
     pub fn stop(&self) {
         self.state().power_off(true);
     }
 
-    /// The VM is killed. Of its jobs nothing is heard any more.
+    /// Kills the VM. No events report the end of its jobs.
     pub fn destroy(&self) {
         self.state().power_off(false);
     }
 
-    /// Gives a disk of a VM that is off another file to write, as a manager does after a change made while it is off.
+    /// Changes the active file of a disk in the definition, as a manager does after an operation on a VM that is off.
     ///
     /// # Errors
-    /// [`FailureKind::Failed`] where it is running, or has no such disk.
+    /// [`FailureKind::Failed`]: the VM is running, or has no such disk.
     pub fn define(&self, disk: &str, path: impl Into<PathBuf>) -> Result<()> {
         let mut state = self.state();
         if state.running {
@@ -165,10 +179,10 @@ impl FakeHypervisor {
         Ok(())
     }
 
-    /// Somebody gives a disk of the running VM another file, as a drive gets another medium. Its job ends without a word.
+    /// Replaces the file of a disk of the running VM, as a change of the medium does. Its job ends without an event.
     ///
     /// # Errors
-    /// [`FailureKind::Failed`] where there is no such disk, or the file cannot be opened and locked.
+    /// [`FailureKind::Failed`]: there is no such disk, or the file cannot be opened and locked.
     pub fn replace(&self, disk: &str, path: impl Into<PathBuf>) -> Result<()> {
         let mut state = self.state();
         let disk = state.disk(disk)?;
@@ -177,13 +191,13 @@ impl FakeHypervisor {
         disk.open(&self.place)
     }
 
-    /// Whether the VM is running.
+    /// Refaults true if the VM is running.
     #[must_use]
     pub fn is_running(&self) -> bool {
         self.state().running
     }
 
-    /// A disk's files: what it writes and what lies beneath it, while it runs; then the file that it is defined with.
+    /// Refaults a disk's files, from the active file down. A VM that is off has only the file of its definition.
     #[must_use]
     pub fn files(&self, disk: &str) -> Vec<PathBuf> {
         let mut state = self.state();
@@ -192,29 +206,29 @@ impl FakeHypervisor {
         if running { disk.files.iter().map(|file| file.path.clone()).collect() } else { vec![disk.defined.clone()] }
     }
 
-    /// Whether each disk would be started on the file that it wrote last.
+    /// Refaults true if the definition names the last active file of each disk.
     #[must_use]
     pub fn is_defined_as_written(&self) -> bool {
         self.state().disks.iter().all(|disk| disk.files.first().is_none_or(|file| file.path == disk.defined))
     }
 
-    /// Whether a job is running on a disk.
+    /// Refaults true if a job is running on a disk.
     #[must_use]
     pub fn has_job(&self, disk: &str) -> bool {
         self.state().disk(disk).is_ok_and(|disk| disk.job.is_some())
     }
 
-    /// The most bytes in a second that the job on a disk was told to copy, if one is running and was told.
+    /// Refaults the rate limit of the job on a disk, in bytes per second.
     #[must_use]
     pub fn rate_limit(&self, disk: &str) -> Option<u64> {
         self.state().disk(disk).ok()?.job.as_ref()?.rate_limit
     }
 
-    /// The guest writes to a disk.
+    /// Writes to a disk as the guest does.
     ///
     /// # Errors
-    /// [`FailureKind::Gone`] while it is off; [`FailureKind::Failed`] while its file systems are frozen, behind the disk's end,
-    /// and what the images give.
+    /// - [`FailureKind::Gone`]: the VM is off.
+    /// - [`FailureKind::Failed`]: the file systems are frozen, the range exceeds the disk, or an image failed.
     pub fn write(&self, disk: &str, offset: u64, bytes: &[u8]) -> Result<()> {
         let mut state = self.state();
         if state.agent.frozen {
@@ -223,15 +237,16 @@ impl FakeHypervisor {
         state.running_disk(disk)?.write(&self.place, offset, bytes)
     }
 
-    /// The guest reads from a disk.
+    /// Reads from a disk as the guest does.
     ///
     /// # Errors
-    /// [`FailureKind::Gone`] while it is off; [`FailureKind::Failed`] behind the disk's end, and what the images give.
+    /// - [`FailureKind::Gone`]: the VM is off.
+    /// - [`FailureKind::Failed`]: the range exceeds the disk, or an image failed.
     pub fn read(&self, disk: &str, offset: u64, len: usize) -> Result<Vec<u8>> {
         self.state().running_disk(disk)?.read(&self.place, offset, len)
     }
 
-    /// The size in bytes of a disk as the guest sees it.
+    /// Refaults the size of a disk as the guest sees it, in bytes.
     ///
     /// # Errors
     /// As [`FakeHypervisor::read`].
@@ -239,41 +254,47 @@ impl FakeHypervisor {
         Ok(self.state().running_disk(disk)?.chain(&self.place, 0)?.virtual_size())
     }
 
-    /// Whether the guest's file systems are frozen.
+    /// Refaults true if the guest's file systems are frozen.
     #[must_use]
     pub fn is_frozen(&self) -> bool {
         self.state().agent.frozen
     }
 
-    /// How often the guest's file systems were frozen, and how often they were let go.
+    /// Refaults the number of freezes and thaws of the guest's file systems.
     #[must_use]
     pub fn freezes_and_thaws(&self) -> (u32, u32) {
         let state = self.state();
         (state.agent.freezes, state.agent.thaws)
     }
 
-    /// Plays a turn when it fits, once.
-    pub fn play(&self, turn: Turn) {
-        self.state().turns.add(turn);
-    }
-
-    /// The turns that were told and did not fit anything yet.
+    /// Refaults the time limit for answers of the guest agent; `None` is the initial state, without a limit.
     #[must_use]
-    pub fn unplayed(&self) -> Vec<Turn> {
-        self.state().turns.left()
+    pub fn agent_timeout(&self) -> Option<Duration> {
+        self.state().agent.timeout
     }
 
-    /// From here on all goes well: no turn is left, jobs that are stuck go on, the connection is there.
-    pub fn behave(&self) {
+    /// Adds a fault, which occurs at the next call that it fits.
+    pub fn inject(&self, fault: Fault) {
+        self.state().faults.add(fault);
+    }
+
+    /// Refaults the faults that have not occurred yet.
+    #[must_use]
+    pub fn pending_faults(&self) -> Vec<Fault> {
+        self.state().faults.left()
+    }
+
+    /// Removes all faults: jobs continue, and the connection works.
+    pub fn clear_faults(&self) {
         let mut state = self.state();
-        state.turns = Turns::default();
+        state.faults = Faults::default();
         state.connected = true;
         for job in state.disks.iter_mut().filter_map(|disk| disk.job.as_mut()) {
-            job.behave();
+            job.clear_faults();
         }
     }
 
-    /// Whoever lost the connection has it again.
+    /// Restores a connection that broke.
     pub fn reconnect(&self) {
         self.state().connected = true;
     }

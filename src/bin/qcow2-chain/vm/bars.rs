@@ -1,4 +1,4 @@
-//! The progress of several volumes at once: a bar each on a terminal, one line for all elsewhere.
+//! The progress of several volumes at once: one bar per volume on a terminal, otherwise one line for all.
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal as _, stdout};
@@ -10,9 +10,8 @@ use qcow2_chain::vm::{self, VolumeStep};
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;
 
-/// Runs an operation and draws its steps, where that is `wanted`. Ctrl-C stops it where it can be resumed.
+/// Runs an operation and, if `wanted`, shows its progress. Ctrl-C stops it where it can be resumed.
 pub(super) fn with_bars<T>(wanted: bool, operation: impl FnOnce(&dyn vm::Progress) -> vm::Result<T>) -> vm::Result<T> {
-    // Before any other thread is started.
     let interrupt = Interrupt::listen();
     let bars = wanted && stdout().is_terminal();
     let drawing = if bars { Drawing::Bars(Bars::default()) } else { Drawing::Line(Progress::new(wanted)) };

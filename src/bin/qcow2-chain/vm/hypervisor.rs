@@ -1,4 +1,4 @@
-//! Which hypervisor is asked about a VM that may be running.
+//! The hypervisor of a VM that may be running.
 
 use std::path::Path;
 
@@ -7,41 +7,41 @@ use qcow2_chain::vm::SnapshotSet;
 use super::telling::explain;
 use crate::failure::Failure;
 
-/// Options of the verbs that change things.
+/// The options of verbs that reach a running VM.
 #[derive(clap::Args, Debug)]
 pub(super) struct HypervisorArgs {
     #[arg(
         long,
         value_name = "URI",
         requires = "domain",
-        help = "The libvirt that the VM may be running under, such as qemu:///system. Without it the VM must be off"
+        help = "The libvirt under which the VM may run, such as qemu:///system. Without it the VM must be off"
     )]
     connect: Option<String>,
-    /// The VM's name or UUID there
+    /// The VM's name or UUID in that libvirt
     #[arg(long, value_name = "NAME", requires = "connect")]
     domain: Option<String>,
-    /// How long one volume's merge in the running VM may take, in seconds; 0 for as long as it takes
+    /// The time limit for one volume's merge in the running VM, in seconds; 0 for no limit
     #[arg(long, value_name = "SECONDS", default_value_t = 0, requires = "connect")]
     timeout: u64,
-    /// What becomes of a merge that takes longer: it is left running, and the same command again watches on; or it is ended
+    /// The treatment of a merge that takes longer: keep its job running, so that the same command takes it over; or abort it
     #[arg(long, value_enum, default_value = "keep", requires = "connect")]
     on_timeout: OnTimeout,
-    /// How long the guest agent may take for an answer, in seconds
+    /// The time limit for an answer of the guest agent, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 30, requires = "connect")]
     agent_timeout: u64,
 }
 
-/// What becomes of a merge that takes too long.
+/// The treatment of a merge that exceeds its time limit.
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 enum OnTimeout {
-    /// It goes on.
+    /// Its job continues.
     Keep,
-    /// It is ended.
+    /// Its job is ended.
     Abort,
 }
 
 impl HypervisorArgs {
-    /// Loads a set that asks the hypervisor, if one was named.
+    /// Loads a set. It uses the hypervisor if the options name one.
     pub(super) fn load(&self, catalogue: &Path) -> Result<SnapshotSet, Failure> {
         let set = SnapshotSet::load(catalogue).map_err(explain)?;
         match (&self.connect, &self.domain) {

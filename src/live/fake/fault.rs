@@ -1,8 +1,8 @@
-//! The turns that a hypervisor can take.
+//! The faults that the fake hypervisor can inject.
 
 use std::time::Duration;
 
-/// A call of the hypervisor.
+/// A method of the hypervisor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Call {
@@ -30,61 +30,61 @@ pub enum Call {
     Wait,
 }
 
-/// Something ugly that a hypervisor does, once.
+/// A fault, which occurs once unless stated otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Turn {
+pub enum Fault {
     /// The next event is lost.
     LosesEvent,
-    /// No event is told any more: whoever wants to know must ask.
-    TellsNothing,
+    /// No more events are delivered, until [`super::FakeHypervisor::clear_faults`].
+    NoEvents,
     /// The next event about a job names another disk.
     NamesWrongDisk,
-    /// The next job is gone before it is done, without effect but for what it has copied.
+    /// The next job ends early and with a failure event; what it copied stays in the base.
     JobVanishes,
-    /// The next job is done, or ready, as soon as it is started.
+    /// The next job is done, or ready, at once.
     JobIsSwift,
-    /// The next job does nothing for so many looks, and says 0 of 0.
+    /// The next job copies nothing for this number of polls, and reports 0 of 0.
     JobStalls(u32),
-    /// The next job never becomes ready, or done.
+    /// The next job never becomes ready or done.
     JobNeverEnds,
-    /// So many switches are refused, as if the job was not ready.
+    /// This number of switches is refused, as if the job was not ready.
     RefusesPivot(u32),
-    /// The next switch is answered at once and seen only after so many looks.
+    /// The next switch is answered at once and takes effect after this number of polls.
     PivotsLate(u32),
-    /// The VM dies instead of answering, after so many calls from now on.
+    /// The VM stops instead of answering, after this number of further calls.
     Dies(u32),
-    /// The VM dies while it is doing the next such call: it is done, and the answer is that the VM is gone.
+    /// The next call of this method takes effect, then the VM stops; the answer is that the VM is gone.
     DiesIn(Call),
-    /// An answer is lost: after it was done, or before.
+    /// The answer to the next call of this method is lost.
     LosesAnswer {
-        /// Which call's.
+        /// The method.
         to: Call,
-        /// Whether it was done.
+        /// True if the call takes effect.
         done: bool,
     },
-    /// After so many calls the connection is gone: nothing is answered until [`super::FakeHypervisor::reconnect`]. The VM and
-    /// its jobs go on.
+    /// The connection breaks after this number of further calls. All calls fail until [`super::FakeHypervisor::reconnect`]; the VM
+    /// and its jobs continue.
     Disconnects(u32),
-    /// The next switch to other files is not recorded for the VM's next start.
+    /// The next switch to other files does not change the VM's definition.
     ForgetsFiles,
-    /// There is no guest agent at the next freeze.
+    /// The guest agent is not connected at the next freeze.
     HasNoAgent,
-    /// The agent does not answer the next freeze in time, but obeys; for so long it answers nothing else.
+    /// The agent executes the next freeze but exceeds the time limit, and answers nothing else for this time.
     FreezesLate(Duration),
 }
 
-impl Turn {
-    /// The turn for a random number.
+impl Fault {
+    /// Converts a random number to a fault.
     #[must_use]
-    pub fn drawn(random: u64) -> Self {
+    pub fn from_random(random: u64) -> Self {
         let few = u32::try_from(random >> 8 & 15).unwrap_or_default();
         let done = random >> 16 & 1 == 1;
         let calls = [Call::Commit, Call::Pivot, Call::Snapshot, Call::Resize, Call::Abort];
         let to = calls[usize::try_from(random >> 20 & 0xff).unwrap_or_default() % calls.len()];
         match random % 20 {
             0 => Self::LosesEvent,
-            1 => Self::TellsNothing,
+            1 => Self::NoEvents,
             2 => Self::NamesWrongDisk,
             3 => Self::JobVanishes,
             4 => Self::JobIsSwift,
@@ -102,14 +102,14 @@ impl Turn {
     }
 }
 
-/// The turns that are still to be taken.
+/// The faults that have not occurred yet.
 #[derive(Debug, Default)]
-pub(super) struct Turns {
-    left: Vec<Turn>,
+pub(super) struct Faults {
+    left: Vec<Fault>,
     pub(super) silent: bool,
 }
 
-/// What becomes of a call before it is looked at.
+/// The treatment of a call on its arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fate {
     Goes,
@@ -117,52 +117,52 @@ pub(super) enum Fate {
     Disconnects,
 }
 
-impl Turns {
-    pub(super) fn add(&mut self, turn: Turn) {
-        if turn == Turn::TellsNothing {
+impl Faults {
+    pub(super) fn add(&mut self, fault: Fault) {
+        if fault == Fault::NoEvents {
             self.silent = true;
         } else {
-            self.left.push(turn);
+            self.left.push(fault);
         }
     }
 
-    pub(super) fn left(&self) -> Vec<Turn> {
+    pub(super) fn left(&self) -> Vec<Fault> {
         self.left.clone()
     }
 
-    /// Takes the first turn that fits, and what it says.
-    pub(super) fn take<T>(&mut self, fits: impl Fn(&Turn) -> Option<T>) -> Option<T> {
-        let (at, found) = self.left.iter().enumerate().find_map(|(at, turn)| Some((at, fits(turn)?)))?;
+    /// Removes the first fault that fits, and refaults its value.
+    pub(super) fn take<T>(&mut self, fits: impl Fn(&Fault) -> Option<T>) -> Option<T> {
+        let (at, found) = self.left.iter().enumerate().find_map(|(at, fault)| Some((at, fits(fault)?)))?;
         self.left.remove(at);
         Some(found)
     }
 
-    /// Takes a turn, if it is to be taken.
-    pub(super) fn takes(&mut self, wanted: Turn) -> bool {
-        self.take(|turn| (*turn == wanted).then_some(())).is_some()
+    /// Removes a fault. Refaults false if there is none.
+    pub(super) fn takes(&mut self, wanted: Fault) -> bool {
+        self.take(|fault| (*fault == wanted).then_some(())).is_some()
     }
 
-    /// One more refusal, if one is left.
+    /// Counts one refusal of a switch. Refaults false if none is left.
     pub(super) fn refuses_pivot(&mut self) -> bool {
-        let left = self.take(|turn| if let Turn::RefusesPivot(times) = turn { Some(*times) } else { None });
+        let left = self.take(|fault| if let Fault::RefusesPivot(times) = fault { Some(*times) } else { None });
         let Some(left) = left.filter(|times| *times > 0) else { return false };
-        self.left.push(Turn::RefusesPivot(left - 1));
+        self.left.push(Fault::RefusesPivot(left - 1));
         true
     }
 
-    /// One more call: those that are counted are nearer.
+    /// Counts one call for the faults that wait for a number of calls.
     pub(super) fn count_call(&mut self) -> Fate {
         let mut fate = Fate::Goes;
-        self.left.retain_mut(|turn| match turn {
-            Turn::Dies(0) => {
+        self.left.retain_mut(|fault| match fault {
+            Fault::Dies(0) => {
                 fate = Fate::Dies;
                 false
             }
-            Turn::Disconnects(0) => {
+            Fault::Disconnects(0) => {
                 fate = Fate::Disconnects;
                 false
             }
-            Turn::Dies(calls) | Turn::Disconnects(calls) => {
+            Fault::Dies(calls) | Fault::Disconnects(calls) => {
                 *calls -= 1;
                 true
             }
