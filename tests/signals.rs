@@ -120,6 +120,10 @@ fn all_threads_of_a_merge_block_signals() {
     let mut child = start(directory.path(), &SLOWLY, Stdio::piped());
     wait_for_work(&child);
     for (thread, mask) in blocked_signals(&child) {
+        // The kernel shows a thread that waits for signals without those that it waits for.
+        if thread == "signals" {
+            continue;
+        }
         assert_eq!(mask & HANDLED, HANDLED, "thread {thread} would run a signal's default action");
     }
     send(&child, Signal::SIGINT);

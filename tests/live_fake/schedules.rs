@@ -18,7 +18,7 @@ use qcow2_chain::vm::{
 };
 
 use super::rig::{Rig, write};
-use crate::support::lab::{Contents, LabShape};
+use crate::support::lab::{Contents, LabShape, read};
 use crate::support::rng::{Rng, cases, count, trace};
 
 /// The guest and its data.
@@ -246,8 +246,8 @@ impl World {
         done.map(|_| ())
     }
 
-    /// Corrects a definition that names a file without a record: its merge was completed after the VM stopped, and the file is
-    /// removed. Only while a snapshot is being taken may the definition be newer than the catalogue.
+    /// Corrects a definition that names a file without a record: its merge or revert was recorded after the VM stopped, and the
+    /// file is removed. Only while a snapshot is being taken may the definition be newer than the catalogue.
     fn define_the_dropped(&self) {
         let pending = self.rig.lab.set.pending().expect("the journal reads").and_then(|pending| pending.operation);
         if matches!(pending, Some(Purpose::Create { .. })) {
@@ -259,6 +259,13 @@ impl World {
             if !model.records().any(|(_, _, record)| self.rig.path(&record.file.path) == *defined) {
                 self.rig.fake.define(&volume.name, self.rig.path(&volume.active.file.path)).unwrap();
             }
+        }
+        let Some(Purpose::Revert { name }) = pending else { return };
+        // Where the catalogue has the revert, the guest starts with the snapshot's contents, and writes before the recovery.
+        let lab = &self.rig.lab;
+        let reads = |volume: &str| lab.open_as_qemu(volume, false).and_then(|chain| read(&chain));
+        if lab.taken[&name].iter().all(|(volume, content)| reads(volume).as_ref() == Ok(content)) {
+            self.busy.guest.lock().unwrap().now = lab.taken[&name].clone();
         }
     }
 
