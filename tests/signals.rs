@@ -50,7 +50,8 @@ fn send(child: &Child, signal: Signal) {
     kill(nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap()), signal).unwrap();
 }
 
-/// The lines of the status of each thread of a process that begin with `SigBlk:`, as masks, by the thread's name.
+/// The lines of the status of each thread of a process that begin with `SigBlk:`, as masks, by the
+/// thread's name.
 fn blocked_signals(child: &Child) -> Vec<(String, u64)> {
     let threads = std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
     let masks = threads.filter_map(|thread| {
@@ -166,7 +167,8 @@ fn ignored_sigint_leaves_sigterm() {
     assert_cancelled(&child.wait_with_output().unwrap());
 }
 
-/// A verb that cannot be stopped, and one that has not begun its work, end by the signal's default action.
+/// A verb that cannot be stopped, and one that has not begun its work, end by the signal's default
+/// action.
 #[test]
 fn sigint_ends_a_program_that_does_not_listen() {
     let directory = directory();

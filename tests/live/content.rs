@@ -19,8 +19,9 @@ pub struct Content {
 }
 
 impl Content {
-    /// Reads an image that no process writes. Its file system may be in any crash state: the journal is replayed on a copy, and fsck
-    /// must then find no errors. A record that is damaged fails the test.
+    /// Reads an image that no process writes. Its file system may be in any crash state: the
+    /// journal is replayed on a copy, and fsck must then find no errors. A record that is damaged
+    /// fails the test.
     pub fn read(image: &Path, serial: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let raw = directory.path().join("raw");
@@ -45,8 +46,8 @@ impl Content {
         Self { serial: serial.to_owned(), appended: appended.collect(), slots: slots.collect() }
     }
 
-    /// Asserts that the image has each of these records, which the guest had fsynced. No record occurs twice, and each slot has its
-    /// latest fsynced record or a later one.
+    /// Asserts that the image has each of these records, which the guest had fsynced. No record
+    /// occurs twice, and each slot has its latest fsynced record or a later one.
     pub fn assert_holds(&self, fsynced: impl IntoIterator<Item = u64>) {
         let serial = &self.serial;
         let appended: BTreeSet<u64> = self.appended.iter().copied().collect();

@@ -45,8 +45,8 @@ pub struct Guest<'h> {
 }
 
 impl<'h> Guest<'h> {
-    /// Defines a domain with these disks: target, such as `vda`, and active image. The target is also the serial number, by which the
-    /// guest names the disk.
+    /// Defines a domain with these disks: target, such as `vda`, and active image. The target is
+    /// also the serial number, by which the guest names the disk.
     pub fn define(hypervisor: &'h Hypervisor, name: &str, agent: Agent, disks: &[(&str, &Path)]) -> Self {
         let directory = hypervisor.run_directory(name);
         let guest = Self { hypervisor, name: name.to_owned(), agent, directory, control: None, boots: 0 };

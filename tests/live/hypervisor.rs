@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 /// The exit status of an environment that is not available.
 const SKIPPED: i32 = 75;
 
-/// Tests run one at a time, because a small machine has two processors. Other processes of this checkout wait too.
+/// Tests run one at a time, because a small machine has two processors. Other processes of this
+/// checkout wait too.
 static ONE_AT_A_TIME: Mutex<Option<File>> = Mutex::new(None);
 
 /// A libvirtd that answers.
@@ -18,14 +19,15 @@ static ONE_AT_A_TIME: Mutex<Option<File>> = Mutex::new(None);
 pub struct Hypervisor {
     /// The URI for `virsh -c` and `virConnectOpen`.
     pub uri: String,
-    /// The directory of sockets and of the guests' files. It is short, because a socket's path is limited to 107 bytes.
+    /// The directory of sockets and of the guests' files. It is short, because a socket's path is
+    /// limited to 107 bytes.
     run: PathBuf,
     _turn: MutexGuard<'static, Option<File>>,
 }
 
 impl Hypervisor {
-    /// Starts the environment if it does not run, and removes domains of an earlier run. Returns `None`, with a message, if the
-    /// environment is not available.
+    /// Starts the environment if it does not run, and removes domains of an earlier run. Returns
+    /// `None`, with a message, if the environment is not available.
     pub fn get() -> Option<Self> {
         static FOUND: OnceLock<Result<(String, PathBuf), String>> = OnceLock::new();
         let mut turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
@@ -73,7 +75,8 @@ impl Hypervisor {
         if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
     }
 
-    /// Returns the domain's state, such as `running` or `shut off`; `None` if there is no such domain.
+    /// Returns the domain's state, such as `running` or `shut off`; `None` if there is no such
+    /// domain.
     pub fn state(&self, domain: &str) -> Option<String> {
         self.try_virsh(&["domstate", domain]).ok()
     }

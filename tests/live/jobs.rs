@@ -247,8 +247,8 @@ impl Seam for Stopping {
     }
 }
 
-/// The environment variable with the arguments of the deleting program: URI, domain, catalogue, stop point, and the file that it
-/// creates there.
+/// The environment variable with the arguments of the deleting program: URI, domain, catalogue,
+/// stop point, and the file that it creates there.
 const DELETE: &str = "QCOW2_CHAIN_LIVE_DELETE";
 
 /// The program that [`killed`] starts and kills. Without its variable it does nothing.

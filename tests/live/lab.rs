@@ -41,7 +41,8 @@ impl Lab {
         fs::read_dir(self.path()).unwrap().map(|entry| entry.unwrap().path()).collect()
     }
 
-    /// Asserts that these images, which no VM has open, are clean, and that the directory has no files but these.
+    /// Asserts that these images, which no VM has open, are clean, and that the directory has no
+    /// files but these.
     pub fn assert_clean(&self, images: &BTreeSet<PathBuf>, others: &BTreeSet<PathBuf>) {
         for image in images {
             run("qemu-img", &["check", "-q", text(image)]);

@@ -1,18 +1,20 @@
-//! A real guest under a real libvirt. It confirms the behaviour of the fake hypervisor of the other tests.
+//! A real guest under a real libvirt. It confirms the behaviour of the fake hypervisor of the other
+//! tests.
 //!
 //! ```text
-//! tests/live/environment up        # as root: Debian packages, the guest, libvirtd with directories of its own
+//! tests/live/environment up        # as root: packages, the guest, a private libvirtd
 //! cargo test --all-features --test live -- --test-threads=1
 //! tests/live/environment stop      # ends libvirtd and its guests
 //! virsh -c "$(tests/live/environment uri)" list --all
 //! ```
 //!
-//! The tests start an environment that is installed but not started. Without one, each test prints `live tests SKIPPED`, which
-//! `QCOW2_CHAIN_REQUIRE_LIVE=1` turns into a failure.
+//! The tests start an environment that is installed but not started. Without one, each test prints
+//! `live tests SKIPPED`, which `QCOW2_CHAIN_REQUIRE_LIVE=1` turns into a failure.
 //!
 //! - [`hypervisor`]: `Hypervisor::get()`, its URI, and `virsh`
 //! - [`lab`]: a directory with fresh ext4 disks, and the checks of its files
-//! - [`guest`]: a domain: boot (about 5 s under TCG), agent, hot-added disks, the writer and its fsynced records
+//! - [`guest`]: a domain: boot (about 5 s under TCG), agent, hot-added disks, the writer and its
+//!   fsynced records
 //! - [`content`]: the content of an image: fsck, and every record of the writer
 //! - [`scene`]: a VM with snapshots that writes all the time; its steps, and the checks after each
 //! - `snapshots`: the rows of the acceptance table

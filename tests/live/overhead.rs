@@ -1,5 +1,6 @@
-//! The time of a live deletion compared with virsh, for the same delta of the same guest:
-//! `cargo test --all-features --test live -- --ignored --nocapture overhead`, `QCOW2_CHAIN_LIVE_ROUNDS` times each.
+//! The time of a live deletion compared with virsh, for the same delta of the same guest: `cargo
+//! test --all-features --test live -- --ignored --nocapture overhead`, `QCOW2_CHAIN_LIVE_ROUNDS`
+//! times each.
 
 use std::fs;
 use std::time::{Duration, Instant};

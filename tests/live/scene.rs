@@ -1,4 +1,5 @@
-//! A VM with snapshots that writes all the time: the steps and states of the acceptance table on a real guest.
+//! A VM with snapshots that writes all the time: the steps and states of the acceptance table on a
+//! real guest.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -72,7 +73,8 @@ impl<'h> Scene<'h> {
         scene
     }
 
-    /// Takes a snapshot. It must hold all records that were fsynced before, on all disks up to the same moment.
+    /// Takes a snapshot. It must hold all records that were fsynced before, on all disks up to the
+    /// same moment.
     pub fn create(&mut self, name: &str, quiesce: bool) -> Report {
         let options = SnapshotOptions::default().with_quiesce(quiesce);
         let before = self.fsynced();
@@ -81,7 +83,8 @@ impl<'h> Scene<'h> {
         report
     }
 
-    /// Checks a new snapshot and keeps its content. `before`: the records that were fsynced before it.
+    /// Checks a new snapshot and keeps its content. `before`: the records that were fsynced before
+    /// it.
     fn taken(&mut self, name: &str, before: Records) {
         let mut last = Vec::new();
         for volume in self.volumes() {
@@ -154,7 +157,8 @@ impl<'h> Scene<'h> {
         records
     }
 
-    /// Checks everything: the state of each volume, headers, domain, contents of snapshots, and files. The guest may run.
+    /// Checks everything: the state of each volume, headers, domain, contents of snapshots, and
+    /// files. The guest may run.
     pub fn check(&self, expected: &str) {
         assert_eq!(self.states(), vec![expected; self.files.len()]);
         let model = self.set.model().unwrap();

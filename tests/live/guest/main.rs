@@ -1,13 +1,17 @@
-//! The program in the guest: mounts the data disks, writes records to them in turn, and executes commands of the host.
+//! The program in the guest: mounts the data disks, writes records to them in turn, and executes
+//! commands of the host.
 //!
-//! `live-guest CONTROL RECORDS`: two virtio serial ports. Each line from the host on CONTROL is answered with one line, `ok ...` or
-//! `error ...`. RECORDS goes to a file on the host: the lines `!` and `ready`, then `SERIAL NUMBER` for each fsynced record.
+//! `live-guest CONTROL RECORDS`: two virtio serial ports. Each line from the host on CONTROL is
+//! answered with one line, `ok ...` or `error ...`. RECORDS goes to a file on the host: the lines
+//! `!` and `ready`, then `SERIAL NUMBER` for each fsynced record.
 //!
-//! - `mount`: mounts the disks that are not mounted yet, each under `/data/SERIAL`; answers with all serials
+//! - `mount`: mounts the disks that are not mounted yet, each under `/data/SERIAL`; answers with
+//!   all serials
 //! - `start NUMBER`: writes records from this number on, over all mounted disks in turn
 //! - `stop`: answers with the number of the next record
 //! - `verify`: reads every record back; answers with `SERIAL=COUNT` for each disk
-//! - `fill SERIAL MIB`: replaces the file `fill` by one of that number of MiB of random data, fsynced
+//! - `fill SERIAL MIB`: replaces the file `fill` by one of that number of MiB of random data,
+//!   fsynced
 //! - `size SERIAL`: answers with the disk's size in bytes, as the guest sees it
 //! - `agent STOP` or `agent CONT`: sends this signal to the guest agent
 //! - `poweroff`: unmounts the disks and powers off
@@ -54,7 +58,8 @@ fn main() {
     if let Err(error) = guest.mount() {
         println!("mount: {error}");
     }
-    // A power cut may have left an incomplete line: it must not become a record, or a part of this line.
+    // A power cut may have left an incomplete line: it must not become a record, or a part of this
+    // line.
     write!(guest.records.lock().unwrap(), "!\nready\n").expect("the record port");
     loop {
         let line = read_line(&mut control);
@@ -160,7 +165,8 @@ impl Guest {
     fn fill(&self, serial: &str, mib: u64) -> Answer {
         let at = self.disks.get(serial).ok_or("no such disk")?;
         let mut file = File::create(at.join("fill")).map_err(text)?;
-        // All blocks differ, in their first bytes only: computing new records would take most of the time.
+        // All blocks differ, in their first bytes only: computing new records would take most of
+        // the time.
         let mut block: Vec<u8> = (0..256).flat_map(|number| record::record(serial, number)).collect();
         for number in 0..mib {
             block[..8].copy_from_slice(&number.to_le_bytes());
@@ -193,7 +199,8 @@ fn text(error: std::io::Error) -> String {
     error.to_string()
 }
 
-/// Writes records to the disks in turn until `stop` is set: appends each to `records`, and replaces an older one in `slots`.
+/// Writes records to the disks in turn until `stop` is set: appends each to `records`, and replaces
+/// an older one in `slots`.
 fn write(disks: Vec<(String, PathBuf)>, records: &Mutex<File>, first: u64, stop: &AtomicBool) -> std::io::Result<u64> {
     let mut files = Vec::new();
     for (serial, at) in disks {
