@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::hypervisor::{Commit, Description, Disk, FailureKind, Hypervisor, HypervisorError, NewTop};
 use super::job::Watcher;
 use super::quiesce::quiesced;
+use super::received::check_received;
 use crate::merge::Direction;
 use crate::storage::{Access, LockMode};
 use crate::vm::{
@@ -122,9 +123,12 @@ impl LiveExecutor {
     ) -> Result<Merged> {
         let place = context.place;
         let (top, base) = match found {
-            // Only the base is left: the merge was done before. For the active file, the journal
-            // decides that.
-            (None, base) if !step.active => return merged(place, disk, base, step),
+            // Only the base is left: the merge was done before, if the base has the data. For the
+            // active file, the journal decides that.
+            (None, base) if !step.active && base > 0 => {
+                check_received(place, step, watch)?;
+                return merged(place, disk, base, step);
+            }
             // The top is the active file exactly if the plan says so.
             (Some(top), base) if base == top + 1 && step.active == (top == 0) => (top, base),
             _ => {
@@ -193,9 +197,7 @@ impl Executor for LiveExecutor {
         };
         match (find_open(&step.top)?, find_open(&step.base)?) {
             (None, None) => OfflineExecutor.merge(step, context, watch),
-            _ if step.direction == Direction::Pull => {
-                Err(Refusal::Running { operation: "complete a merge upwards" }.into())
-            }
+            _ if step.direction == Direction::Pull => Err(Refusal::Running { operation: "complete a pull" }.into()),
             (Some((disk, _)), Some((other, _))) if disk.name != other.name => {
                 let found = format!("disk {} has it open, and disk {} has its base", disk.name, other.name);
                 Err(disagreement(place, &step.top, &found))
@@ -238,7 +240,7 @@ impl Executor for LiveExecutor {
 }
 
 /// Creates the error for a file whose use by the hypervisor differs from the plan.
-fn disagreement(place: &VolumeFiles, file: &FileRef, found: &str) -> Error {
+pub(super) fn disagreement(place: &VolumeFiles, file: &FileRef, found: &str) -> Error {
     let what = format!("{}: the hypervisor and the catalogue disagree: {found}", place.path(&file.path).display());
     Error::Hypervisor { what, source: None }
 }

@@ -18,6 +18,7 @@ pub mod fake;
 mod hypervisor;
 mod job;
 mod quiesce;
+mod received;
 
 pub use executor::{LiveExecutor, OnTimeout};
 pub use hypervisor::{

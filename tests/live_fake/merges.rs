@@ -10,7 +10,7 @@ use qcow2_chain::live::{FailureKind, Hypervisor};
 use qcow2_chain::merge::Direction;
 use qcow2_chain::storage::crash::{Recorder, RecorderOptions, Tree};
 use qcow2_chain::storage::{Access, HostFileSystem, LockMode, MemoryFileSystem};
-use qcow2_chain::vm::{Error, MergeOptions, OfflineExecutor, Progress, Recovery, Refusal, VolumeStep};
+use qcow2_chain::vm::{Error, MergeOptions, OfflineExecutor, Progress, Recovery, Refusal, State, VolumeStep};
 
 use super::jobs::failing;
 use super::rig::{Rig, incomplete, kind, name};
@@ -224,6 +224,32 @@ fn merge_is_refused_if_the_vm_writes_another_file() {
     assert!(rig.try_delete("s1").is_err());
     assert!(!rig.fake.has_job("vda"));
     assert!(rig.lab.names.exists(&frozen).unwrap());
+}
+
+/// The VM was started on a file that the catalogue does not have, above the base of the merge. That
+/// the top is not in use does not prove that it was merged.
+#[test]
+fn unused_top_is_not_a_completed_merge() {
+    let mut rig = Rig::new();
+    ["s1", "s2", "s3"].iter().for_each(|name| rig.create(name));
+    rig.fake.stop();
+    let (top, other) = (rig.overlay_of("vda", "s1"), rig.path("other.qcow2"));
+    let options = CreateOptions::new(rig.lab.now["vda"].len() as u64).with_backing("vda.img", "qcow2");
+    Image::create(rig.lab.names.create_new(&other).unwrap(), &options).unwrap().close().unwrap();
+    rig.define();
+    rig.fake.define("vda", &other).unwrap();
+    rig.fake.start().unwrap();
+    let error = rig.try_delete("s1").unwrap_err();
+    assert!(rig.lab.names.exists(&top).unwrap(), "{error:?}");
+    rig.fake.stop();
+    rig.lab.names.unlink(&other).unwrap();
+    rig.define();
+    if rig.lab.model().find("s1").is_some_and(|known| known.state == State::Merging) {
+        rig.set().recover(&()).unwrap();
+        rig.settled_without("s1");
+    } else {
+        rig.settled();
+    }
 }
 
 /// A second disk of the VM has the top or the base open. Merging would change it, or remove its
