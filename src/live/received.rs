@@ -1,4 +1,4 @@
-//! Proof that a base has received a top, of which the hypervisor no longer knows.
+//! Proof that a base has received a top that is not open in the hypervisor.
 
 use super::executor::disagreement;
 use crate::chain::{Chain, Layer};

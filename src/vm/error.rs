@@ -87,9 +87,13 @@ pub enum Error {
     },
     /// The merge of a running VM took longer than allowed. The operation can be resumed.
     #[error(
-        "disk {disk}: timed out after {} s; {}",
+        "disk {disk}: the merge timed out after {} s; {}",
         after.as_secs(),
-        if *running { "its job goes on in the hypervisor" } else { "its job was aborted" }
+        if *running {
+            "its block job continues, and the same deletion takes it over"
+        } else {
+            "its block job was aborted, and the VM keeps its files"
+        }
     )]
     TimedOut {
         /// The hypervisor's name of the disk.

@@ -1,12 +1,15 @@
 //! The program's `vm` verbs on a running guest.
 
 use std::io::Read as _;
+use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use qcow2_chain::vm::{AdoptOptions, SnapshotSet, VolumeSpec};
 
 use crate::guest::Agent;
 use crate::hypervisor::{Hypervisor, wait_for};
-use crate::lab::DISK_MIB;
+use crate::lab::{DISK_MIB, Lab};
 use crate::scene::Scene;
 use crate::snapshots::listening;
 
@@ -127,4 +130,24 @@ fn relative_catalogue_path_is_merged_live() {
     scene.guest.start_writer();
     scene.check("f0");
     scene.end();
+}
+
+/// A connection attempt cannot be cancelled; the signal has its default action until the work begins.
+#[test]
+fn sigint_ends_a_connection_attempt_to_a_hung_daemon() {
+    let Some(hypervisor) = Hypervisor::get() else { return };
+    let lab = Lab::new();
+    let volumes = [VolumeSpec::new("vda", lab.disk("vda.qcow2"))];
+    SnapshotSet::adopt(lab.path().join("vm.json"), &volumes, &AdoptOptions::default()).unwrap();
+    let paused = hypervisor.pause();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_qcow2-chain"));
+    command.args(["vm", "delete", "vm.json", "s1", "--connect", hypervisor.uri.as_str(), "--domain", "nowhere"]);
+    let mut child = command.current_dir(lab.path()).spawn().unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(child.try_wait().unwrap().is_none(), "it waits for the daemon");
+    send(&child, "INT");
+    let start = Instant::now();
+    assert_eq!(child.wait().unwrap().signal(), Some(2));
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    drop(paused);
 }

@@ -156,8 +156,8 @@ fn adopted_job_gets_the_present_rate_limit() {
     rig.settled_without("s1");
 }
 
-/// The owner of a job may switch the VM at any time. A process that takes the job over and dies must
-/// leave a record of it.
+/// The owner of a job may switch the VM at any time. A process that takes the job over and dies
+/// must leave a record of it.
 #[test]
 fn adopted_job_is_journalled() {
     let mut rig = Rig::new();

@@ -16,7 +16,7 @@ use crate::{
 /// The verbs, options, exit codes and output of qemu-img, so that a script can swap the program's
 /// name. Two things are stricter: the format of a file is never guessed (without -f it must be
 /// qcow2; say -f raw for a raw image), and the backing file that an image names is followed only
-/// beneath that image's directory, unless --allow DIR or --allow-any says otherwise.
+/// below that image's directory, unless --allow DIR or --allow-any says otherwise.
 #[derive(Parser, Debug)]
 #[command(name = "qcow2-chain", version, infer_long_args = true, disable_help_subcommand = true)]
 struct Cli {

@@ -153,9 +153,9 @@ impl FakeDisk {
             return Err(failed("the top is not above the base, or is not the active file"));
         }
         let total = self.open_from(files, top, 0)?.virtual_size();
-        let beneath = self.open_from(files, base, 1)?;
-        if beneath.virtual_size() < total {
-            set_size(&beneath, total)?;
+        let below = self.open_from(files, base, 1)?;
+        if below.virtual_size() < total {
+            set_size(&below, total)?;
         }
         let kind = if commit.active { JobKind::ActiveCommit } else { JobKind::Commit };
         let (parts, ready, stalls, rate_limit) = (0, false, 0, commit.rate_limit);
@@ -305,8 +305,8 @@ fn layer(files: &VolumeFiles, file: &DiskFile, write: bool) -> Result<Layer, cra
 fn set_size(chain: &Chain, size: u64) -> Result<()> {
     let done = match &chain.top().node {
         Node::Qcow2(image) => {
-            let beneath = chain.below(0);
-            image.resize_over(size, &ResizeOptions::default().with_shrink(true), &beneath, beneath.virtual_size())
+            let below = chain.below(0);
+            image.resize_over(size, &ResizeOptions::default().with_shrink(true), &below, below.virtual_size())
         }
         Node::Raw(raw) => raw.resize(size),
     };
