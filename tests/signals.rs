@@ -50,7 +50,8 @@ fn send(child: &Child, signal: Signal) {
     kill(nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap()), signal).unwrap();
 }
 
-/// The lines of the status of each thread of a process that begin with `SigBlk:`, as masks, by the thread's name.
+/// The lines of the status of each thread of a process that begin with `SigBlk:`, as masks, by the
+/// thread's name.
 fn blocked_signals(child: &Child) -> Vec<(String, u64)> {
     let threads = std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
     let masks = threads.filter_map(|thread| {
@@ -120,6 +121,10 @@ fn all_threads_of_a_merge_block_signals() {
     let mut child = start(directory.path(), &SLOWLY, Stdio::piped());
     wait_for_work(&child);
     for (thread, mask) in blocked_signals(&child) {
+        // The kernel shows a thread that waits for signals without those that it waits for.
+        if thread == "signals" {
+            continue;
+        }
         assert_eq!(mask & HANDLED, HANDLED, "thread {thread} would run a signal's default action");
     }
     send(&child, Signal::SIGINT);
@@ -162,7 +167,8 @@ fn ignored_sigint_leaves_sigterm() {
     assert_cancelled(&child.wait_with_output().unwrap());
 }
 
-/// A verb that cannot be stopped, and one that has not begun its work, end by the signal's default action.
+/// A verb that cannot be stopped, and one that has not begun its work, end by the signal's default
+/// action.
 #[test]
 fn sigint_ends_a_program_that_does_not_listen() {
     let directory = directory();

@@ -103,7 +103,7 @@ fn check_shape(spec: &VolumeSpec) -> Result<()> {
             format!("extended L2 entries with clusters of {} bytes are not possible", 1_u64 << shape.cluster_bits)
         }
     };
-    let remedy = "use 512 bytes to 2 MiB, and at least 16 KiB with extended L2 entries".to_owned();
+    let remedy = "use a cluster_size from 512 bytes to 2 MiB, and at least 16 KiB with extended_l2".to_owned();
     Err(Refusal::Obstacle { path: format!("volume {}", spec.name), problem, remedy }.into())
 }
 

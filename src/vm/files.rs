@@ -292,8 +292,10 @@ impl VolumeFiles {
     /// Returns true if another program has an overlay open, or if it holds data: a VM has been writing it.
     ///
     /// # Errors
-    /// Any error while the overlay is read. An overlay that cannot be read proves nothing.
-    pub(in crate::vm) fn is_written(&self, file: &FileRef) -> Result<bool> {
+    /// Any error while the overlay is read. An overlay that cannot be read, or that changed without holding data, proves
+    /// nothing.
+    pub(in crate::vm) fn is_written(&self, overlay: &NewOverlay) -> Result<bool> {
+        let file = &overlay.file;
         let access = Access::read().with_lock(LockMode::Write);
         match self.storage(&file.path, &access) {
             Err(super::Error::Refused(Refusal::InUse { .. })) => return Ok(true),
@@ -308,7 +310,15 @@ impl VolumeFiles {
                 return Ok(true);
             }
         }
-        Ok(false)
+        if overlay.provided || self.is_partial_overlay(overlay)? {
+            return Ok(false);
+        }
+        Err(Refusal::Obstacle {
+            path: self.shown(&file.path),
+            problem: "it is not as it was created, and holds no data that can be read".to_owned(),
+            remedy: "find out which program wrote it".to_owned(),
+        }
+        .into())
     }
 
     /// Opens files of a volume, the topmost first, as one read-only disk, after a check of its bases.

@@ -95,7 +95,7 @@ impl Checks<'_> {
     fn plan(&mut self) -> Result<Plan> {
         let mut options = PlanOptions::default().with_running(self.domain.running).with_token(random_token());
         self.choose_overlays(&mut options)?;
-        let first = plan(&self.model, self.request, &options)?;
+        let first = self.planned(&options)?;
         self.check_heads(&first)?;
         self.inspect_files(&first)?;
         self.find_dependents(&first)?;
@@ -104,12 +104,17 @@ impl Checks<'_> {
         for (volume, preference) in self.preferences(&estimates) {
             options = options.with_direction(volume, preference);
         }
-        let mut plan = plan(&self.model, self.request, &options)?;
+        let mut plan = self.planned(&options)?;
         plan.costs = estimates.iter().filter_map(|(volume, estimate)| estimate.cost(&plan, volume)).collect();
         self.refuse_open_in_vm(&plan)?;
         self.check_losses(&mut plan)?;
         self.check_merges(&plan, &estimates)?;
         Ok(plan)
+    }
+
+    fn planned(&self, options: &PlanOptions) -> Result<Plan> {
+        let planned = plan(&self.model, self.request, options);
+        planned.map_err(|refusal| refusal.with_path(|path| self.files.shown(path)).into())
     }
 
     /// Compares the bases with their fingerprints, and the first header of each concerned chain with the records. The other

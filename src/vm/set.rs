@@ -26,7 +26,7 @@ use super::provider::OverlayProvider;
 use super::query::listing::Listing;
 use super::{Refusal, Result};
 use crate::chain::Chain;
-use crate::storage::{Attributes, FileSystem, HostFileSystem};
+use crate::storage::{Attributes, EntryKind, FileSystem, HostFileSystem};
 
 /// The snapshots of a VM over all of its volumes.
 ///
@@ -89,8 +89,12 @@ impl SnapshotSet {
     /// # Errors
     /// See [`SnapshotSet::load`].
     pub fn load_in(file_system: Arc<dyn FileSystem>, catalogue: impl Into<PathBuf>) -> Result<Self> {
+        let catalogue = catalogue.into();
         // Beside a link to the catalogue, journal and lock would be others than beside the catalogue.
-        let catalogue = file_system.resolve(&catalogue.into())?.path;
+        let catalogue = match file_system.entry(&catalogue)? {
+            EntryKind::Link => file_system.resolve(&catalogue)?.path,
+            _ => catalogue,
+        };
         let store = Arc::new(Catalogue::new(Arc::clone(&file_system), &catalogue));
         store.load()?;
         Ok(Self::with_store(file_system, catalogue, store))

@@ -25,6 +25,19 @@ pub(crate) fn emit(text: &str) -> Result<(), Failure> {
     }
 }
 
+/// Writes text about an operation that is complete. A reader that has gone away does not turn it into a failure.
+pub(crate) fn emit_after(text: &str) -> Result<(), Failure> {
+    let mut out = stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            let text = text.trim_end();
+            let what = "the operation is complete, but standard output cannot be written";
+            Err(Failure::new(format!("{what}: {error}\n{text}")))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Writes a line, unless the user wants quiet.
 pub(crate) fn say(quiet: bool, line: &str) -> Result<(), Failure> {
     if quiet { Ok(()) } else { emit(&format!("{line}\n")) }

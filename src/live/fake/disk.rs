@@ -174,7 +174,8 @@ impl FakeDisk {
         Ok(())
     }
 
-    /// Advances the job or a delayed switch by one step. A copied part is in the base before the job is done.
+    /// Advances the job or a delayed switch by one step. A copied part is in the base before the
+    /// job is done.
     pub(super) fn advance(&mut self, files: &VolumeFiles) -> Result<()> {
         if let Some((polls, base)) = self.switching {
             self.switching = Some((polls.saturating_sub(1), base));
@@ -201,8 +202,8 @@ impl FakeDisk {
         self.complete(files)
     }
 
-    /// Completes the copy. A job on the active file becomes ready; otherwise the file above the top gets the base as its backing
-    /// file.
+    /// Completes the copy. A job on the active file becomes ready; otherwise the file above the top
+    /// gets the base as its backing file.
     pub(super) fn complete(&mut self, files: &VolumeFiles) -> Result<()> {
         let Some(job) = self.job.as_mut() else { return Ok(()) };
         job.parts = PARTS;
@@ -230,8 +231,8 @@ impl FakeDisk {
         self.hold(files)
     }
 
-    /// Refaults the path of a file relative to the directory of a file above it, from the names in the headers. As with libvirt,
-    /// there is none if a header has an absolute name.
+    /// Refaults the path of a file relative to the directory of a file above it, from the names in
+    /// the headers. As with libvirt, there is none if a header has an absolute name.
     fn relative_name(&self, files: &VolumeFiles, from: usize, to: usize) -> Result<Option<PathBuf>> {
         let mut name = PathBuf::new();
         for file in &self.files[from..to] {

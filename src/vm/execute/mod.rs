@@ -27,7 +27,7 @@ use crate::vm::files::{VolumeFiles, free_leaks};
 use crate::vm::model::edit::Edit;
 use crate::vm::model::store::Store;
 use crate::vm::model::{LastOperation, Model};
-use crate::vm::plan::{Leaving, MergeStep, Plan, Purpose, Stage, Step, VolumeWork};
+use crate::vm::plan::{Leaving, MergeStep, Plan, Purpose, SizeChange, Stage, Step, VolumeWork};
 use crate::vm::trace::event;
 use crate::vm::{Error, Result};
 
@@ -229,12 +229,24 @@ impl<'a> Run<'a> {
                     return Err(Error::Cancelled);
                 }
                 if let Some(merged) = self.step(stage, work, number, step)? {
+                    self.report_size(&work.volume, &edits, merged.virtual_size);
                     set_size(&mut edits, merged.virtual_size);
                 }
             }
             self.record(&edits)?;
         }
         self.leave(&work.leaving)
+    }
+
+    /// Reports the size of an active file that differs from the planned one: a device keeps its length.
+    fn report_size(&self, volume: &str, edits: &[Edit], new: u64) {
+        let planned = edits.iter().find_map(|edit| match edit {
+            Edit::SetActive { record, .. } => Some(record.virtual_size),
+            _ => None,
+        });
+        if let Some(old) = planned.filter(|old| *old != new) {
+            lock(&self.report).resized.push(SizeChange { volume: volume.to_owned(), old, new });
+        }
     }
 
     fn step(&self, stage: usize, work: &VolumeWork, number: usize, step: &Step) -> Result<Option<Merged>> {
@@ -366,7 +378,7 @@ impl<'a> Run<'a> {
     fn finish(self) -> Result<Report> {
         let model = self.model.into_inner().unwrap_or_else(PoisonError::into_inner);
         let mut report = self.report.into_inner().unwrap_or_else(PoisonError::into_inner);
-        report.resized.clone_from(&self.plan.size_changes);
+        report.resized.extend(self.plan.size_changes.iter().cloned());
         if let Purpose::Resize { volume, .. } = &self.plan.purpose
             && let Some(volume) = model.volume(volume)
         {

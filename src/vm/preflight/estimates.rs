@@ -134,7 +134,9 @@ impl Checks<'_> {
     }
 
     fn check_survivor(&self, step: &MergeStep) -> Result<()> {
-        self.check_writable_image(step.survivor())?;
+        let other = if step.direction == Direction::Pull { &step.base } else { &step.top };
+        self.check_image(step.survivor(), true)?;
+        self.check_image(other, false)?;
         if step.direction == Direction::Pull {
             return Ok(());
         }
@@ -161,14 +163,14 @@ impl Checks<'_> {
         Ok(())
     }
 
-    /// Refuses to write an image that is marked corrupt or was not closed.
-    fn check_writable_image(&self, file: &FileRef) -> Result<()> {
+    /// Refuses to read or write an image that is marked corrupt, and to write one that was not closed.
+    fn check_image(&self, file: &FileRef, write: bool) -> Result<()> {
         let layer = self.files.look_layer(file)?;
         let Some(image) = layer.node.as_qcow2() else { return Ok(()) };
         let features = image.header().header.incompatible_features;
         let problem = if features.has(IncompatibleFeatures::CORRUPT) {
             "it is marked corrupt"
-        } else if features.has(IncompatibleFeatures::DIRTY) {
+        } else if write && features.has(IncompatibleFeatures::DIRTY) {
             "it was not closed, and its refcounts are not up to date"
         } else {
             return Ok(());
@@ -196,7 +198,7 @@ impl Checks<'_> {
             match (facts.unwritable, facts.in_use) {
                 (Some(reason), _) => return Err(Refusal::Unwritable { path, reason }.into()),
                 (None, Some(held)) => return Err(Refusal::InUse { path, held }.into()),
-                (None, None) => self.check_writable_image(file)?,
+                (None, None) => self.check_image(file, true)?,
             }
         }
         Ok(())

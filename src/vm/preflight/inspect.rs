@@ -85,8 +85,8 @@ impl Checks<'_> {
                     let active = &mut self.model.volumes[index].active;
                     (active.virtual_size, active.bytes_on_disk) = (size, bytes);
                 }
-                Err(error) if self.may_be_lost(&error) => {
-                    self.lost.push(volume.active.file.path.clone());
+                Err(error) if matches!(self.request, Request::Revert { .. }) => {
+                    self.pass_over(&volume.active.file.path, error)?;
                 }
                 Err(error) => return Err(error),
             }
@@ -106,11 +106,19 @@ impl Checks<'_> {
         Ok((found.virtual_size, found.bytes_on_disk))
     }
 
-    /// Returns true if an error about a file that the operation discards may be passed over, as the caller said.
-    fn may_be_lost(&self, error: &Error) -> bool {
-        let discards = matches!(self.request, Request::Revert { .. } | Request::Delete { .. });
-        let held = matches!(error, Error::Refused(Refusal::InUse { .. }));
-        self.options.discard_lost && discards && !held
+    /// Notes a file as lost that the operation discards and that cannot be read, if the caller confirmed that.
+    fn pass_over(&mut self, path: &str, error: Error) -> Result<()> {
+        match error {
+            Error::Refused(_) => Err(error),
+            _ if self.options.discard_lost => {
+                self.lost.push(path.to_owned());
+                Ok(())
+            }
+            error => {
+                let problem = crate::vm::error::with_causes(&error);
+                Err(Refusal::Lost { path: self.files.shown(path), problem }.into())
+            }
+        }
     }
 
     /// Locks all files that the plan writes, relinks or removes, and gathers the facts that decide on their fate.
@@ -121,8 +129,8 @@ impl Checks<'_> {
         for (path, provided) in concerned {
             let facts = match self.inspect_file(&path, provided) {
                 Ok(facts) => facts,
-                Err(error) if self.may_be_lost(&error) && self.is_discarded(plan, &path) => {
-                    self.lost.push(path.clone());
+                Err(error) if self.is_discarded(plan, &path) => {
+                    self.pass_over(&path, error)?;
                     FileFacts::default()
                 }
                 Err(error) => return Err(error),
