@@ -353,7 +353,10 @@ impl SnapshotSet {
                 let why = "the set has a volume, or snapshots of a detached one, by this name";
                 return Err(Refusal::VolumeName { name: spec.name.clone(), why }.into());
             }
-            let volume = adopt::volume(&self.files, spec, model, options)?;
+            // Paths beneath the catalogue's directory are recorded by relative ones, whatever the directory is called here.
+            let directory = self.files.file_system().resolve(directory_of(&self.catalogue))?.path;
+            let files = VolumeFiles::new(Arc::clone(self.files.file_system()), directory);
+            let volume = adopt::volume(&files, spec, model, options)?;
             model.volumes.push(volume);
             Ok(())
         })

@@ -321,7 +321,12 @@ impl SnapshotSet {
                 }
             };
             for path in paths {
-                if is_overlay_name(model, &path) && !recorded.contains(&path) && self.is_of_set(model, &path) {
+                let is_recorded = || recorded.iter().any(|known| self.files.leads_to(known, &path));
+                if is_overlay_name(model, &path)
+                    && !recorded.contains(&path)
+                    && !is_recorded()
+                    && self.is_of_set(model, &path)
+                {
                     found.add(ProblemKind::Orphan, Some(path), "no record names this file");
                 }
             }
