@@ -17,6 +17,8 @@ mod create;
 mod deep;
 mod dependents;
 mod devices;
+#[cfg(all(feature = "cli", target_os = "linux"))]
+mod environment;
 mod faults;
 mod filesystems;
 mod foreign;

@@ -145,7 +145,7 @@ fn every_contradiction_is_told() {
     let first = sound.volumes[0].active.clone();
     let twice = told(&|m| snapshot(m, s2, &|s| *s.files.get_mut("vda").unwrap() = first.clone()));
     assert_eq!(twice, format!("{} is recorded twice", first.file));
-    let base = Base { file: first.file.clone(), fingerprint: Fingerprint { len: 0, header: 0, l1: 0, stamp: None } };
+    let base = Base::new(first.file.clone(), Fingerprint::new(0, 0, 0));
     assert_eq!(told(&|m| m.volumes[1].bases.push(base.clone())), format!("{} is a base and is not", first.file));
     assert_eq!(told(&|m| m.next_snapshot = s3.0), "snapshot s3 has a number that was not given yet");
     assert_eq!(told(&|m| snapshot(m, s3, &|s| s.name = String::new())), "a snapshot's name has 0 bytes");

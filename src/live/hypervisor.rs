@@ -95,6 +95,16 @@ pub enum JobKind {
     Other,
 }
 
+impl fmt::Display for JobKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Commit => "commit",
+            Self::ActiveCommit => "active commit",
+            Self::Other => "other",
+        })
+    }
+}
+
 /// The state of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Job {

@@ -96,6 +96,7 @@ impl Checks<'_> {
         let mut options = PlanOptions::default().with_running(self.domain.running).with_token(random_token());
         self.choose_overlays(&mut options)?;
         let first = self.planned(&options)?;
+        self.refuse_jobs(&first)?;
         self.check_heads(&first)?;
         self.inspect_files(&first)?;
         self.find_dependents(&first)?;

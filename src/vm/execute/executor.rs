@@ -22,6 +22,8 @@ pub struct Domain {
     /// The files of each disk, the active one first, by the hypervisor's name of the disk. For a stopped VM perhaps only
     /// the file that it would be started on.
     pub disks: BTreeMap<String, Vec<PathBuf>>,
+    /// The block jobs that run at present, by the hypervisor's name of the disk.
+    pub jobs: BTreeMap<String, String>,
     /// If set, the caller states on which files the VM runs, and the content of files does not overrule it.
     pub(in crate::vm) stated: bool,
 }
@@ -37,7 +39,7 @@ impl Domain {
     #[must_use]
     pub fn stated(files: impl IntoIterator<Item = PathBuf>) -> Self {
         let disks = files.into_iter().enumerate().map(|(number, file)| (format!("disk {number}"), vec![file]));
-        Self { running: false, disks: disks.collect(), stated: true }
+        Self { disks: disks.collect(), stated: true, ..Self::default() }
     }
 
     /// Returns the name of the disk that writes a recorded file.

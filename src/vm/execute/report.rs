@@ -12,6 +12,7 @@ use crate::vm::plan::{Purpose, SizeChange};
 /// A change of a volume's active file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct PathChange {
     /// The volume.
     pub volume: String,
@@ -24,6 +25,7 @@ pub struct PathChange {
 /// A file that left the set and was not removed. Its fate is the caller's decision.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct Released {
     /// The file.
     pub path: PathBuf,
@@ -34,6 +36,7 @@ pub struct Released {
 /// The merge of one volume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct MergedVolume {
     /// The direction.
     pub direction: Direction,

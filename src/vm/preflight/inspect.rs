@@ -70,6 +70,24 @@ impl Checks<'_> {
         }
     }
 
+    /// Refuses a new merge or snapshot on a disk that has a block job: the hypervisor runs one at a time.
+    pub(super) fn refuse_jobs(&self, plan: &Plan) -> Result<()> {
+        let merged = plan.merges().flat_map(|(_, step)| [&step.top.path, &step.base.path]);
+        let frozen = plan.created().map(|overlay| &overlay.backing.path);
+        for path in merged.chain(frozen) {
+            let Some((disk, _)) = self.domain.disk_with(&self.files, path) else { continue };
+            if let Some(job) = self.domain.jobs.get(disk) {
+                return Err(Refusal::Obstacle {
+                    path: self.files.shown(path),
+                    problem: format!("a block job ({job}) runs on disk {disk} of the VM"),
+                    remedy: "wait until it has ended, or abort it".to_owned(),
+                }
+                .into());
+            }
+        }
+        Ok(())
+    }
+
     /// Reads the sizes of the active files, and locks those that the operation freezes or discards.
     pub(super) fn inspect_active_files(&mut self) -> Result<()> {
         let concerned = match self.request {

@@ -32,8 +32,8 @@ impl OutputArgs {
         for change in &report.resized {
             let _ = write!(text, "\n  {}: {} bytes, was {}", change.volume, change.new, change.old);
         }
-        for change in &report.moved {
-            let _ = write!(text, "\n  {}: the active file is {}", change.volume, change.new.display());
+        for (volume, path) in &report.paths {
+            let _ = write!(text, "\n  {volume}: the active file is {}", path.display());
         }
         for path in &report.removed {
             let _ = write!(text, "\n  removed {}", path.display());
