@@ -305,8 +305,10 @@ impl SnapshotSet {
     /// Finds files beside the recorded ones that are named like overlays of this VM and depend on its files. An overlay of
     /// another VM with the same name depends on other files.
     fn find_orphans(&self, model: &Model, found: &mut Verification) {
-        let recorded: BTreeSet<PathBuf> =
+        let mut recorded: BTreeSet<PathBuf> =
             model.records().map(|(_, _, record)| self.files.path(&record.file.path)).collect();
+        // The released file of a detached volume is the caller's.
+        recorded.extend(model.detached.iter().map(|volume| self.files.path(&volume.active.file.path)));
         let mut directories: BTreeSet<PathBuf> = recorded.iter().map(|path| directory_of(path).to_owned()).collect();
         let named = model.all_volumes().filter_map(|volume| volume.overlay_dir.as_ref());
         directories.extend(named.map(|directory| self.files.path(directory)));

@@ -1,4 +1,4 @@
-//! `vm path`: where a volume's file is.
+//! `vm path`: prints the path of a volume's file.
 
 use std::path::PathBuf;
 
@@ -8,14 +8,14 @@ use super::outcome::explain;
 use crate::failure::Outcome;
 use crate::output::emit;
 
-/// Print the path of the file that the VM writes for a volume, or of a snapshot's file
+/// Print the path of a volume's active file, or of a snapshot's file
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     /// The VM's catalogue
     catalogue: PathBuf,
     /// The volume
     volume: String,
-    /// The file of this snapshot
+    /// Print the path of this snapshot's file
     #[arg(long, value_name = "NAME")]
     snapshot: Option<String>,
 }
