@@ -24,6 +24,7 @@ use super::plan::planner::plan;
 use super::plan::request::{FileFacts, PlanOptions, Request};
 use super::plan::{Plan, Purpose};
 use super::set::{SnapshotSet, find_ready};
+use crate::merge::Direction;
 
 /// An operation that was checked: no obstacle exists, and its files are locked.
 #[derive(Debug)]
@@ -107,6 +108,16 @@ impl Checks<'_> {
         }
         let mut plan = self.planned(&options)?;
         plan.costs = estimates.iter().filter_map(|(volume, estimate)| estimate.cost(&plan, volume)).collect();
+        for (volume, cost) in &mut plan.costs {
+            // The estimates do not know which files may be written.
+            let other = match cost.direction {
+                Direction::Commit => Direction::Pull,
+                Direction::Pull => Direction::Commit,
+            };
+            if self.planned(&options.clone().with_direction(volume, other)).is_err() {
+                cost.other_direction_data = None;
+            }
+        }
         self.refuse_open_in_vm(&plan)?;
         self.check_losses(&mut plan)?;
         self.check_merges(&plan, &estimates)?;
