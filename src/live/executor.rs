@@ -170,13 +170,14 @@ impl Executor for LiveExecutor {
         let description = self.describe()?;
         let mut domain = Domain::new(description.running);
         for disk in description.disks {
-            if description.running {
-                let job = self.hypervisor.job(&disk.name).map_err(|error| failed("reading the block jobs", error))?;
-                domain.jobs.extend(job.map(|job| (disk.name.clone(), job.kind.to_string())));
-            }
             domain.disks.insert(disk.name, disk.files.into_iter().map(|file| file.path).collect());
         }
         Ok(Some(domain))
+    }
+
+    fn job_on(&self, disk: &str) -> Result<Option<String>> {
+        let job = self.hypervisor.job(disk).map_err(|error| failed("reading the block jobs", error))?;
+        Ok(job.map(|job| job.kind.to_string()))
     }
 
     fn create(

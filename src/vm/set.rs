@@ -424,9 +424,6 @@ impl SnapshotSet {
     }
 
     fn operate_locked(&self, request: &Request, options: &MergeOptions, progress: &dyn Progress) -> Result<Report> {
-        if progress.is_cancelled() {
-            return Err(super::Error::Cancelled);
-        }
         let preflight = Preflight::new(self, request, options)?;
         let operation = Operation {
             files: &preflight.files,

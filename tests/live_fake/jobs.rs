@@ -4,7 +4,7 @@
 use qcow2_chain::live::fake::{Call, Fault};
 use qcow2_chain::live::{Commit, FailureKind, Hypervisor, OnTimeout};
 use qcow2_chain::storage::Access;
-use qcow2_chain::vm::{Error, MergeOptions, State};
+use qcow2_chain::vm::{Error, MergeOptions, Refusal, State};
 
 use super::rig::{Rig, incomplete, kind, name};
 
@@ -190,9 +190,10 @@ fn foreign_job_on_the_disk_is_left_alone() {
     // The job copies nothing yet, since that would change the snapshot.
     rig.fake.inject(Fault::JobStalls(1000));
     rig.fake.commit(&other).unwrap();
-    let error = failing(&rig, "s1");
-    assert!(error.to_string().contains("another job is running"), "{error}");
-    assert!(rig.fake.has_job("vda"));
+    let error = rig.try_delete("s1").unwrap_err();
+    assert!(matches!(error.refusal(), Some(Refusal::Obstacle { .. })), "{error:?}");
+    assert!(error.to_string().contains("block job (active commit)"), "{error}");
+    assert!(rig.lab.model().merging().is_none() && rig.fake.has_job("vda"));
     rig.fake.abort("vda").unwrap();
     rig.try_delete("s1").unwrap();
     rig.settled_without("s1");

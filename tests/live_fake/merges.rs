@@ -294,7 +294,10 @@ fn x6_destroyed_vm_is_noticed_and_merged_offline() {
         let error = failing(&rig, "s1");
         assert_eq!(kind(&error), Some(FailureKind::Gone), "{faults:?}: {error:?}");
         assert!(!rig.fake.is_running());
-        assert!(matches!(rig.set_with(std::sync::Arc::new(OfflineExecutor)).recover(&()), Ok(Recovery::Completed(_))));
+        // Without the hypervisor it is not known which file the VM wrote last.
+        let blind = rig.set_with(std::sync::Arc::new(OfflineExecutor)).recover(&());
+        assert!(blind.as_ref().is_err_and(Error::is_uncertain), "{blind:?}");
+        assert!(matches!(rig.set().recover(&()), Ok(Recovery::Completed(_))));
         rig.define();
         rig.settled_without("s1");
         rig.start();
@@ -401,6 +404,11 @@ fn interrupted_offline_merge_is_completed_while_running() {
             if done.is_ok() {
                 rig.settled_without("s1");
                 break;
+            }
+            if rig.set().pending().unwrap().is_none() {
+                // It was cancelled before its first record.
+                assert!(rig.lab.model().find("s1").is_some());
+                continue;
             }
             if let Err(error) = rig.set().recover(&()) {
                 let (error, ..) = incomplete(error);

@@ -84,7 +84,7 @@ fn recovery_without_hypervisor_is_uncertain() {
         rig.fake.destroy();
         let offline = rig.set_with(Arc::new(OfflineExecutor));
         for _ in 0..2 {
-            let (error, ..) = incomplete(offline.recover(&()).unwrap_err());
+            let error = offline.recover(&()).unwrap_err();
             assert!(matches!(error, Error::Uncertain { source: None, .. }), "{error:?}");
         }
         let domain = LiveExecutor::new(rig.fake.clone()).domain("vm").unwrap().expect("a hypervisor");

@@ -22,8 +22,6 @@ pub struct Domain {
     /// The files of each disk, the active one first, by the hypervisor's name of the disk. For a stopped VM perhaps only
     /// the file that it would be started on.
     pub disks: BTreeMap<String, Vec<PathBuf>>,
-    /// The block jobs that run at present, by the hypervisor's name of the disk.
-    pub jobs: BTreeMap<String, String>,
     /// If set, the caller states on which files the VM runs, and the content of files does not overrule it.
     pub(in crate::vm) stated: bool,
 }
@@ -156,6 +154,12 @@ pub trait Executor: sealed::Sealed + Send + Sync + fmt::Debug {
     /// # Errors
     /// The hypervisor cannot be reached.
     fn domain(&self, vm: &str) -> Result<Option<Domain>>;
+
+    /// Returns the kind of the block job that runs on a disk, by the hypervisor's name of the disk; `None` if there is none.
+    ///
+    /// # Errors
+    /// The hypervisor cannot be reached.
+    fn job_on(&self, disk: &str) -> Result<Option<String>>;
 
     /// Creates overlays, durable on return together with their names, and switches the disks of a running VM to them.
     /// With `quiesce`, a running guest flushes and freezes its file systems first.

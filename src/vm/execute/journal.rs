@@ -264,6 +264,13 @@ impl Journal {
         self.records.iter().any(|record| matches!(record, Record::Created { stage: of } if *of == stage))
     }
 
+    /// Returns true if a hypervisor was asked for a merge whose end is not recorded.
+    pub(in crate::vm) fn needs_hypervisor(&self) -> bool {
+        self.records.iter().filter_map(Record::progress).any(|((stage, volume, step), _)| {
+            matches!(self.progressed(stage, volume, step), Progressed::Started | Progressed::Switching)
+        })
+    }
+
     /// Returns true if a hypervisor was asked for a merge.
     pub(in crate::vm) fn used_hypervisor(&self) -> bool {
         self.records.iter().any(|record| match record {

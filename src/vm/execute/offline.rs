@@ -28,6 +28,10 @@ impl Executor for OfflineExecutor {
         Ok(None)
     }
 
+    fn job_on(&self, _disk: &str) -> Result<Option<String>> {
+        Ok(None)
+    }
+
     fn create(
         &self,
         overlays: &[NewOverlay],

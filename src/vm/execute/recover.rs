@@ -117,7 +117,7 @@ impl SnapshotSet {
         let created = journal.has_created(0);
         let recorded = model.last_operation.id == plan.id;
         let switched = !recorded && is_switched(&files, plan, created, domain.as_ref())?;
-        if domain.is_none() && journal.used_hypervisor() {
+        if domain.is_none() && journal.needs_hypervisor() {
             let what = format!("{}: a hypervisor was merging, and none was asked now", plan.purpose);
             return Err(Error::Uncertain { what, source: None });
         }
@@ -246,7 +246,7 @@ impl SnapshotSet {
                 found => switched = found?,
             }
         }
-        if domain.is_none() && journal.used_hypervisor() {
+        if domain.is_none() && journal.needs_hypervisor() {
             uncertain = Some("a hypervisor was merging, and none was asked now".to_owned());
         }
         let undoable = plan.stages.first().is_some_and(|stage| !stage.create.is_empty());

@@ -70,13 +70,11 @@ impl Checks<'_> {
         }
     }
 
-    /// Refuses a new merge or snapshot on a disk that has a block job: the hypervisor runs one at a time.
+    /// Refuses a new merge on a disk that has a block job: the hypervisor runs one at a time.
     pub(super) fn refuse_jobs(&self, plan: &Plan) -> Result<()> {
-        let merged = plan.merges().flat_map(|(_, step)| [&step.top.path, &step.base.path]);
-        let frozen = plan.created().map(|overlay| &overlay.backing.path);
-        for path in merged.chain(frozen) {
+        for path in plan.merges().map(|(_, step)| &step.base.path) {
             let Some((disk, _)) = self.domain.disk_with(&self.files, path) else { continue };
-            if let Some(job) = self.domain.jobs.get(disk) {
+            if let Some(job) = self.set.executor.job_on(disk)? {
                 return Err(Refusal::Obstacle {
                     path: self.files.shown(path),
                     problem: format!("a block job ({job}) runs on disk {disk} of the VM"),
