@@ -143,7 +143,7 @@ impl Listing {
                 name.map_or_else(|| part.as_os_str().to_owned(), |name| (*name).to_owned())
             };
             let path: PathBuf = base.join(word(value)).components().map(exact).collect();
-            std::fs::canonicalize(&path).unwrap_or(path)
+            resolve(path)
         };
         let files = |value: &Value| {
             let files = value.as_object().cloned().unwrap_or_default();
@@ -360,6 +360,18 @@ impl World<'_> {
             let run = qemu.try_img(&[&args[..], &[path.clone().into(), raw.clone().into()]].concat());
             assert_eq!(run.code, 0, "QEMU reads {}: {}{}", path.display(), run.stdout, run.stderr);
         }
+    }
+}
+
+/// Resolves links in a path, also of a file that is missing.
+fn resolve(path: PathBuf) -> PathBuf {
+    if let Ok(resolved) = std::fs::canonicalize(&path) {
+        return resolved;
+    }
+    let parent = path.parent().and_then(|parent| std::fs::canonicalize(parent).ok());
+    match (parent, path.file_name()) {
+        (Some(parent), Some(name)) => parent.join(name),
+        _ => path,
     }
 }
 
