@@ -398,6 +398,9 @@ impl Life<'_> {
         if copies && self.world.recipe.template {
             for volume in self.world.state.now.clone().into_keys() {
                 let base = self.world.root.join("templates").join(format!("{volume}.qcow2"));
+                if !base.exists() {
+                    continue;
+                }
                 let args = self.world.verb("accept-base", &[base.into()], rng);
                 let run = self.world.caller.run(&args);
                 assert!(run.done(), "accept-base: {}", run.stderr);
