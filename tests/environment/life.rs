@@ -137,8 +137,6 @@ impl Life<'_> {
             assert!(expect != Expect::Refused, "{op}: done, and should be refused: {}", run.stdout);
             let after = op.after(&self.world.state);
             self.world.judge_done(before, run, &after, rng);
-            let volumes = before.listing.active.len();
-            self.world.detached |= self.world.state.now.len() < volumes || matches!(op, Op::Detach { .. });
             if matches!(op, Op::Snapshot { .. }) {
                 // The active file is frozen now: its clones keep their base.
                 self.world.neighbours.iter_mut().for_each(|neighbour| neighbour.on_active = false);
@@ -234,9 +232,7 @@ impl Life<'_> {
         self.world.log.push(format!("recover -> {:?} {}{}", run.code, run.stdout, run.stderr));
         self.count("recover", run.done());
         assert!(run.done(), "recovery fails: {}", run.stderr);
-        let volumes = before.listing.active.len();
         self.world.judge_done(before, &run, candidates, rng);
-        self.world.detached |= self.world.state.now.len() < volumes;
     }
 
     /// A dry run changes nothing, and refuses what the operation refuses.
@@ -437,7 +433,7 @@ impl Life<'_> {
         let run = self.world.caller.run(&args);
         self.count("verify", run.done());
         let recipe = &self.world.recipe;
-        let like_ours = recipe.bystanders || recipe.twin || recipe.clones || self.world.detached;
+        let like_ours = recipe.bystanders || recipe.twin || recipe.clones || self.world.leftovers;
         assert!(run.done() || (like_ours && run.code == Some(2)), "verify: {}{}", run.stdout, run.stderr);
     }
 

@@ -210,7 +210,7 @@ impl World<'_> {
         let what = &self.log.last().cloned().unwrap_or_default();
         let listing = self.list(rng);
         let tree = Tree::read(&self.watched);
-        Self::judge_released(before, &listing, run, what);
+        self.judge_released(before, &listing, run, what);
         self.judge_files(before, &listing, &tree, what);
         self.judge_new(before, &listing, &tree, what);
         let mut wrong = Vec::new();
@@ -330,13 +330,16 @@ impl World<'_> {
     }
 
     /// Files that left the set and are still there are reported as released.
-    fn judge_released(before: &Before, listing: &Listing, run: &Run, what: &str) {
+    fn judge_released(&mut self, before: &Before, listing: &Listing, run: &Run, what: &str) {
         let new = listing.files();
+        let left: Vec<PathBuf> =
+            before.listing.files().difference(&new).filter(|path| path.exists()).cloned().collect();
+        self.leftovers |= !left.is_empty();
         if listing.active.len() < before.listing.active.len() {
             // The files of a detached volume are the caller's.
             return;
         }
-        for path in before.listing.files().iter().filter(|path| !new.contains(*path) && path.exists()) {
+        for path in left {
             let reported = run.stdout.contains("released");
             assert!(reported, "{what}: {} is left over and not reported:\n{}", path.display(), run.stdout);
         }
