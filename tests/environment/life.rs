@@ -136,7 +136,7 @@ impl Life<'_> {
         if run.done() {
             assert!(expect != Expect::Refused, "{op}: done, and should be refused: {}", run.stdout);
             let after = op.after(&self.world.state);
-            self.world.judge_done(before, run, &after, rng);
+            self.world.judge_done(before, Some(run), &after, rng);
             if matches!(op, Op::Snapshot { .. }) {
                 // The active file is frozen now: its clones keep their base.
                 self.world.neighbours.iter_mut().for_each(|neighbour| neighbour.on_active = false);
@@ -232,7 +232,8 @@ impl Life<'_> {
         self.world.log.push(format!("recover -> {:?} {}{}", run.code, run.stdout, run.stderr));
         self.count("recover", run.done());
         assert!(run.done(), "recovery fails: {}", run.stderr);
-        self.world.judge_done(before, &run, candidates, rng);
+        // The report of the killed command is lost.
+        self.world.judge_done(before, None, candidates, rng);
     }
 
     /// A dry run changes nothing, and refuses what the operation refuses.
@@ -312,7 +313,7 @@ impl Life<'_> {
             let still_used = self.world.list(rng).files().contains(&path);
             harm.undo(still_used);
             let after = op.after(&self.world.state);
-            self.world.judge_done(&before, &run, &after, rng);
+            self.world.judge_done(&before, Some(&run), &after, rng);
         } else {
             before.tree.assert_unchanged(&Tree::read(&self.world.watched), &op.to_string());
             assert!(expect != Expect::Done, "{op}: refused: {}", run.stderr);
@@ -409,7 +410,7 @@ impl Life<'_> {
         let (before, run, after) = self.world.attach(rng);
         assert!(run.done(), "attach: {}", run.stderr);
         self.count("attach", true);
-        self.world.judge_done(&before, &run, &[after], rng);
+        self.world.judge_done(&before, Some(&run), &[after], rng);
     }
 
     fn stale_journal(&mut self, rng: &mut Rng) {

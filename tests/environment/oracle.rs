@@ -206,7 +206,7 @@ impl World<'_> {
 
     /// Judges an operation that was done, or that was recovered: the VM must read as one of the
     /// `candidates`, which becomes the state of the world. Returns its number.
-    pub fn judge_done(&mut self, before: &Before, run: &Run, candidates: &[State], rng: &mut Rng) -> usize {
+    pub fn judge_done(&mut self, before: &Before, run: Option<&Run>, candidates: &[State], rng: &mut Rng) -> usize {
         let what = &self.log.last().cloned().unwrap_or_default();
         let listing = self.list(rng);
         let tree = Tree::read(&self.watched);
@@ -330,15 +330,14 @@ impl World<'_> {
     }
 
     /// Files that left the set and are still there are reported as released.
-    fn judge_released(&mut self, before: &Before, listing: &Listing, run: &Run, what: &str) {
+    fn judge_released(&mut self, before: &Before, listing: &Listing, run: Option<&Run>, what: &str) {
         let new = listing.files();
         let left: Vec<PathBuf> =
             before.listing.files().difference(&new).filter(|path| path.exists()).cloned().collect();
         self.leftovers |= !left.is_empty();
-        if listing.active.len() < before.listing.active.len() {
-            // The files of a detached volume are the caller's.
-            return;
-        }
+        // The files of a detached volume are the caller's.
+        let detached = listing.active.len() < before.listing.active.len();
+        let Some(run) = run.filter(|_| !detached) else { return };
         for path in left {
             let reported = run.stdout.contains("released");
             assert!(reported, "{what}: {} is left over and not reported:\n{}", path.display(), run.stdout);
