@@ -5,6 +5,10 @@
 //! a model: each snapshot and each volume reads as the model says, no file of anyone else changed,
 //! a refused operation changed nothing, no new image is more readable than its source, and every
 //! image is sound.
+//!
+//! `QCOW2_CHAIN_WORLDS` is the number of worlds (300). With `QCOW2_CHAIN_CASE` one world runs
+//! alone, and its directory stays if it fails. Foreign owners, other users, devices and a second
+//! file system need root; extended attributes need `setfattr`.
 
 mod access;
 mod block;

@@ -156,8 +156,8 @@ impl Op {
         match self {
             Self::Revert { name, more } if lacks_a_volume(state, name) && more.is_empty() => Expect::Refused,
             Self::Delete { .. } | Self::Revert { .. } if !same_volumes || world.has_clones() => Expect::Either,
-            // The image of a detached volume may still depend on files of the set.
-            Self::Delete { .. } | Self::Revert { .. } if world.detached => Expect::Either,
+            // A file that left the set may still depend on files of the set.
+            Self::Delete { .. } | Self::Revert { .. } if world.leftovers => Expect::Either,
             Self::Resize { .. } if world.has_clones() => Expect::Either,
             _ => Expect::Done,
         }

@@ -143,7 +143,7 @@ impl Listing {
                 name.map_or_else(|| part.as_os_str().to_owned(), |name| (*name).to_owned())
             };
             let path: PathBuf = base.join(word(value)).components().map(exact).collect();
-            std::fs::canonicalize(&path).unwrap_or(path)
+            resolve(path)
         };
         let files = |value: &Value| {
             let files = value.as_object().cloned().unwrap_or_default();
@@ -206,11 +206,11 @@ impl World<'_> {
 
     /// Judges an operation that was done, or that was recovered: the VM must read as one of the
     /// `candidates`, which becomes the state of the world. Returns its number.
-    pub fn judge_done(&mut self, before: &Before, run: &Run, candidates: &[State], rng: &mut Rng) -> usize {
+    pub fn judge_done(&mut self, before: &Before, run: Option<&Run>, candidates: &[State], rng: &mut Rng) -> usize {
         let what = &self.log.last().cloned().unwrap_or_default();
         let listing = self.list(rng);
         let tree = Tree::read(&self.watched);
-        Self::judge_released(before, &listing, run, what);
+        self.judge_released(before, &listing, run, what);
         self.judge_files(before, &listing, &tree, what);
         self.judge_new(before, &listing, &tree, what);
         let mut wrong = Vec::new();
@@ -330,13 +330,15 @@ impl World<'_> {
     }
 
     /// Files that left the set and are still there are reported as released.
-    fn judge_released(before: &Before, listing: &Listing, run: &Run, what: &str) {
+    fn judge_released(&mut self, before: &Before, listing: &Listing, run: Option<&Run>, what: &str) {
         let new = listing.files();
-        if listing.active.len() < before.listing.active.len() {
-            // The files of a detached volume are the caller's.
-            return;
-        }
-        for path in before.listing.files().iter().filter(|path| !new.contains(*path) && path.exists()) {
+        let left: Vec<PathBuf> =
+            before.listing.files().difference(&new).filter(|path| path.exists()).cloned().collect();
+        self.leftovers |= !left.is_empty();
+        // The files of a detached volume are the caller's.
+        let detached = listing.active.len() < before.listing.active.len();
+        let Some(run) = run.filter(|_| !detached) else { return };
+        for path in left {
             let reported = run.stdout.contains("released");
             assert!(reported, "{what}: {} is left over and not reported:\n{}", path.display(), run.stdout);
         }
@@ -360,6 +362,18 @@ impl World<'_> {
             let run = qemu.try_img(&[&args[..], &[path.clone().into(), raw.clone().into()]].concat());
             assert_eq!(run.code, 0, "QEMU reads {}: {}{}", path.display(), run.stdout, run.stderr);
         }
+    }
+}
+
+/// Resolves links in a path, also of a file that is missing.
+fn resolve(path: PathBuf) -> PathBuf {
+    if let Ok(resolved) = std::fs::canonicalize(&path) {
+        return resolved;
+    }
+    let parent = path.parent().and_then(|parent| std::fs::canonicalize(parent).ok());
+    match (parent, path.file_name()) {
+        (Some(parent), Some(name)) => parent.join(name),
+        _ => path,
     }
 }
 

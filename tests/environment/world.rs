@@ -126,8 +126,8 @@ pub struct World<'a> {
     pub log: Vec<String>,
     /// The time that operations take here.
     pub pace: Duration,
-    /// A volume was detached: its files are still there, and no longer the VM's.
-    pub detached: bool,
+    /// Files left the set and are still there: they were released, or their volume was detached.
+    pub leftovers: bool,
     /// Numbers for new names.
     pub next: usize,
 }
@@ -183,7 +183,7 @@ impl<'a> World<'a> {
             device: None,
             log: Vec::new(),
             pace: Duration::from_millis(10),
-            detached: false,
+            leftovers: false,
             next: 0,
             grounds,
             recipe,
