@@ -172,7 +172,8 @@ pub(super) fn model(
     for (age, name) in names.iter().enumerate() {
         add_snapshot(&mut model, &adopted, name, names.len() - age, now)?;
     }
-    check(files, &model, options)?;
+    let searched = model.records().map(|(_, _, record)| record.clone()).collect::<Vec<_>>();
+    check(files, &model, &searched, options)?;
     Ok(model)
 }
 
@@ -203,21 +204,19 @@ pub(super) fn volume(files: &VolumeFiles, spec: &VolumeSpec, model: &Model, opti
     let volume = read(files, spec, options)?.volume(files, 0)?;
     let mut with = model.clone();
     with.volumes.push(volume.clone());
-    check(files, &with, options)?;
+    check(files, &with, std::slice::from_ref(&volume.active), options)?;
     Ok(volume)
 }
 
-/// Refuses contradictions, one file under two names, and files that images outside the set depend on.
-fn check(files: &VolumeFiles, model: &Model, options: &AdoptOptions) -> Result<()> {
+/// Refuses contradictions, one file under two names, and those of the new files that images outside the set depend on.
+fn check(files: &VolumeFiles, model: &Model, new: &[FileRecord], options: &AdoptOptions) -> Result<()> {
     if let Some(why) = model.contradictions().into_iter().next() {
         return Err(super::Error::Catalogue { file: model.vm.clone(), why });
     }
     refuse_same_files(files, model)?;
-    let own: BTreeMap<PathBuf, &FileRecord> =
-        model.records().map(|(_, _, record)| (files.path(&record.file.path), record)).collect();
-    let searched: Vec<PathBuf> =
-        own.iter().filter(|(_, record)| !record.protected).map(|(path, _)| path.clone()).collect();
-    let known: Vec<PathBuf> = own.keys().cloned().collect();
+    let path = |record: &FileRecord| files.path(&record.file.path);
+    let searched: Vec<PathBuf> = new.iter().filter(|record| !record.protected).map(path).collect();
+    let known: Vec<PathBuf> = model.records().map(|(_, _, record)| path(record)).collect();
     let found = find_dependents(files.file_system(), &searched, &known, &options.dependents)?;
     let Some(first) = found.first() else { return Ok(()) };
     let images = found.iter().filter(|dependent| dependent.file == first.file);

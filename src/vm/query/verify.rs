@@ -13,6 +13,7 @@ use crate::storage::{Access, LockMode};
 use crate::vm::execute::executor::Domain;
 use crate::vm::execute::progress::Progress;
 use crate::vm::execute::recover::{Pending, Recovery};
+use crate::vm::execute::report::as_text;
 use crate::vm::files::Links;
 use crate::vm::model::catalogue::directory_of;
 use crate::vm::model::{FileRecord, FileRef, Model, State, Volume};
@@ -61,6 +62,7 @@ pub struct Problem {
     /// The kind.
     pub kind: ProblemKind,
     /// The file, if the problem concerns one.
+    #[serde(serialize_with = "as_text::optional")]
     pub file: Option<PathBuf>,
     /// The description.
     pub what: String,

@@ -6,7 +6,7 @@ use qcow2_chain::vm::SnapshotSet;
 
 use super::outcome::explain;
 use crate::failure::Outcome;
-use crate::output::emit;
+use crate::output::emit_bytes;
 
 /// Print the path of a volume's active file, or of a snapshot's file
 #[derive(clap::Args, Debug)]
@@ -27,6 +27,8 @@ pub(crate) fn run(args: &Args) -> Outcome {
         Some(snapshot) => set.snapshot_path(snapshot, &args.volume),
         None => set.active_path(&args.volume),
     };
-    emit(&format!("{}\n", path.map_err(explain)?.display()))?;
+    let mut line = path.map_err(explain)?.into_os_string();
+    line.push("\n");
+    emit_bytes(line.as_encoded_bytes())?;
     Ok(0)
 }
