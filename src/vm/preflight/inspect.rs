@@ -145,7 +145,7 @@ impl Checks<'_> {
     fn inspect_file(&self, path: &str, provided: bool) -> Result<FileFacts> {
         let mut facts = FileFacts::default();
         match self.files.file_system().entry(&self.files.path(path))? {
-            EntryKind::Link => facts.unremovable = Some("its path is a symbolic link now".to_owned()),
+            EntryKind::Link if !provided => facts.unremovable = Some("its path is a symbolic link now".to_owned()),
             EntryKind::BlockDevice if !provided => facts.unremovable = Some("it is a block device".to_owned()),
             EntryKind::Other => facts.unremovable = Some("it is not a regular file".to_owned()),
             _ if provided && self.set.provider.is_none() => {
