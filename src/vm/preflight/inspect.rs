@@ -118,7 +118,9 @@ impl Checks<'_> {
         let concerned = concerned(plan);
         self.check_descriptors(plan, concerned.len())?;
         let mut identities: BTreeMap<FileId, String> = BTreeMap::new();
-        for (path, provided) in concerned {
+        for path in concerned {
+            // A base is in no removal yet, but is removed after a pull.
+            let provided = self.model.records().any(|(_, _, record)| record.provided && record.file.path == path);
             let facts = match self.inspect_file(&path, provided) {
                 Ok(facts) => facts,
                 Err(error) if self.may_be_lost(&error) && self.is_discarded(plan, &path) => {
@@ -225,26 +227,16 @@ impl Checks<'_> {
     }
 }
 
-/// Returns the files that a plan writes, relinks or removes, without the overlays that it creates; and for each if a
-/// provider manages it.
-fn concerned(plan: &Plan) -> BTreeMap<String, bool> {
-    let mut files = BTreeMap::new();
-    for work in plan.works() {
-        for step in &work.steps {
-            match step {
-                Step::Merge(merge) => {
-                    files.entry(merge.top.path.clone()).or_insert(false);
-                    files.entry(merge.base.path.clone()).or_insert(false);
-                }
-                Step::Relink { file, .. } | Step::Resize { file, .. } => {
-                    files.entry(file.path.clone()).or_insert(false);
-                }
-            }
+/// Returns the files that a plan writes, relinks or removes, without the overlays that it creates.
+fn concerned(plan: &Plan) -> BTreeSet<String> {
+    let mut files = BTreeSet::new();
+    for step in plan.works().flat_map(|work| &work.steps) {
+        match step {
+            Step::Merge(merge) => files.extend([&merge.top, &merge.base].map(|file| file.path.clone())),
+            Step::Relink { file, .. } | Step::Resize { file, .. } => files.extend([file.path.clone()]),
         }
     }
-    for removal in plan.removals() {
-        files.insert(removal.path.clone(), removal.provided);
-    }
+    files.extend(plan.removals().map(|removal| removal.path.clone()));
     for overlay in plan.created() {
         files.remove(&overlay.file.path);
     }
