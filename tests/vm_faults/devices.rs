@@ -216,8 +216,10 @@ fn commit_into_too_small_device_is_refused() {
     assert!(wrong.is_none(), "{wrong:?}");
     device.assert_intact(&world, "raw");
     world.ok(&["verify", "web.json"]);
-    // The guest still has the size that it asked for.
-    assert_eq!(world.list()["volumes"][0]["virtual-size"], 12 * MIB);
+    // A raw device has no size of its own: the guest sees all of it, and zeroes past its old disk.
+    assert_eq!(world.list()["volumes"][0]["virtual-size"], 16 * MIB);
+    let wrong = world.misread_as("raw", &device.0, "-P 0 12M 4M");
+    assert!(wrong.is_none(), "{wrong:?}");
 }
 
 #[test]
@@ -238,8 +240,12 @@ fn raw_device_larger_than_disk_is_accepted() {
     world.ok(&["init", "web.json", "--volume", "vda=vg/raw,format=raw,overlay_dir=overlays"]);
     world.ok(&["snapshot", "web.json", "s1"]);
     device.extend(&world, "raw", 16 * MIB);
+    // The extents that LVM adds hold what was there before.
+    assert_eq!(world.qemu.try_io(&device.0, "raw", &["write -q -P 0xff 8M 8M"]).code, 0);
     world.write(&world.active("vda"), "-P 2 1M 4M");
     world.ok(&["delete", "web.json", "s1"]);
-    let wrong = world.misread_as("raw", Path::new(device.name()), "-P 2 1M 4M");
-    assert!(wrong.is_none(), "{wrong:?}");
+    for part in ["-P 2 1M 4M", "-P 0 8M 8M"] {
+        let wrong = world.misread_as("raw", Path::new(device.name()), part);
+        assert!(wrong.is_none(), "{wrong:?}");
+    }
 }
