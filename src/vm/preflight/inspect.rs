@@ -146,7 +146,13 @@ impl Checks<'_> {
 
     fn inspect_file(&self, path: &str, provided: bool) -> Result<FileFacts> {
         let mut facts = FileFacts::default();
-        match self.files.file_system().entry(&self.files.path(path))? {
+        let file_system = self.files.file_system();
+        let file = self.files.path(path);
+        let mut entry = file_system.entry(&file)?;
+        if entry == EntryKind::Link && file_system.entry(&file_system.resolve(&file)?.path)? == EntryKind::BlockDevice {
+            entry = EntryKind::BlockDevice;
+        }
+        match entry {
             EntryKind::Link if !provided => facts.unremovable = Some("its path is a symbolic link now".to_owned()),
             EntryKind::BlockDevice if !provided => facts.unremovable = Some("it is a block device".to_owned()),
             EntryKind::Other => facts.unremovable = Some("it is not a regular file".to_owned()),
