@@ -40,6 +40,8 @@ mod plan;
 #[cfg(feature = "cli")]
 mod program_merges;
 mod protocols;
+#[cfg(feature = "vm")]
+mod provider;
 mod qemu;
 mod rebase;
 mod review;

@@ -70,7 +70,7 @@ struct Adopted<'a> {
 fn read<'a>(files: &VolumeFiles, spec: &'a VolumeSpec, options: &AdoptOptions) -> Result<Adopted<'a>> {
     check_volume_name(&spec.name)?;
     check_shape(spec)?;
-    let path = files.file_system().resolve(&spec.path)?.path;
+    let path = real_path(&**files.file_system(), &spec.path)?;
     let overlay_dir = check_directory(files, spec, &path)?;
     // Headers only are read, which a running VM does not change.
     let chain_options = ChainOptions::default().with_policy(options.policy.clone()).with_format(spec.format);
@@ -79,7 +79,7 @@ fn read<'a>(files: &VolumeFiles, spec: &'a VolumeSpec, options: &AdoptOptions) -
     let mut records = Vec::new();
     for (index, layer) in chain.layers().iter().enumerate() {
         layer.node.data_access()?;
-        let path = files.file_system().resolve(&layer.path)?.path;
+        let path = real_path(&**files.file_system(), &layer.path)?;
         let file = FileRef { path: files.record(&path)?, format: layer.format() };
         let mut record = FileRecord::new(file, layer.node.virtual_size());
         record.bytes_on_disk = layer.node.storage().allocated_len()?;
@@ -87,6 +87,18 @@ fn read<'a>(files: &VolumeFiles, spec: &'a VolumeSpec, options: &AdoptOptions) -
         records.push(record);
     }
     Ok(Adopted { spec, files: records, overlay_dir })
+}
+
+/// Returns the path to record for a file: the one without links. Of a block device only the directory is resolved: the
+/// node that `/dev/GROUP/VOLUME` leads to may be that of another logical volume after a restart.
+fn real_path(file_system: &dyn FileSystem, path: &Path) -> Result<PathBuf> {
+    let real = file_system.resolve(path)?.path;
+    match path.file_name() {
+        Some(name) if file_system.entry(&real)? == EntryKind::BlockDevice => {
+            Ok(file_system.resolve(directory_of(path))?.path.join(name))
+        }
+        _ => Ok(real),
+    }
 }
 
 /// Refuses a geometry that no overlay can have.
@@ -111,7 +123,7 @@ fn check_shape(spec: &VolumeSpec) -> Result<()> {
 fn check_directory(files: &VolumeFiles, spec: &VolumeSpec, path: &Path) -> Result<Option<String>> {
     let file_system = files.file_system();
     let Some(directory) = &spec.overlay_dir else {
-        if file_system.entry(path)? == EntryKind::BlockDevice {
+        if file_system.entry(&file_system.resolve(path)?.path)? == EntryKind::BlockDevice {
             let (volume, path) = (spec.name.clone(), path.display().to_string());
             return Err(Refusal::BlockDevice { volume, path }.into());
         }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::executor::{Created, CreationLog, Domain, ExecutionContext, Executor, Merged, Watch, sealed};
-use crate::chain::{Chain, Node};
+use crate::chain::{Chain, Format, Node};
 use crate::format::ClusterBits;
 use crate::image::{CreateOptions, Image, ResizeOptions};
 use crate::merge::{self, CommitOptions, Direction, PullOptions};
@@ -143,7 +143,11 @@ fn container(overlay: &NewOverlay, context: &ExecutionContext<'_>) -> Result<Arc
     if overlay.provided {
         let provider = context.provider.ok_or_else(|| no_provider(files, &overlay.file.path))?;
         provider.create(&request(overlay, context.vm)?)?;
-        return Ok(files.file_system().open(&path, &Access::write())?);
+        return files.file_system().open(&path, &Access::write()).map_err(|error| {
+            // It is not recorded yet, so that no undo would find it. If this fails too, recovery releases it.
+            let _ = provider.release(&path);
+            error.into()
+        });
     }
     let model = model_of(overlay, files)?;
     Ok(files.file_system().create_new_like(&path, &*model, context.attributes)?)
@@ -196,6 +200,7 @@ fn chain_of(step: &MergeStep) -> Vec<FileRef> {
 }
 
 fn commit(step: &MergeStep, context: &ExecutionContext<'_>, progress: &dyn merge::Progress) -> Result<Merged> {
+    free_reserved(&step.base, context)?;
     let chain = context.files.chain(&chain_of(step), 2, Links::Exact)?;
     let options = CommitOptions::default()
         .with_shrink_base(true)
@@ -212,6 +217,7 @@ fn pull(step: &MergeStep, context: &ExecutionContext<'_>, progress: &dyn merge::
         let chain = files.chain(&above, 1, Links::Exact)?;
         return finish(&chain, 0, merge::Report::default(), context);
     }
+    free_reserved(&step.top, context)?;
     let chain = files.chain(&chain_of(step), 1, Links::Exact)?;
     let mut options =
         PullOptions::default().with_rate_limit(context.rate_limit).with_allow_stale_snapshots(step.drop_internal);
@@ -220,6 +226,16 @@ fn pull(step: &MergeStep, context: &ExecutionContext<'_>, progress: &dyn merge::
     }
     let report = merge::pull(&chain, &options, progress)?;
     finish(&chain, 0, report, context)
+}
+
+/// Frees the clusters that an interrupted merge reserved in its survivor. In a container of fixed size, the space that is
+/// left without them may not suffice for the merge.
+fn free_reserved(survivor: &FileRef, context: &ExecutionContext<'_>) -> Result<()> {
+    if !context.recovering || survivor.format != Format::Qcow2 {
+        return Ok(());
+    }
+    let storage = context.files.storage(&survivor.path, &Access::write())?;
+    if storage.is_fixed_size() { free_leaks(&*storage) } else { Ok(()) }
 }
 
 /// Returns the result of a merge into the layer of this index.

@@ -293,7 +293,9 @@ impl Run<'_> {
         let mut ours = Vec::new();
         for overlay in self.plan.created() {
             let path = files.path(&overlay.file.path);
-            if !files.file_system().exists(&path)? {
+            let exists = files.file_system().exists(&path)?;
+            // The provider may have created a container that has no path yet.
+            if !exists && (created || !overlay.provided) {
                 continue;
             }
             let kept = if overlay.provided && !created {
@@ -310,7 +312,7 @@ impl Run<'_> {
                 Some(reason) => self.report_release(path, reason),
                 None => ours.push(super::executor::Created {
                     path: overlay.file.path.clone(),
-                    identity: files.identity(&overlay.file.path)?,
+                    identity: if exists { files.identity(&overlay.file.path)? } else { None },
                     provided: overlay.provided,
                 }),
             }

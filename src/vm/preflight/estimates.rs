@@ -6,7 +6,7 @@ use super::Checks;
 use crate::chain::{Chain, Format};
 use crate::format::{IncompatibleFeatures, Version};
 use crate::merge::{self, Direction, MergePlan};
-use crate::storage;
+use crate::storage::{self, FileId};
 use crate::vm::files::Links;
 use crate::vm::model::FileRef;
 use crate::vm::plan::request::MergePreference;
@@ -101,9 +101,9 @@ impl Checks<'_> {
     }
 
     /// Refuses merges that cannot succeed: images that may not be written, devices that are too small, and lack of space.
-    /// Volumes on one file system share its space.
+    /// Volumes on one file system share its space; a container of fixed size has its own.
     pub(super) fn check_merges(&self, plan: &Plan, estimates: &BTreeMap<String, Estimate>) -> Result<()> {
-        let mut needs: BTreeMap<Option<u64>, (u64, u64, String)> = BTreeMap::new();
+        let mut needs: BTreeMap<Option<FileId>, (u64, u64, String)> = BTreeMap::new();
         for (volume, step) in plan.merges() {
             if self.is_live(step) {
                 self.check_live(step)?;
@@ -114,8 +114,11 @@ impl Checks<'_> {
             let way = estimate.way(step.direction);
             let Some(free) = way.space_free else { continue };
             let path = self.files.path(&step.survivor().path);
-            let device = self.files.held().storage(&path).and_then(|storage| storage.file_id()).map(|id| id.device);
-            let entry = needs.entry(device).or_insert((0, u64::MAX, path.display().to_string()));
+            let medium = self.files.held().storage(&path).and_then(|storage| {
+                let id = storage.file_id()?;
+                Some(if storage.is_fixed_size() { id } else { FileId { inode: 0, ..id } })
+            });
+            let entry = needs.entry(medium).or_insert((0, u64::MAX, path.display().to_string()));
             entry.0 += way.space_needed;
             entry.1 = entry.1.min(free);
         }

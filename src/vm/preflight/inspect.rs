@@ -142,7 +142,9 @@ impl Checks<'_> {
         let concerned = concerned(plan);
         self.check_descriptors(plan, concerned.len())?;
         let mut identities: BTreeMap<FileId, String> = BTreeMap::new();
-        for (path, provided) in concerned {
+        for path in concerned {
+            // A base is in no removal yet, but is removed after a pull.
+            let provided = self.model.records().any(|(_, _, record)| record.provided && record.file.path == path);
             let facts = match self.inspect_file(&path, provided) {
                 Ok(facts) => facts,
                 Err(error) if self.is_discarded(plan, &path) => {
@@ -168,8 +170,14 @@ impl Checks<'_> {
 
     fn inspect_file(&self, path: &str, provided: bool) -> Result<FileFacts> {
         let mut facts = FileFacts::default();
-        match self.files.file_system().entry(&self.files.path(path))? {
-            EntryKind::Link => facts.unremovable = Some("its path is a symbolic link now".to_owned()),
+        let file_system = self.files.file_system();
+        let file = self.files.path(path);
+        let mut entry = file_system.entry(&file)?;
+        if entry == EntryKind::Link && file_system.entry(&file_system.resolve(&file)?.path)? == EntryKind::BlockDevice {
+            entry = EntryKind::BlockDevice;
+        }
+        match entry {
+            EntryKind::Link if !provided => facts.unremovable = Some("its path is a symbolic link now".to_owned()),
             EntryKind::BlockDevice if !provided => facts.unremovable = Some("it is a block device".to_owned()),
             EntryKind::Other => facts.unremovable = Some("it is not a regular file".to_owned()),
             _ if provided && self.set.provider.is_none() => {
@@ -249,26 +257,16 @@ impl Checks<'_> {
     }
 }
 
-/// Returns the files that a plan writes, relinks or removes, without the overlays that it creates; and for each if a
-/// provider manages it.
-fn concerned(plan: &Plan) -> BTreeMap<String, bool> {
-    let mut files = BTreeMap::new();
-    for work in plan.works() {
-        for step in &work.steps {
-            match step {
-                Step::Merge(merge) => {
-                    files.entry(merge.top.path.clone()).or_insert(false);
-                    files.entry(merge.base.path.clone()).or_insert(false);
-                }
-                Step::Relink { file, .. } | Step::Resize { file, .. } => {
-                    files.entry(file.path.clone()).or_insert(false);
-                }
-            }
+/// Returns the files that a plan writes, relinks or removes, without the overlays that it creates.
+fn concerned(plan: &Plan) -> BTreeSet<String> {
+    let mut files = BTreeSet::new();
+    for step in plan.works().flat_map(|work| &work.steps) {
+        match step {
+            Step::Merge(merge) => files.extend([&merge.top, &merge.base].map(|file| file.path.clone())),
+            Step::Relink { file, .. } | Step::Resize { file, .. } => files.extend([file.path.clone()]),
         }
     }
-    for removal in plan.removals() {
-        files.insert(removal.path.clone(), removal.provided);
-    }
+    files.extend(plan.removals().map(|removal| removal.path.clone()));
     for overlay in plan.created() {
         files.remove(&overlay.file.path);
     }

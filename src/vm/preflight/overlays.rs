@@ -87,7 +87,8 @@ impl Checks<'_> {
         if named || self.lost.contains(&overlay.like) {
             return Ok(false);
         }
-        let entry = self.files.file_system().entry(&self.files.path(&overlay.like))?;
-        Ok(entry == EntryKind::BlockDevice)
+        let file_system = self.files.file_system();
+        let file = file_system.resolve(&self.files.path(&overlay.like))?.path;
+        Ok(file_system.entry(&file)? == EntryKind::BlockDevice)
     }
 }
