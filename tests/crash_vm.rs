@@ -1,179 +1,49 @@
-//! Power failures at every instant of a VM's operations, bytes and names alike: before recovery the VM can be started, after it all
-//! volumes are as before or as afterwards, nothing leaks, and nothing is left over. Recovery is crashed in its turn.
+//! Power failures at every instant of a VM's operations, of contents and of names. Before recovery the
+//! VM can be started. After it, all volumes are as before or as afterwards, nothing leaks, and no file
+//! is left over. Recovery is crashed in its turn.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use qcow2_chain::merge::Direction;
-use qcow2_chain::storage::crash::{Log, Recorder, RecorderOptions, State, Tree};
+use qcow2_chain::storage::crash::{Log, Recorder, RecorderOptions, State};
 use qcow2_chain::storage::fault::{Fault, Faults, FaultyFileSystem, Plan};
-use qcow2_chain::storage::{FileSystem, MemoryFileSystem, MemoryStorage};
-use qcow2_chain::vm::{self, MergeOptions, Recovery};
+use qcow2_chain::storage::{FileSystem, MemoryFileSystem};
+use qcow2_chain::vm::Recovery;
 
 use crate::support::lab::{Contents, Lab, LabShape};
 use crate::support::rng::{Rng, cases, count};
 
-/// An operation on a VM that was brought into a state in which it has something to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Shape {
-    Create,
-    Revert,
-    /// Reverting leaves a hidden snapshot with one thing on it, which is merged.
-    RevertAndMerge(Direction),
-    /// Nothing stands on the snapshot.
-    DeleteLeaf,
-    /// Nothing stands on it, and a hidden one beneath is then merged with another snapshot.
-    DeleteLeafAndMerge(Direction),
-    /// Nothing stands on it, and a hidden one beneath is then merged with the volumes.
-    DeleteLeafAndMergeCurrent(Direction),
-    /// A snapshot stands on it, and two things on that.
-    DeleteInner(Direction),
-    DeleteCurrent(Direction),
-    /// Several things stand on it.
-    Hide,
-    Grow,
-    Shrink,
-}
+mod shapes;
 
-const SHAPES: [Shape; 16] = [
-    Shape::Create,
-    Shape::Revert,
-    Shape::RevertAndMerge(Direction::Commit),
-    Shape::RevertAndMerge(Direction::Pull),
-    Shape::DeleteLeaf,
-    Shape::DeleteLeafAndMerge(Direction::Commit),
-    Shape::DeleteLeafAndMerge(Direction::Pull),
-    Shape::DeleteLeafAndMergeCurrent(Direction::Commit),
-    Shape::DeleteLeafAndMergeCurrent(Direction::Pull),
-    Shape::DeleteInner(Direction::Commit),
-    Shape::DeleteInner(Direction::Pull),
-    Shape::DeleteCurrent(Direction::Commit),
-    Shape::DeleteCurrent(Direction::Pull),
-    Shape::Hide,
-    Shape::Grow,
-    Shape::Shrink,
-];
+use shapes::{SHAPES, SIZE, Shape};
 
-const SIZE: u64 = 2048;
-
-impl Shape {
-    fn direction(self) -> Direction {
-        match self {
-            Self::RevertAndMerge(direction)
-            | Self::DeleteLeafAndMerge(direction)
-            | Self::DeleteLeafAndMergeCurrent(direction)
-            | Self::DeleteInner(direction)
-            | Self::DeleteCurrent(direction) => direction,
-            _ => Direction::Commit,
-        }
-    }
-
-    /// What is done before: each word an operation, with the guest writing in between.
-    fn before(self) -> &'static [&'static str] {
-        match self {
-            Self::Create | Self::Grow | Self::Shrink => &["+s1"],
-            Self::Revert => &["+s1", "+s2"],
-            Self::RevertAndMerge(_) => &["+s1", "+s2", "=s1", "-s1"],
-            Self::DeleteLeaf => &["+s1", "+s2", "=s1"],
-            Self::DeleteLeafAndMerge(_) => &["+s1", "+s2", "=s1", "+s3", "-s1"],
-            Self::DeleteLeafAndMergeCurrent(_) => &["+s1", "+s2", "=s1", "-s1"],
-            Self::DeleteInner(_) => &["+s1", "+s2", "+s3", "=s2"],
-            Self::DeleteCurrent(_) => &["+s1"],
-            Self::Hide => &["+s1", "+s2", "=s1"],
-        }
-    }
-
-    fn run(self, lab: &Lab) -> vm::Result<()> {
-        let options = MergeOptions::default().with_direction(self.direction());
-        match self {
-            Self::Create => lab.set.create("new", &Default::default()),
-            Self::Revert => lab.set.revert("s1", &options, &()),
-            Self::RevertAndMerge(_) => lab.set.revert("s2", &options, &()),
-            Self::DeleteLeaf | Self::DeleteLeafAndMerge(_) | Self::DeleteLeafAndMergeCurrent(_) => {
-                lab.set.delete("s2", &options, &())
-            }
-            Self::DeleteInner(_) | Self::DeleteCurrent(_) | Self::Hide => lab.set.delete("s1", &options, &()),
-            Self::Grow => lab.set.resize("vda", SIZE + 1024, false),
-            Self::Shrink => lab.set.resize("vda", SIZE - 1024, true),
-        }
-        .map(|_| ())
-    }
-
-    /// What is expected once it is done.
-    fn expect(self, lab: &mut Lab) {
-        match self {
-            Self::Create => drop(lab.taken.insert("new".to_owned(), lab.now.clone())),
-            Self::Revert => lab.now = lab.taken["s1"].clone(),
-            Self::RevertAndMerge(_) => lab.now = lab.taken["s2"].clone(),
-            Self::DeleteLeaf | Self::DeleteLeafAndMerge(_) | Self::DeleteLeafAndMergeCurrent(_) => {
-                drop(lab.taken.remove("s2"));
-            }
-            Self::DeleteInner(_) | Self::DeleteCurrent(_) | Self::Hide => drop(lab.taken.remove("s1")),
-            Self::Grow => lab.now.get_mut("vda").unwrap().resize(usize::try_from(SIZE).unwrap() + 1024, 0),
-            Self::Shrink => lab.now.get_mut("vda").unwrap().truncate(usize::try_from(SIZE).unwrap() - 1024),
-        }
-    }
-}
-
-fn tree(names: &dyn FileSystem) -> Tree {
-    let paths = names.list(Path::new("/vm")).expect("listed");
-    let bytes = |path: &Path| {
-        let storage = names.open(path, &qcow2_chain::storage::Access::read()).expect("opened");
-        let mut bytes = vec![0; usize::try_from(storage.len().unwrap()).unwrap()];
-        storage.read_at(&mut bytes, 0).unwrap();
-        bytes
-    };
-    paths.into_iter().map(|path| (path.clone(), bytes(&path))).collect()
-}
-
-fn names_of(tree: &Tree) -> Arc<MemoryFileSystem> {
-    let names = MemoryFileSystem::new();
-    for (path, bytes) in tree {
-        names.insert(path, Arc::new(MemoryStorage::with_bytes(path.display().to_string(), bytes)));
-    }
-    Arc::new(names)
-}
-
-/// An operation, what it starts from, and what is expected before and after it.
+/// An operation, the files at its start, and the expectations before and after it.
 struct Case {
     shape: Shape,
-    start: Tree,
+    start: MemoryFileSystem,
     before: Lab,
     after: Lab,
 }
 
 impl Case {
     fn random(rng: &mut Rng, shape: Shape) -> Self {
-        let raw = rng.chance(1, 3) && shape.direction() == Direction::Commit;
-        let lab_shape = LabShape { volumes: 2, size: SIZE, cluster_bits: 9, extended_l2: false, raw };
-        let names = Arc::new(MemoryFileSystem::new());
-        let mut lab = Lab::new(names.clone(), Path::new("/vm"), lab_shape, rng);
-        for step in shape.before() {
-            if rng.chance(1, 6) {
-                lab.resize("vdb", rng.within(2..8) * 512);
-            }
-            lab.write_all(rng);
-            let name = &step[1..];
-            match &step[..1] {
-                "+" => lab.create(name),
-                "=" => lab.revert(name),
-                _ => lab.delete(name),
-            }
-        }
-        lab.write_all(rng);
-        lab.check().expect("what it starts from");
-        let start = tree(&*names);
-        let mut after = lab.on(names_of(&start)).unwrap();
-        shape.expect(&mut after);
-        Self { shape, start, before: lab, after }
+        let lab_shape =
+            LabShape { volumes: 2, size: SIZE, cluster_bits: 9, extended_l2: false, raw: rng.chance(1, 3) };
+        let files = Arc::new(MemoryFileSystem::new());
+        let mut before = Lab::new(files.clone(), Path::new("/vm"), lab_shape, rng);
+        shape.prepare(&mut before, &files, rng);
+        let start = files.copy();
+        let mut after = before.on(Arc::new(start.copy())).expect("the VM loads");
+        shape.expect(&mut after, &before);
+        Self { shape, start, before, after }
     }
 
-    /// The operation done under a recorder.
+    /// Does the operation under a recorder.
     fn record(&self, sites: bool) -> Log {
         let options = RecorderOptions::default().with_torn(".journal").with_torn("vm.json").with_sites(sites);
         let recorder = Recorder::with(options);
-        let lab = self.before.on(Arc::new(recorder.names(&self.start))).expect("it loads");
+        let lab = self.before.on(Arc::new(recorder.file_system(&self.start))).expect("it loads");
         self.shape.run(&lab).unwrap_or_else(|error| panic!("{:?}: {error}", self.shape));
         recorder.mark();
         recorder.log()
@@ -183,83 +53,86 @@ impl Case {
         [&self.before.now, &self.after.now]
     }
 
-    /// Before recovery: a VM could start, from volumes that agree on whether it has happened, and no image is corrupt.
+    /// Checks that a VM could start before recovery: all volumes are as before or all as afterwards, and no image is corrupt.
     fn judge_unrecovered(&self, lab: &Lab) -> Result<(), String> {
         let [before, after] = self.contents().map(|now| lab.can_start(now));
-        // A resize has happened to the image before the catalogue knows.
+        // An image is resized before the catalogue records it.
         before.or(after)?;
         lab.check_files(false)
     }
 
-    /// After recovery: all as before, or all as afterwards; where `Ok` was said, as afterwards.
+    /// Checks that after recovery all is as before or all as afterwards; as afterwards if `Ok` was promised.
     fn judge_recovered(&self, lab: &Lab, promised: bool) -> Result<(), String> {
-        let afterwards = lab.check_against(&self.after.taken, &self.after.now);
+        let afterwards = lab.check_against(&self.after);
         let good = match afterwards {
             Err(_) if !promised => lab
-                .check_against(&self.before.taken, &self.before.now)
+                .check_against(&self.before)
                 .map_err(|before| format!("neither before ({before}) nor after ({})", afterwards.unwrap_err())),
             judged => judged,
         };
         good?;
+        if promised {
+            self.shape.check_promise(lab)?;
+        }
         lab.check_files(true)
     }
 
-    /// Judges a state, recovers it, judges again, and sees that a second recovery writes nothing.
-    fn judge(&self, state: &Tree, promised: bool) -> Result<(), String> {
-        let names = names_of(state);
+    /// Judges a state, recovers it, judges it again, and checks that a second recovery writes nothing.
+    fn judge(&self, state: &MemoryFileSystem, promised: bool) -> Result<(), String> {
+        let names = Arc::new(state.copy());
         let lab = self.before.on(names.clone())?;
         if promised && lab.set.pending().map_err(|error| error.to_string())?.is_some() {
-            return Err("it was said to be done and is not ended".to_owned());
+            return Err("the operation returned Ok and is pending".to_owned());
         }
         self.judge_unrecovered(&lab)?;
         lab.set.recover(&()).map_err(|error| format!("recovery: {error}"))?;
         self.judge_recovered(&lab, promised).map_err(|wrong| format!("recovered: {wrong}"))?;
-        let recovered = tree(&*names);
+        let recovered = names.to_map();
         match lab.set.recover(&()) {
-            Ok(Recovery::Clean) if tree(&*names) == recovered => Ok(()),
-            other => Err(format!("a second recovery is not idle: {other:?}")),
+            Ok(Recovery::Clean) if names.to_map() == recovered => Ok(()),
+            other => Err(format!("a second recovery writes: {other:?}")),
         }
     }
 
-    /// One of each `every` states, and, of every `nested`th of them, every state of its recovery.
+    /// Judges one of each `every` states, and every state of the recovery of each `nested`th of them.
     fn judge_all(&self, log: &Log, seed: u64, samples: usize, every: usize, nested: usize) -> Result<usize, String> {
         let durable = log.durable();
-        self.judge(&durable.tree(), durable.marks > 0).map_err(|wrong| format!("after Ok: {wrong}"))?;
+        self.judge(&durable.file_system(), durable.marks > 0).map_err(|wrong| format!("after Ok: {wrong}"))?;
         let mut more = 0;
         let judged = log.each_state(seed, samples, |state: &State| {
             if state.number % every != usize::try_from(seed).unwrap_or_default() % every {
                 return Ok(());
             }
             let said = |wrong| format!("state {}: {wrong}", state.number);
-            self.judge(&state.tree(), state.marks > 0).map_err(said)?;
+            self.judge(&state.file_system(), state.marks > 0).map_err(said)?;
             if nested > 0 && (state.number / every).is_multiple_of(nested) {
-                more += self.judge_recovery(&state.tree(), seed, every, state.marks > 0).map_err(said)?;
+                more += self.judge_recovery(&state.file_system(), seed, every, state.marks > 0).map_err(said)?;
             }
             Ok::<(), String>(())
         })?;
         Ok(judged + more)
     }
 
-    fn judge_recovery(&self, state: &Tree, seed: u64, every: usize, promised: bool) -> Result<usize, String> {
+    fn judge_recovery(&self, state: &MemoryFileSystem, seed: u64, every: usize, promised: bool) -> Result<usize, String> {
         let recorder = Recorder::with(RecorderOptions::default().with_torn(".journal").with_torn("vm.json"));
-        let lab = self.before.on(Arc::new(recorder.names(state)))?;
+        let lab = self.before.on(Arc::new(recorder.file_system(state)))?;
         lab.set.recover(&()).map_err(|error| format!("recorded recovery: {error}"))?;
         recorder.log().each_state(seed, 1, |state| {
             if state.number % every != 0 {
                 return Ok(());
             }
-            self.judge(&state.tree(), promised)
+            self.judge(&state.file_system(), promised)
                 .map_err(|wrong| format!("recovery crashed in state {}: {wrong}", state.number))
         })
     }
 }
 
-/// Of how many states one is judged: of all, where more cases are asked for.
+/// Returns the number of states of which one is judged: 1 if the environment asks for more cases.
 fn every() -> usize {
     if std::env::var_os("QCOW2_CHAIN_CRASH_CASES").is_some() { 1 } else { 4 }
 }
 
-/// Runs `case` for each shape; so many times, where the environment says so.
+/// Runs `case` for each shape, several times if the environment asks for more cases.
 fn each_shape(what: &str, case: impl Fn(&mut Rng, Shape) + Sync) {
     for shape in SHAPES {
         cases(&format!("{what} of {shape:?}"), count("QCOW2_CHAIN_CRASH_CASES", 1), |rng| case(rng, shape));
@@ -267,7 +140,7 @@ fn each_shape(what: &str, case: impl Fn(&mut Rng, Shape) + Sync) {
 }
 
 #[test]
-fn every_crash_leaves_a_vm_that_starts_and_recovers() {
+fn crash_at_any_point_vm_starts_and_recovers() {
     each_shape("crashes", |rng, shape| {
         let case = Case::random(rng, shape);
         let judged = case.judge_all(&case.record(false), rng.next_u64() >> 8, 1, every(), 61);
@@ -276,11 +149,11 @@ fn every_crash_leaves_a_vm_that_starts_and_recovers() {
     });
 }
 
-/// The barriers of this floor that no run fails without, and why they stay.
+/// The barriers of the tier without which no run fails, with the reason why they stay.
 const COVERED: [(&str, &str); 0] = [];
 
 #[test]
-fn every_barrier_of_the_floor_is_needed() {
+fn any_barrier_removed_some_state_fails() {
     let proofs = Mutex::new(BTreeMap::<String, (usize, usize)>::new());
     each_shape("barriers", |rng, shape| {
         let case = Case::random(rng, shape);
@@ -311,7 +184,7 @@ fn every_barrier_of_the_floor_is_needed() {
 }
 
 #[test]
-fn every_failing_call_leaves_a_vm_that_recovers() {
+fn any_call_fails_vm_starts_and_recovers() {
     each_shape("failing calls", |rng, shape| {
         let case = Case::random(rng, shape);
         let mut failed = 0;
@@ -322,7 +195,7 @@ fn every_failing_call_leaves_a_vm_that_recovers() {
             let plan = if rng.chance(1, 2) { fault.at(call) } else { fault.at(call).ever_after() };
             let faults = Faults::new(plan);
             let recorder = Recorder::new();
-            let names = Arc::new(recorder.names(&case.start));
+            let names = Arc::new(recorder.file_system(&case.start));
             let faulty: Arc<dyn FileSystem> = Arc::new(FaultyFileSystem::new(names.clone(), &faults));
             let lab = match case.before.on(faulty) {
                 Ok(lab) => lab,
@@ -336,7 +209,7 @@ fn every_failing_call_leaves_a_vm_that_recovers() {
                 break;
             }
             // What it left, and what of that survives a power failure on top of it.
-            for left in [tree(&*names), recorder.log().durable().tree()] {
+            for left in [recorder.log().last(), recorder.log().durable()].map(|state| state.file_system()) {
                 let judged = case.judge(&left, promised);
                 judged.unwrap_or_else(|wrong| panic!("{shape:?}, {plan:?}, call {call}: {wrong} (it said {done:?})"));
             }
@@ -355,7 +228,7 @@ impl Case {
     fn fail_and_recover(&self, plan: Plan, settled: &Settled) -> bool {
         let faults = Faults::new(plan);
         let recorder = Recorder::with(RecorderOptions::default().with_sites(true));
-        let names = Arc::new(recorder.names(&self.start));
+        let names = Arc::new(recorder.file_system(&self.start));
         let Ok(lab) = self.before.on(Arc::new(FaultyFileSystem::new(names.clone(), &faults))) else { return true };
         if self.shape.run(&lab).is_ok() {
             return false;
@@ -385,17 +258,17 @@ impl Case {
             if state.marks == 0 {
                 return Ok(()); // before anything failed
             }
-            let lab = self.before.on(names_of(&state.tree()))?;
+            let lab = self.before.on(Arc::new(state.file_system()))?;
             if state.marks > 1 && lab.set.pending().map_err(|error| error.to_string())?.is_some() {
-                return Err("recovery was said to be done".to_owned());
+                return Err("recovery returned Ok, and an operation is pending".to_owned());
             }
-            self.judge(&state.tree(), false)
+            self.judge(&state.file_system(), false)
         })
     }
 }
 
 #[test]
-fn recovery_builds_on_nothing_that_may_be_lost() {
+fn recovery_after_failure_settles_before_it_builds() {
     let settled = Settled::default();
     each_shape("failures and recoveries", |rng, shape| {
         let quick = every() > 1;

@@ -146,15 +146,6 @@ pub trait FileSystem: Send + Sync + fmt::Debug {
     /// [`super::Error::Io`].
     fn rename(&self, from: &Path, to: &Path) -> Result<()>;
 
-    /// Gives a file a second name (a hard link). The new name must not exist.
-    ///
-    /// # Errors
-    /// - [`super::Error::Unsupported`]: the file system has no hard links. This is the default.
-    /// - [`super::Error::Io`]: the name is taken, or the link cannot be created.
-    fn link(&self, from: &Path, _to: &Path) -> Result<()> {
-        Err(Error::unsupported(&from.display().to_string(), "a second name of a file"))
-    }
-
     /// Removes a name.
     ///
     /// # Errors
@@ -307,16 +298,6 @@ impl FileSystem for HostFileSystem {
         std::fs::rename(from, to).map_err(failed(from, format!("rename it to {}", to.display())))
     }
 
-    fn link(&self, from: &Path, to: &Path) -> Result<()> {
-        std::fs::hard_link(from, to).map_err(|error| match error.kind() {
-            // The file system has no hard links, or never permits them.
-            io::ErrorKind::Unsupported | io::ErrorKind::PermissionDenied | io::ErrorKind::TooManyLinks => {
-                Error::unsupported(&from.display().to_string(), "a second name of a file")
-            }
-            _ => failed(from, format!("link it to {}", to.display()))(error),
-        })
-    }
-
     fn unlink(&self, path: &Path) -> Result<()> {
         std::fs::remove_file(path).map_err(failed(path, "remove it"))
     }
@@ -415,10 +396,6 @@ mod tests {
         created.write_at(b"image", 0).unwrap();
         assert!(HostFileSystem.exists(&a).unwrap() && !HostFileSystem.exists(&b).unwrap());
         assert!(!HostFileSystem.exists(&a.join("below a file")).unwrap());
-        HostFileSystem.link(&a, &b).unwrap();
-        assert_eq!(HostFileSystem.resolve(&a).unwrap().file, HostFileSystem.resolve(&b).unwrap().file);
-        assert!(matches!(HostFileSystem.link(&a, &b), Err(Error::Io { .. })), "the name is taken");
-        HostFileSystem.unlink(&b).unwrap();
         HostFileSystem.rename(&a, &b).unwrap();
         HostFileSystem.sync_dir(directory.path()).unwrap();
         std::os::unix::fs::symlink("nowhere", &a).unwrap();

@@ -23,7 +23,7 @@ const MEMORY_DEVICE: u64 = u64::MAX;
 #[derive(Debug)]
 pub struct MemoryStorage {
     name: String,
-    inode: u64,
+    id: FileId,
     /// The limit of the bytes of all chunks.
     limit: u64,
     fixed: bool,
@@ -124,8 +124,24 @@ impl MemoryStorage {
     pub fn new(name: impl Into<String>) -> Self {
         // A unique number, so that one storage with two names is recognised.
         static NEXT: AtomicU64 = AtomicU64::new(1);
-        let inode = NEXT.fetch_add(1, Ordering::Relaxed);
-        Self { name: name.into(), inode, limit: u64::MAX, fixed: false, bytes: RwLock::default() }
+        let id = FileId { device: MEMORY_DEVICE, inode: NEXT.fetch_add(1, Ordering::Relaxed) };
+        Self { name: name.into(), id, limit: u64::MAX, fixed: false, bytes: RwLock::default() }
+    }
+
+    /// Sets the identity. Default: one that no other storage has.
+    ///
+    /// Storages with one identity count as one file, so that a copy can stand for the original, as
+    /// an inode keeps its number over a restart.
+    #[must_use]
+    pub fn with_file_id(mut self, id: FileId) -> Self {
+        self.id = id;
+        self
+    }
+
+    /// Returns a copy with the same name, content and identity. It grows without limit.
+    #[must_use]
+    pub fn copy(&self) -> Self {
+        Self::with_bytes(self.name.clone(), self.to_vec()).with_file_id(self.id)
     }
 
     /// Returns a storage of this name and content.
@@ -237,7 +253,7 @@ impl Storage for MemoryStorage {
     }
 
     fn file_id(&self) -> Option<FileId> {
-        Some(FileId { device: MEMORY_DEVICE, inode: self.inode })
+        Some(self.id)
     }
 
     fn zero_range(&self, range: Range<u64>) -> Result<()> {

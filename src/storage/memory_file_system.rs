@@ -51,7 +51,23 @@ impl MemoryFileSystem {
         self.files().get(&rooted(path.as_ref())?).cloned()
     }
 
-    fn files(&self) -> MutexGuard<'_, BTreeMap<PathBuf, Arc<MemoryStorage>>> {
+    /// Returns a copy of all files with their content and their identities. Later changes of one
+    /// file system do not affect the other.
+    #[must_use]
+    pub fn copy(&self) -> Self {
+        let copy = |(path, storage): (&PathBuf, &Arc<MemoryStorage>)| {
+            (path.clone(), Arc::new(storage.copy()))
+        };
+        Self { files: Mutex::new(self.files().iter().map(copy).collect()) }
+    }
+
+    /// Returns all files by their paths, which start at the root.
+    #[must_use]
+    pub fn to_map(&self) -> BTreeMap<PathBuf, Vec<u8>> {
+        self.files().iter().map(|(path, storage)| (path.clone(), storage.to_vec())).collect()
+    }
+
+    pub(super) fn files(&self) -> MutexGuard<'_, BTreeMap<PathBuf, Arc<MemoryStorage>>> {
         self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -86,18 +102,6 @@ impl FileSystem for MemoryFileSystem {
         let (old, new) = (key(from, &action())?, key(to, &action())?);
         let mut files = self.files();
         let storage = files.remove(&old).ok_or_else(|| failed(from, action(), io::ErrorKind::NotFound))?;
-        files.insert(new, storage);
-        Ok(())
-    }
-
-    fn link(&self, from: &Path, to: &Path) -> Result<()> {
-        let action = || format!("link it to {}", to.display());
-        let (old, new) = (key(from, &action())?, key(to, &action())?);
-        let mut files = self.files();
-        let storage = files.get(&old).cloned().ok_or_else(|| failed(from, action(), io::ErrorKind::NotFound))?;
-        if files.contains_key(&new) {
-            return Err(failed(from, action(), io::ErrorKind::AlreadyExists));
-        }
         files.insert(new, storage);
         Ok(())
     }
@@ -170,9 +174,6 @@ mod tests {
         }
         let (first, second) = (names.get(a).unwrap(), names.get(b).unwrap());
         assert_eq!(names.list(Path::new("/d")).unwrap(), [a, b]);
-        names.link(a, Path::new("/d/y")).unwrap();
-        assert!(names.link(a, b).is_err() && names.link(Path::new("/d/none"), c).is_err());
-        names.unlink(Path::new("/d/y")).unwrap();
         names.rename(a, b).unwrap();
         assert!(!names.exists(a).unwrap() && names.exists(b).unwrap());
         assert_eq!(names.get(b).unwrap().file_id(), first.file_id());
@@ -187,6 +188,18 @@ mod tests {
         // A file may be renamed to itself.
         names.rename(c, c).unwrap();
         assert!(names.exists(c).unwrap());
+    }
+
+    #[test]
+    fn copy_keeps_identities_and_separates_content() {
+        let names = MemoryFileSystem::new();
+        let path = Path::new("/d/a");
+        names.create_new(path).unwrap().write_at(b"old", 0).unwrap();
+        let copy = names.copy();
+        names.get(path).unwrap().write_at(b"new", 0).unwrap();
+        assert_eq!(copy.to_map(), [(path.to_owned(), b"old".to_vec())].into());
+        assert_eq!(names.to_map()[path], b"new");
+        assert_eq!(copy.get(path).unwrap().file_id(), names.get(path).unwrap().file_id());
     }
 
     #[test]

@@ -76,10 +76,6 @@ impl FileSystem for CountedFileSystem {
         self.count(to);
         self.inner.rename(from, to)
     }
-    fn link(&self, from: &Path, to: &Path) -> Result<()> {
-        self.count(to);
-        self.inner.link(from, to)
-    }
     fn unlink(&self, path: &Path) -> Result<()> {
         self.count(path);
         self.inner.unlink(path)

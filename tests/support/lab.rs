@@ -1,4 +1,4 @@
-//! A VM with small volumes in any names, with a model of what each snapshot and each volume must read as.
+//! A VM with small volumes on any file system, and the content that each snapshot and volume must have.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -8,33 +8,37 @@ use qcow2_chain::chain::{Chain, ChainOptions, Format, Policy};
 use qcow2_chain::format::{ClusterBits, GuestOffset};
 use qcow2_chain::image::{CheckOptions, CreateOptions, Image, check};
 use qcow2_chain::storage::{Access, FileSystem, LockMode};
-use qcow2_chain::vm::{AdoptOptions, Dependent, Model, OverlayShape, SnapshotSet, State, VolumeSpec};
+use qcow2_chain::vm::{
+    AdoptOptions, Catalogue, Dependent, FileRef, Model, OverlayShape, SnapshotSet, State, Store as _, VolumeSpec,
+};
 
 use super::rng::Rng;
 
-/// What a volume holds, by its name.
+/// The content of volumes, by name.
 pub type Contents = BTreeMap<String, Vec<u8>>;
 
-/// A VM, and what it must read as.
+/// A VM, and its expected contents.
 #[derive(Debug)]
 pub struct Lab {
     pub names: Arc<dyn FileSystem>,
     pub catalogue: PathBuf,
     pub set: SnapshotSet,
-    /// What each snapshot was when it was taken, by name.
+    /// The contents of the volumes at each listed snapshot, by its name.
     pub taken: BTreeMap<String, Contents>,
-    /// What the volumes are now.
+    /// The present contents of the volumes.
     pub now: Contents,
+    /// The files in the directory that the set does not record, except for catalogue and journal.
+    pub outside: Vec<PathBuf>,
 }
 
-/// What the images of a lab look like.
+/// The properties of a lab's images.
 #[derive(Clone, Copy, Debug)]
 pub struct LabShape {
     pub volumes: usize,
     pub size: u64,
     pub cluster_bits: u32,
     pub extended_l2: bool,
-    /// Whether the first volume starts as a raw file.
+    /// If set, the first volume is a raw file at first.
     pub raw: bool,
 }
 
@@ -45,7 +49,7 @@ impl Default for LabShape {
 }
 
 impl Lab {
-    /// A VM whose volumes are full of noise, in a directory.
+    /// Creates a VM in a directory, whose volumes are full of random data.
     pub fn new(names: Arc<dyn FileSystem>, directory: &Path, shape: LabShape, rng: &mut Rng) -> Self {
         let bits = ClusterBits::new(shape.cluster_bits).expect("a size that QEMU takes");
         let overlay = OverlayShape { cluster_bits: shape.cluster_bits, extended_l2: shape.extended_l2 };
@@ -75,22 +79,32 @@ impl Lab {
         let catalogue = directory.join("vm.json");
         let set =
             SnapshotSet::adopt_in(Arc::clone(&names), &catalogue, &specs, &AdoptOptions::default()).expect("taken in");
-        Self { names, catalogue, set, taken: BTreeMap::new(), now }
+        Self { names, catalogue, set, taken: BTreeMap::new(), now, outside: Vec::new() }
     }
 
-    /// The same expectations of other names that hold the same files.
+    /// Returns a lab with these expectations on a file system with the same files.
     pub fn on(&self, names: Arc<dyn FileSystem>) -> Result<Self, String> {
         let set = SnapshotSet::load_in(Arc::clone(&names), &self.catalogue).map_err(|error| error.to_string())?;
         let set = set.with_jobs(1);
         let (catalogue, taken, now) = (self.catalogue.clone(), self.taken.clone(), self.now.clone());
-        Ok(Self { names, catalogue, set, taken, now })
+        Ok(Self { names, catalogue, set, taken, now, outside: self.outside.clone() })
     }
 
     pub fn model(&self) -> Model {
         self.set.model().expect("the catalogue reads")
     }
 
-    /// Opens a volume's active file the way QEMU does: by what the headers say.
+    /// Replaces the catalogue.
+    pub fn save(&self, model: &Model) {
+        Catalogue::new(Arc::clone(&self.names), &self.catalogue).save(model).expect("saved");
+    }
+
+    /// Reads a recorded file through its backing files, by the headers alone.
+    pub fn read_file(&self, file: &FileRef) -> Result<Vec<u8>, String> {
+        read(&self.open_by_headers(&file.path, file.format, false)?)
+    }
+
+    /// Opens a volume's active file as QEMU does: by the headers alone.
     pub fn open_as_qemu(&self, volume: &str, writable: bool) -> Result<Chain, String> {
         let model = self.set.model().map_err(|error| error.to_string())?;
         let active = &model.volume(volume).ok_or("no such volume")?.active.file;
@@ -104,7 +118,7 @@ impl Lab {
         Chain::open_in(&self.names, &path, &options).map_err(|error| format!("{}: {error}", path.display()))
     }
 
-    /// The guest writes somewhere in a volume.
+    /// Writes random ranges of a volume, as its guest.
     pub fn write(&mut self, volume: &str, rng: &mut Rng) {
         let chain = self.open_as_qemu(volume, true).expect("the volume opens");
         let content = self.now.get_mut(volume).expect("a volume");
@@ -150,7 +164,8 @@ impl Lab {
         self.now.get_mut(volume).expect("a volume").resize(usize::try_from(size).unwrap(), 0);
     }
 
-    /// Whether every volume reads as it must, by the headers alone, and every path in the catalogue exists: a VM could start.
+    /// Checks that a VM could start: every path in the catalogue exists, and every volume has its content by the headers
+    /// alone.
     pub fn can_start(&self, now: &Contents) -> Result<(), String> {
         let model = self.set.model().map_err(|error| error.to_string())?;
         for (_, _, record) in model.records() {
@@ -167,15 +182,16 @@ impl Lab {
         Ok(())
     }
 
-    /// Whether everything is as it must be: contents, headers, no orphans, no corruption, and no leaks.
+    /// Checks contents, headers and directory, and that no image has corruptions or leaks.
     pub fn check(&self) -> Result<(), String> {
-        self.check_against(&self.taken, &self.now)?;
+        self.check_against(self)?;
         self.check_files(true)
     }
 
-    /// Whether volumes and snapshots read so, and records, headers and directory agree.
-    pub fn check_against(&self, taken: &BTreeMap<String, Contents>, now: &Contents) -> Result<(), String> {
-        self.can_start(now)?;
+    /// Checks that volumes, snapshots and directory are those of `expected`, and that records and headers agree.
+    pub fn check_against(&self, expected: &Self) -> Result<(), String> {
+        let taken = &expected.taken;
+        self.can_start(&expected.now)?;
         let model = self.set.model().map_err(|error| error.to_string())?;
         let ready: Vec<_> = model.snapshots.values().filter(|s| s.state != State::Hidden).collect();
         if ready.iter().map(|s| &s.name).collect::<Vec<_>>() != sorted_by_id(&model, taken)? {
@@ -192,16 +208,16 @@ impl Lab {
         if !model.overdue().is_empty() {
             return Err("a hidden snapshot is overdue".to_owned());
         }
-        self.check_directory(&model)
+        self.check_directory(&model, &expected.outside)
     }
 
-    /// Whether the directory holds what is recorded, and headers say what is recorded.
-    fn check_directory(&self, model: &Model) -> Result<(), String> {
+    /// Checks that the directory has the recorded files and `outside`, and that the headers agree with the records.
+    fn check_directory(&self, model: &Model, outside: &[PathBuf]) -> Result<(), String> {
         let directory = self.catalogue.parent().expect("a directory");
         let mut there: Vec<PathBuf> = self.names.list(directory).map_err(|error| error.to_string())?;
         let ours = |path: &PathBuf| path.file_name().is_none_or(|name| !name.to_string_lossy().starts_with("vm.json"));
         there.retain(ours);
-        let mut recorded: Vec<PathBuf> = Vec::new();
+        let mut recorded: Vec<PathBuf> = outside.to_vec();
         for (volume, on, record) in model.records() {
             recorded.push(self.set.files().path(&record.file.path));
             let chain = self.open_by_headers(&record.file.path, record.file.format, false)?;
@@ -209,7 +225,7 @@ impl Lab {
             let found: Vec<_> = chain.layers()[1..].iter().map(|layer| layer.path.clone()).collect();
             let expected: Vec<_> = below.iter().map(|file| self.set.files().path(&file.path)).collect();
             if found != expected {
-                return Err(format!("{} stands on {found:?}, recorded is {expected:?}", record.file));
+                return Err(format!("{} is backed by {found:?}, recorded is {expected:?}", record.file));
             }
         }
         recorded.sort();
@@ -219,7 +235,7 @@ impl Lab {
         Ok(())
     }
 
-    /// Whether every image is free of corruption, and of leaks where that is asked for.
+    /// Checks that no recorded image has corruptions, nor leaks if `leaks` is set.
     pub fn check_files(&self, leaks: bool) -> Result<(), String> {
         let model = self.set.model().map_err(|error| error.to_string())?;
         for (_, _, record) in model.records().filter(|(_, _, record)| record.file.format == Format::Qcow2) {
@@ -234,7 +250,7 @@ impl Lab {
         Ok(())
     }
 
-    /// A random operation that may be done, in words, with what it needs.
+    /// Does a random operation, and returns its description.
     pub fn random_step(&mut self, rng: &mut Rng, number: usize) -> String {
         let known: Vec<String> = self.taken.keys().cloned().collect();
         match rng.within(0..10) {
@@ -263,21 +279,21 @@ impl Lab {
     }
 }
 
-/// The names of a model's listed snapshots in order, as far as they are expected.
+/// Returns the names of the expected snapshots in the order of the model.
 fn sorted_by_id<'a>(model: &'a Model, taken: &BTreeMap<String, Contents>) -> Result<Vec<&'a String>, String> {
     let names: Vec<_> = model.snapshots.values().filter(|s| taken.contains_key(&s.name)).map(|s| &s.name).collect();
     let distinct: std::collections::BTreeSet<_> = names.iter().collect();
     if distinct.len() == taken.len() { Ok(names) } else { Err(format!("snapshots are missing: {names:?}")) }
 }
 
-/// All that a chain holds.
+/// Reads a whole chain.
 pub fn read(chain: &Chain) -> Result<Vec<u8>, String> {
     let mut bytes = vec![0xee; usize::try_from(chain.virtual_size()).map_err(|error| error.to_string())?];
     chain.read_at(&mut bytes, GuestOffset::ZERO).map_err(|error| error.to_string())?;
     Ok(bytes)
 }
 
-/// The names of what stands on a snapshot; `VOL` for the active files.
+/// Returns the names of a snapshot's dependents; `VOL` for the active files.
 pub fn deps(model: &Model, name: &str) -> Vec<String> {
     let Some(snapshot) = model.snapshots.values().find(|snapshot| snapshot.name == name) else { return Vec::new() };
     let of = |dep: Dependent| match dep {

@@ -26,14 +26,39 @@ impl RecordingFileSystem {
     pub(super) fn new(recorder: Arc<Recorder>, tree: &Tree) -> Self {
         let names = Self { recorder, inner: MemoryFileSystem::new(), numbers: Mutex::default() };
         for (path, bytes) in tree {
-            let Some(path) = rooted(path) else { continue };
-            let storage = names.recorder.memory(&path.display().to_string(), bytes);
-            let file = names.recorder.join(&path, bytes.clone());
-            names.recorder.recorded().start.names.insert(path.clone(), file);
-            names.numbers().extend(storage.file_id().map(|id| (id, file)));
-            names.inner.insert(path, storage);
+            names.start(path, bytes.clone(), None);
         }
         names
+    }
+
+    pub(super) fn of(recorder: Arc<Recorder>, files: &MemoryFileSystem) -> Self {
+        let names = Self { recorder, inner: MemoryFileSystem::new(), numbers: Mutex::default() };
+        for (path, storage) in files.files().iter() {
+            names.start(path, storage.to_vec(), storage.file_id());
+        }
+        names
+    }
+
+    /// Adds a file that exists before the recording, with this identity or a new one.
+    fn start(&self, path: &Path, bytes: Vec<u8>, identity: Option<FileId>) {
+        let Some(path) = rooted(path) else { return };
+        let storage = self.recorder.memory(&path.display().to_string(), &bytes);
+        let storage = Arc::new(match identity {
+            Some(identity) => storage.with_file_id(identity),
+            None => storage,
+        });
+        let file = self.recorder.join(&path, bytes);
+        self.recorder.recorded().start.names.insert(path.clone(), file);
+        self.identify(&storage, file);
+        self.inner.insert(path, storage);
+    }
+
+    /// Records the identity of a file.
+    fn identify(&self, storage: &MemoryStorage, file: usize) {
+        if let Some(identity) = storage.file_id() {
+            self.numbers().insert(identity, file);
+            self.recorder.recorded().identities.insert(file, identity);
+        }
     }
 
     /// Returns all files with their present content, durable or not.
@@ -85,7 +110,7 @@ impl FileSystem for RecordingFileSystem {
             self.inner.create_new(path)?;
             Ok((NameChange::Create { path: key(path), file }, self.inner.get(path).unwrap_or_default()))
         })?;
-        self.numbers().extend(storage.file_id().map(|id| (id, file)));
+        self.identify(&storage, file);
         Ok(Arc::new(RecordingStorage::new(file, storage, Arc::clone(&self.recorder))))
     }
 
@@ -103,17 +128,6 @@ impl FileSystem for RecordingFileSystem {
             self.inner.rename(from, to)?;
             let file = self.inner.get(to).and_then(|storage| self.number(&storage)).unwrap_or_default();
             Ok((NameChange::Rename { from: key(from), to: key(to), file }, file))
-        })?;
-        self.tear(file, to);
-        Ok(())
-    }
-
-    fn link(&self, from: &Path, to: &Path) -> Result<()> {
-        let file = self.recorder.record_name(|| {
-            self.inner.link(from, to)?;
-            let file = self.inner.get(to).and_then(|storage| self.number(&storage)).unwrap_or_default();
-            // To the log a second name is a creation.
-            Ok((NameChange::Create { path: key(to), file }, file))
         })?;
         self.tear(file, to);
         Ok(())

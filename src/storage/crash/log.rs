@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::site::Site;
 use super::{CrashState, Tree};
+use crate::storage::{FileId, MemoryFileSystem, MemoryStorage};
 
 /// The unit that a medium writes atomically, in bytes.
 pub(super) const SECTOR: usize = 512;
@@ -79,9 +80,25 @@ pub struct State {
     /// without a name.
     pub files: CrashState,
     names: BTreeMap<PathBuf, usize>,
+    identities: BTreeMap<usize, FileId>,
 }
 
 impl State {
+    /// Returns the files that have a name, with the identities that they had before the crash.
+    #[must_use]
+    pub fn file_system(&self) -> MemoryFileSystem {
+        let files = MemoryFileSystem::new();
+        for (path, file) in &self.names {
+            let storage = MemoryStorage::with_bytes(path.display().to_string(), &self.files[*file]);
+            let storage = match self.identities.get(file) {
+                Some(identity) => storage.with_file_id(*identity),
+                None => storage,
+            };
+            files.insert(path, Arc::new(storage));
+        }
+        files
+    }
+
     /// Returns the files that have a name, by path.
     #[must_use]
     pub fn tree(&self) -> Tree {
@@ -106,6 +123,7 @@ pub struct Barrier {
 pub struct Log {
     pub(super) start: Medium,
     pub(super) torn: Vec<bool>,
+    pub(super) identities: BTreeMap<usize, FileId>,
     pub(super) events: Vec<Event>,
 }
 
@@ -142,6 +160,7 @@ impl Log {
         Self {
             start: self.start.clone(),
             torn: self.torn.clone(),
+            identities: self.identities.clone(),
             events: self.events.iter().filter(kept).cloned().collect(),
         }
     }
@@ -165,7 +184,7 @@ impl Log {
         let mut look_at_all = |window: &Window, marks: usize, random: &mut u64| {
             for subset in subsets(window.open(), samples, random) {
                 let Medium { files, names } = window.with(&subset);
-                look(&State { number: count, marks, files, names })?;
+                look(&State { number: count, marks, files, names, identities: self.identities.clone() })?;
                 count += 1;
             }
             Ok(())
@@ -198,7 +217,8 @@ impl Log {
             left > 0
         };
         let events = self.events.iter().take_while(before).cloned().collect();
-        Self { start: self.start.clone(), torn: self.torn.clone(), events }
+        let (torn, identities) = (self.torn.clone(), self.identities.clone());
+        Self { start: self.start.clone(), torn, identities, events }
     }
 
     /// Returns the state in which only synced changes survived, as a test of promised durability
@@ -216,7 +236,7 @@ impl Log {
             }
         }
         let Medium { files, names } = window.with(&vec![false; window.open()]);
-        State { number: 0, marks, files, names }
+        State { number: 0, marks, files, names, identities: self.identities.clone() }
     }
 
     /// Returns the state in which everything survived.
@@ -231,7 +251,8 @@ impl Log {
                 Event::Sync { .. } => {}
             }
         }
-        State { number: 0, marks, files: medium.files, names: medium.names }
+        let Medium { files, names } = medium;
+        State { number: 0, marks, files, names, identities: self.identities.clone() }
     }
 }
 

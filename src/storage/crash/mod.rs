@@ -56,7 +56,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{MemoryStorage, Storage};
+use super::{FileId, MemoryFileSystem, MemoryStorage, Storage};
 use log::{Change, Event, Medium, NameChange, Piece, Synced};
 
 pub use file_system::RecordingFileSystem;
@@ -135,6 +135,8 @@ pub struct Recorder {
 struct Recorded {
     start: Medium,
     torn: Vec<bool>,
+    /// The identities of the files that have names, by number.
+    identities: BTreeMap<usize, FileId>,
     events: Vec<Event>,
     syncs: usize,
 }
@@ -172,16 +174,24 @@ impl Recorder {
     /// for messages.
     #[must_use]
     pub fn storage(self: &Arc<Self>, name: &str, bytes: Vec<u8>) -> RecordingStorage {
-        let inner = self.memory(name, &bytes);
+        let inner = Arc::new(self.memory(name, &bytes));
         let number = self.join(Path::new(name), bytes);
         RecordingStorage::new(number, inner, Arc::clone(self))
     }
 
     /// Returns a file system with these files, whose names and content are durable. To record a
-    /// recovery, pass [`State::tree`] of a crash state.
+    /// recovery, pass [`State::tree`] of a crash state; the files get new identities.
     #[must_use]
     pub fn names(self: &Arc<Self>, tree: &Tree) -> RecordingFileSystem {
         RecordingFileSystem::new(Arc::clone(self), tree)
+    }
+
+    /// Returns a file system with copies of these files, whose names and content are durable. The
+    /// files keep their identities. To record a recovery, pass [`State::file_system`] of a crash
+    /// state.
+    #[must_use]
+    pub fn file_system(self: &Arc<Self>, files: &MemoryFileSystem) -> RecordingFileSystem {
+        RecordingFileSystem::of(Arc::clone(self), files)
     }
 
     /// Marks the moment of a promise, such as `Ok` of a flush. Every state has the number of marks
@@ -194,7 +204,12 @@ impl Recorder {
     #[must_use]
     pub fn log(&self) -> Log {
         let recorded = self.recorded();
-        Log { start: recorded.start.clone(), torn: recorded.torn.clone(), events: recorded.events.clone() }
+        Log {
+            start: recorded.start.clone(),
+            torn: recorded.torn.clone(),
+            identities: recorded.identities.clone(),
+            events: recorded.events.clone(),
+        }
     }
 
     /// Calls `look` with the contents of the files in every state that a crash can leave, and
@@ -230,13 +245,13 @@ impl Recorder {
         recorded.torn.len() - 1
     }
 
-    fn memory(&self, name: &str, bytes: &[u8]) -> Arc<MemoryStorage> {
+    fn memory(&self, name: &str, bytes: &[u8]) -> MemoryStorage {
         if !self.options.fixed.iter().any(|part| name.contains(part)) {
-            return Arc::new(MemoryStorage::with_bytes(name, bytes));
+            return MemoryStorage::with_bytes(name, bytes);
         }
         let device = MemoryStorage::fixed(name, bytes.len() as u64);
         assert!(device.write_at(bytes, 0).is_ok(), "a device in memory takes what fits");
-        Arc::new(device)
+        device
     }
 
     fn tears(&self, path: &Path) -> bool {

@@ -80,10 +80,6 @@ impl FileSystem for FaultyFileSystem {
         self.change(from, "rename it", Call::TakesRoom, || self.inner.rename(from, to))
     }
 
-    fn link(&self, from: &Path, to: &Path) -> Result<()> {
-        self.change(from, "link it", Call::TakesRoom, || self.inner.link(from, to))
-    }
-
     fn unlink(&self, path: &Path) -> Result<()> {
         self.change(path, "remove it", Call::Other, || self.inner.unlink(path))
     }

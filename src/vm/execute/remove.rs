@@ -45,12 +45,17 @@ impl Run<'_> {
                 Fate::Absent => {}
                 Fate::Kept(reason) => self.report_release(path.clone(), reason),
             }
-            if !removal.provided && files.file_system().exists(directory_of(&path))? {
+            if !removal.provided {
                 directories.insert(directory_of(&path).to_owned());
             }
         }
         for directory in directories {
-            files.file_system().sync_dir(&directory)?; // barrier: names are gone before the journal that lists them
+            // barrier: names are gone before the journal that lists them
+            match files.file_system().sync_dir(&directory) {
+                // The directory of a lost file is missing too, and has no names.
+                Err(storage::Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
+                done => done?,
+            }
         }
         Ok(())
     }
