@@ -28,8 +28,7 @@ struct Case {
 
 impl Case {
     fn random(rng: &mut Rng, shape: Shape) -> Self {
-        let lab_shape =
-            LabShape { volumes: 2, size: SIZE, cluster_bits: 9, extended_l2: false, raw: rng.chance(1, 3) };
+        let lab_shape = LabShape { volumes: 2, size: SIZE, cluster_bits: 9, extended_l2: false, raw: rng.chance(1, 3) };
         let files = Arc::new(MemoryFileSystem::new());
         let mut before = Lab::new(files.clone(), Path::new("/vm"), lab_shape, rng);
         shape.prepare(&mut before, &files, rng);
@@ -113,7 +112,13 @@ impl Case {
         Ok(judged + more)
     }
 
-    fn judge_recovery(&self, state: &MemoryFileSystem, seed: u64, every: usize, promised: bool) -> Result<usize, String> {
+    fn judge_recovery(
+        &self,
+        state: &MemoryFileSystem,
+        seed: u64,
+        every: usize,
+        promised: bool,
+    ) -> Result<usize, String> {
         let recorder = Recorder::with(RecorderOptions::default().with_torn(".journal").with_torn("vm.json"));
         let lab = self.before.on(Arc::new(recorder.file_system(state)))?;
         lab.set.recover(&()).map_err(|error| format!("recorded recovery: {error}"))?;

@@ -123,7 +123,7 @@ fn check_shape(spec: &VolumeSpec) -> Result<()> {
 fn check_directory(files: &VolumeFiles, spec: &VolumeSpec, path: &Path) -> Result<Option<String>> {
     let file_system = files.file_system();
     let Some(directory) = &spec.overlay_dir else {
-        if file_system.entry(&file_system.resolve(path)?.path)? == EntryKind::BlockDevice {
+        if !spec.provided_overlays && file_system.entry(&file_system.resolve(path)?.path)? == EntryKind::BlockDevice {
             let (volume, path) = (spec.name.clone(), path.display().to_string());
             return Err(Refusal::BlockDevice { volume, path }.into());
         }
@@ -165,13 +165,12 @@ pub(super) fn model(
     options: &AdoptOptions,
     now: u64,
 ) -> Result<Model> {
-    let vm = match &options.vm {
-        Some(name) => name.clone(),
-        None => {
-            let stem = catalogue.file_stem().unwrap_or_default();
-            let not_text = || Refusal::VmName { name: stem.display().to_string(), why: "it is not valid UTF-8" };
-            stem.to_str().ok_or_else(not_text)?.to_owned()
-        }
+    let vm = if let Some(name) = &options.vm {
+        name.clone()
+    } else {
+        let stem = catalogue.file_stem().unwrap_or_default();
+        let not_text = || Refusal::VmName { name: stem.display().to_string(), why: "it is not valid UTF-8" };
+        stem.to_str().ok_or_else(not_text)?.to_owned()
     };
     check_vm_name(&vm)?;
     if volumes.is_empty() {

@@ -105,13 +105,10 @@ impl VolumeFiles {
     /// Returns the backing file name to write into the header of one recorded file for another: relative to the first
     /// if both are recorded by relative paths, so that the directory can be moved, else absolute.
     pub(crate) fn backing_name(&self, of: &str, backing: &str) -> Vec<u8> {
-        let name = match relative_name(Path::new(of), Path::new(backing)) {
-            Some(relative) => relative,
-            None => {
-                let backing = self.path(backing);
-                std::path::absolute(&backing).unwrap_or(backing)
-            }
-        };
+        let name = relative_name(Path::new(of), Path::new(backing)).unwrap_or_else(|| {
+            let backing = self.path(backing);
+            std::path::absolute(&backing).unwrap_or(backing)
+        });
         name.into_os_string().into_encoded_bytes()
     }
 

@@ -105,7 +105,7 @@ impl<'a> Run<'a> {
             let stage = &self.plan.stages[0];
             self.end_stage(0, stage)?;
             self.release(&stage.leaving);
-            return self.finish();
+            return Ok(self.finish());
         }
         let (files, journal) = (self.tools.files(), self.tools.journal);
         match Journal::begin(files.file_system(), journal, self.tools.catalogue, self.plan) {
@@ -372,10 +372,10 @@ impl<'a> Run<'a> {
 
     fn clear(self) -> Result<Report> {
         self.end_journal()?;
-        self.finish()
+        Ok(self.finish())
     }
 
-    fn finish(self) -> Result<Report> {
+    fn finish(self) -> Report {
         let model = self.model.into_inner().unwrap_or_else(PoisonError::into_inner);
         let mut report = self.report.into_inner().unwrap_or_else(PoisonError::into_inner);
         report.resized.extend(self.plan.size_changes.iter().cloned());
@@ -389,7 +389,7 @@ impl<'a> Run<'a> {
         report.paths = active.map(|volume| (volume.name.clone(), files.path(&volume.active.file.path))).collect();
         report.state = self.plan.state_in(&model);
         event!("done", purpose = %self.plan.purpose, removed = report.removed.len());
-        Ok(report)
+        report
     }
 
     /// Reports the files that leave the set and are not removed.

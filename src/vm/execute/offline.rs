@@ -164,9 +164,7 @@ pub(in crate::vm) fn model_of(overlay: &NewOverlay, files: &VolumeFiles) -> Resu
 
 /// Returns the provider's request for an overlay.
 pub(in crate::vm) fn request<'a>(overlay: &'a NewOverlay, vm: &'a str) -> Result<OverlayRequest<'a>> {
-    let name = overlay.file.path.rsplit('/').next().unwrap_or_default();
-    let name = name.strip_suffix(".qcow2").unwrap_or(name);
-    overlay_request(vm, &overlay.volume, name, overlay.size, overlay.shape)
+    overlay_request(vm, &overlay.volume, &overlay.request, overlay.size, overlay.shape)
 }
 
 /// Returns the request for an overlay of a volume, with the space that a full overlay takes.

@@ -270,7 +270,7 @@ impl Run<'_> {
         let mut done = if last.id == self.plan.id { last.stages.min(stages) } else { 0 };
         if done == 0 && matches!(self.plan.purpose, Purpose::Resize { .. }) {
             self.settle_resize()?;
-            return Ok(Outcome::Completed(Box::new(self.finish()?)));
+            return Ok(Outcome::Completed(Box::new(self.finish())));
         }
         if done == 0 && !switched && !self.plan.stages[0].create.is_empty() {
             return self.undo_planned(created);
@@ -319,7 +319,7 @@ impl Run<'_> {
         }
         self.remove_created(&ours)?;
         self.end_journal()?;
-        let report = self.finish()?;
+        let report = self.finish();
         Ok(Outcome::Undone(report.released))
     }
 

@@ -73,9 +73,8 @@ impl Run<'_> {
             }
             EntryKind::Missing => return Ok(Fate::Absent),
             EntryKind::File => {}
-            EntryKind::BlockDevice if removal.provided => {}
+            EntryKind::BlockDevice | EntryKind::Link if removal.provided => {}
             EntryKind::BlockDevice => return Ok(Fate::Kept("it is a block device".to_owned())),
-            EntryKind::Link if removal.provided => {}
             EntryKind::Link => return Ok(Fate::Kept("its path is a symbolic link now".to_owned())),
             _ => return Ok(Fate::Kept("it is not a regular file".to_owned())),
         }

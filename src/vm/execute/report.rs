@@ -12,14 +12,15 @@ use crate::vm::plan::{Purpose, SizeChange};
 /// Serialises paths as text. Bytes that are not valid UTF-8 are replaced: JSON cannot hold them.
 pub(in crate::vm) mod as_text {
     use std::collections::BTreeMap;
-    use std::path::PathBuf;
+    use std::path::{Path, PathBuf};
 
     use serde::Serializer;
 
-    pub(in crate::vm) fn path<S: Serializer>(path: &PathBuf, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(in crate::vm) fn path<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(&path.display())
     }
 
+    #[expect(clippy::ref_option, reason = "serde passes a reference to the field")]
     pub(in crate::vm) fn optional<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
         match path {
             Some(path) => serializer.collect_str(&path.display()),

@@ -83,6 +83,9 @@ pub struct NewOverlay {
     /// If set, the set's [`OverlayProvider`](super::OverlayProvider) creates the file.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub provided: bool,
+    /// The name in the request to the provider; empty without a provider.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub request: String,
 }
 
 /// The merge of two files of a volume.

@@ -208,27 +208,27 @@ impl Checks<'_> {
     }
 
     /// Refuses an operation for which the process may not open enough files.
-    pub(super) fn check_descriptors(&self, plan: &Plan, files: usize) -> Result<()> {
+    pub(super) fn check_descriptors(plan: &Plan, files: usize) -> Result<()> {
         let Some(have) = storage::descriptors_left() else { return Ok(()) };
-        let need = files as u64 + self.chain_descriptors(plan) + RESERVED_DESCRIPTORS;
+        let need = files as u64 + chain_descriptors(plan) + RESERVED_DESCRIPTORS;
         if need > have { Err(Refusal::Descriptors { need, have }.into()) } else { Ok(()) }
-    }
-
-    /// Returns the descriptors that the work on one volume needs besides the locked files.
-    fn chain_descriptors(&self, plan: &Plan) -> u64 {
-        let deepest = plan.merges().map(|(_, step)| step.below.len() as u64).max().unwrap_or_default();
-        deepest + 4
     }
 
     /// Returns the number of volumes that can be worked on at once with the descriptors that are left.
     pub(super) fn jobs(&self, plan: &Plan) -> Result<usize> {
         let wanted = self.set.jobs;
         let Some(left) = storage::descriptors_left() else { return Ok(wanted) };
-        let each = self.chain_descriptors(plan);
+        let each = chain_descriptors(plan);
         let possible = left.saturating_sub(RESERVED_DESCRIPTORS) / each;
         if possible == 0 {
             return Err(Refusal::Descriptors { need: each + RESERVED_DESCRIPTORS, have: left }.into());
         }
         Ok(wanted.min(usize::try_from(possible).unwrap_or(usize::MAX)))
     }
+}
+
+/// Returns the descriptors that the work on one volume needs besides the locked files.
+fn chain_descriptors(plan: &Plan) -> u64 {
+    let deepest = plan.merges().map(|(_, step)| step.below.len() as u64).max().unwrap_or_default();
+    deepest + 4
 }

@@ -35,12 +35,9 @@ impl Checks<'_> {
             if self.is_active(path) || examined.contains(path) || self.is_open_in_vm(path) {
                 continue;
             }
-            match self.files.refuse_writer(path) {
-                Err(Error::Refused(Refusal::InUse { .. })) => {
-                    return Err(self.wrong_file(&volume.name, path).into());
-                }
-                // A file that is not concerned may be missing or unreadable: `verify` reports it.
-                _ => {}
+            // A file that is not concerned may be missing or unreadable: `verify` reports it.
+            if let Err(Error::Refused(Refusal::InUse { .. })) = self.files.refuse_writer(path) {
+                return Err(self.wrong_file(&volume.name, path).into());
             }
         }
         Ok(())
@@ -140,14 +137,14 @@ impl Checks<'_> {
     /// Locks all files that the plan writes, relinks or removes, and gathers the facts that decide on their fate.
     pub(super) fn inspect_files(&mut self, plan: &Plan) -> Result<()> {
         let concerned = concerned(plan);
-        self.check_descriptors(plan, concerned.len())?;
+        Self::check_descriptors(plan, concerned.len())?;
         let mut identities: BTreeMap<FileId, String> = BTreeMap::new();
         for path in concerned {
             // A base is in no removal yet, but is removed after a pull.
             let provided = self.model.records().any(|(_, _, record)| record.provided && record.file.path == path);
             let facts = match self.inspect_file(&path, provided) {
                 Ok(facts) => facts,
-                Err(error) if self.is_discarded(plan, &path) => {
+                Err(error) if is_discarded(plan, &path) => {
                     self.pass_over(&path, error)?;
                     FileFacts::default()
                 }
@@ -162,10 +159,6 @@ impl Checks<'_> {
             self.facts.insert(path, facts);
         }
         Ok(())
-    }
-
-    fn is_discarded(&self, plan: &Plan, path: &str) -> bool {
-        plan.stages.iter().any(|stage| stage.leaving.remove.iter().any(|removal| removal.path == path))
     }
 
     fn inspect_file(&self, path: &str, provided: bool) -> Result<FileFacts> {
@@ -271,4 +264,9 @@ fn concerned(plan: &Plan) -> BTreeSet<String> {
         files.remove(&overlay.file.path);
     }
     files
+}
+
+/// Returns true if a stage of a plan discards a file, other than as the leftover of a merge.
+fn is_discarded(plan: &Plan, path: &str) -> bool {
+    plan.stages.iter().any(|stage| stage.leaving.remove.iter().any(|removal| removal.path == path))
 }

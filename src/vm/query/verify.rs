@@ -298,9 +298,8 @@ impl SnapshotSet {
                 let what = format!("{} clusters are allocated and unused", report.leaks);
                 found.add(ProblemKind::Leaks, Some(path), what);
             }
-            Ok(_) => {}
             // A missing or unreadable file is reported with its record.
-            Err(_) => {}
+            Ok(_) | Err(_) => {}
         }
     }
 
