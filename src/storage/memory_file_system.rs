@@ -55,9 +55,7 @@ impl MemoryFileSystem {
     /// file system do not affect the other.
     #[must_use]
     pub fn copy(&self) -> Self {
-        let copy = |(path, storage): (&PathBuf, &Arc<MemoryStorage>)| {
-            (path.clone(), Arc::new(storage.copy()))
-        };
+        let copy = |(path, storage): (&PathBuf, &Arc<MemoryStorage>)| (path.clone(), Arc::new(storage.copy()));
         Self { files: Mutex::new(self.files().iter().map(copy).collect()) }
     }
 
