@@ -1,17 +1,17 @@
 //! qcow2 images and chains of overlays, read, written, checked and merged in pure Rust.
 //!
-//! The crate is built in floors; each uses only those below it:
+//! The crate is built in tiers. Each tier uses only those below it:
 //!
-//! | floor | module | what it owns |
+//! | tier | module | content |
 //! |---|---|---|
-//! | 1 | [`mod@format`] | bytes of the format to typed values and back; no I/O |
-//! | 1 | [`storage`] | files, memory, names, locks; knows nothing of qcow2 |
+//! | 1 | [`mod@format`] | codecs between bytes of the format and typed values; no I/O |
+//! | 1 | [`storage`] | files, memory, file systems, access rights, locks; independent of qcow2 |
 //! | 2 | [`image`] | one image file |
 //! | 3 | [`chain`] | several images as one disk |
-//! | 4 | [`merge`] | deltas become one |
-//! | 5 | `vm` (feature `vm`) | a VM's snapshots over all of its volumes |
-//! | 6 | `live` (feature `vm`) | the same while the VM runs, by its hypervisor |
-//! | 7 | `libvirt` (feature `libvirt`, links libvirt) | that hypervisor, by libvirt |
+//! | 4 | [`merge`] | commit, pull, rebase, flatten, convert |
+//! | 5 | `vm` (feature `vm`) | snapshots of a VM over all of its volumes |
+//! | 6 | `live` (feature `vm`) | the same while the VM runs, through its hypervisor |
+//! | 7 | `libvirt` (feature `libvirt`, links libvirt) | that hypervisor, through libvirt |
 #![deny(unsafe_code)]
 #![warn(
     missing_docs,
@@ -35,7 +35,7 @@ pub mod storage;
 #[cfg(feature = "vm")]
 pub mod vm;
 
-/// The README's code is compiled with the documentation's.
+/// Compiles the code in the README with the doctests.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;

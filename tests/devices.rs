@@ -5,12 +5,18 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+#[cfg(feature = "vm")]
+use std::{collections::BTreeMap, sync::Mutex};
 
+#[cfg(feature = "vm")]
+use qcow2_chain::chain::Format;
 use qcow2_chain::chain::{Chain, ChainOptions, Policy};
 use qcow2_chain::format::GuestOffset;
 use qcow2_chain::image::{CreateOptions, Image, OpenOptions};
 use qcow2_chain::merge::{self, AfterCommit, CommitOptions, commit, plan};
 use qcow2_chain::storage::{Access, Error, FileStorage, LockMode, MemoryStorage, Storage};
+#[cfg(feature = "vm")]
+use qcow2_chain::vm::{self, AdoptOptions, MergeOptions, OverlayProvider, OverlayRequest, SnapshotSet, VolumeSpec};
 
 use crate::support::qemu::Qemu;
 use crate::support::say;
@@ -19,6 +25,7 @@ use crate::support::stack::content;
 const MIB: u64 = 1 << 20;
 
 /// A loop device that is given back when this is dropped.
+#[derive(Debug)]
 pub(crate) struct Loop(pub(crate) PathBuf);
 
 impl Loop {
@@ -149,6 +156,81 @@ fn a_block_device_is_a_storage_of_fixed_length() {
     assert_eq!(storage.file_id(), other.file_id());
     assert!(storage.file_id().is_some());
     assert_ne!(storage.file_id(), FileStorage::open(&file, &looker).expect("the file opens").file_id());
+}
+
+/// A provider of loop devices. Each has a link as its path, as a logical volume has, and is full of stale bytes.
+#[cfg(feature = "vm")]
+#[derive(Debug)]
+struct Loops {
+    directory: PathBuf,
+    devices: Mutex<BTreeMap<PathBuf, Loop>>,
+}
+
+#[cfg(feature = "vm")]
+impl OverlayProvider for Loops {
+    fn path(&self, request: &OverlayRequest<'_>) -> vm::Result<PathBuf> {
+        Ok(self.directory.join("group").join(request.name))
+    }
+
+    fn create(&self, request: &OverlayRequest<'_>) -> vm::Result<()> {
+        let (path, file) = (self.path(request)?, self.directory.join("store").join(request.name));
+        let len = usize::try_from(request.full_size.next_multiple_of(MIB)).expect("small");
+        std::fs::write(&file, vec![0xff; len]).expect("there is room");
+        let device = Loop::over(&file).expect("a device");
+        std::os::unix::fs::symlink(&device.0, &path).expect("a link");
+        self.devices.lock().expect("no panic").insert(path, device);
+        Ok(())
+    }
+
+    fn release(&self, path: &Path) -> vm::Result<()> {
+        if self.devices.lock().expect("no panic").remove(path).is_some() {
+            std::fs::remove_file(path).expect("the link");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(feature = "vm")]
+#[test]
+fn provided_overlays_on_devices_are_released_in_both_directions() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().canonicalize().expect("a path");
+    for name in ["group", "store", "overlays"] {
+        std::fs::create_dir(path.join(name)).expect("a directory");
+    }
+    let file = path.join("store/vda");
+    std::fs::write(&file, vec![1; 4 << 20]).expect("there is room");
+    let Some(device) = Loop::over(&file) else { return };
+    let spec = VolumeSpec::new("vda", &device.0).with_format(Format::Raw).with_overlay_dir(path.join("overlays"));
+    let set = SnapshotSet::adopt(path.join("vm.json"), &[spec], &AdoptOptions::default()).expect("adopted");
+    let loops = Arc::new(Loops { directory: path.clone(), devices: Mutex::default() });
+    let set = set.with_provider(Arc::clone(&loops) as _);
+    let devices = || loops.devices.lock().expect("no panic").len();
+
+    let mut expected = vec![1; 4 << 20];
+    for (number, name) in ["s1", "s2", "s3"].iter().enumerate() {
+        set.create(name, &Default::default()).expect("a snapshot");
+        assert_eq!(devices(), number + 1);
+        let options = ChainOptions::default().with_policy(Policy::Any).with_writable(1);
+        let chain = Chain::open(set.active_path("vda").expect("a path"), &options).expect("the chain opens");
+        let at = (number << 20) + 1000;
+        let bytes = vec![u8::try_from(number).expect("small") + 2; 100_000];
+        chain.write_at(&bytes, GuestOffset::new(at as u64)).expect("written");
+        expected[at..][..bytes.len()].copy_from_slice(&bytes);
+        chain.close().expect("it closes");
+        assert!(content(&set.open_active("vda").expect("it opens")).expect("it reads") == expected);
+    }
+    for (name, direction, left) in
+        [("s2", merge::Direction::Commit, 2), ("s3", merge::Direction::Pull, 1), ("s1", merge::Direction::Commit, 0)]
+    {
+        let report = set.delete(name, &MergeOptions::default().with_direction(direction), &()).expect("deleted");
+        assert!(report.released.is_empty() && report.removed.len() == 1, "{name}: {report:?}");
+        assert_eq!(devices(), left, "{name}");
+        assert!(content(&set.open_active("vda").expect("it opens")).expect("it reads") == expected, "{name}");
+    }
+    assert!(std::fs::read(&device.0).expect("the device") == expected);
+    assert_eq!(std::fs::read_dir(path.join("group")).expect("a directory").count(), 0);
+    assert_eq!(std::fs::read_dir(path.join("overlays")).expect("a directory").count(), 0);
 }
 
 /// Memory that does not grow.

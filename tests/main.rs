@@ -17,6 +17,8 @@ mod create;
 mod deep;
 mod dependents;
 mod devices;
+#[cfg(all(feature = "cli", target_os = "linux"))]
+mod environment;
 mod faults;
 mod filesystems;
 mod foreign;
@@ -38,6 +40,8 @@ mod plan;
 #[cfg(feature = "cli")]
 mod program_merges;
 mod protocols;
+#[cfg(feature = "vm")]
+mod provider;
 mod qemu;
 mod rebase;
 mod review;

@@ -1,7 +1,7 @@
 //! Signals, and standard streams that cannot be written: the program's exit codes and messages.
 
 use std::os::unix::process::ExitStatusExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -50,7 +50,8 @@ fn send(child: &Child, signal: Signal) {
     kill(nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap()), signal).unwrap();
 }
 
-/// The lines of the status of each thread of a process that begin with `SigBlk:`, as masks, by the thread's name.
+/// The lines of the status of each thread of a process that begin with `SigBlk:`, as masks, by the
+/// thread's name.
 fn blocked_signals(child: &Child) -> Vec<(String, u64)> {
     let threads = std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
     let masks = threads.filter_map(|thread| {
@@ -120,6 +121,10 @@ fn all_threads_of_a_merge_block_signals() {
     let mut child = start(directory.path(), &SLOWLY, Stdio::piped());
     wait_for_work(&child);
     for (thread, mask) in blocked_signals(&child) {
+        // The kernel shows a thread that waits for signals without those that it waits for.
+        if thread == "signals" {
+            continue;
+        }
         assert_eq!(mask & HANDLED, HANDLED, "thread {thread} would run a signal's default action");
     }
     send(&child, Signal::SIGINT);
@@ -162,27 +167,24 @@ fn ignored_sigint_leaves_sigterm() {
     assert_cancelled(&child.wait_with_output().unwrap());
 }
 
-/// A verb that cannot be stopped, and one that has not begun its work, end by the signal's default action.
+/// A verb that cannot be stopped ends by the signal's default action.
 #[test]
 fn sigint_ends_a_program_that_does_not_listen() {
-    let directory = directory();
-    let fifo = directory.path().join("fifo");
-    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    for line in [&["info", "fifo"][..], &["commit", "fifo"]] {
-        // The open of the FIFO waits for a writer.
-        let mut command = Command::new(PROGRAM);
-        let mut child = command.args(line).current_dir(directory.path()).stdin(Stdio::null()).spawn().unwrap();
-        let status = PathBuf::from(format!("/proc/{}/wchan", child.id()));
-        wait_until("the program waits", || {
-            child.try_wait().unwrap().is_some() || std::fs::read_to_string(&status).is_ok_and(|at| at != "0")
-        });
-        std::thread::sleep(Duration::from_millis(300));
-        if child.try_wait().unwrap().is_some() {
-            // The program refused the FIFO without waiting.
-            continue;
+    use std::os::unix::fs::FileExt as _;
+    let directory = tempfile::tempdir().unwrap();
+    let sparse = std::fs::File::create(directory.path().join("sparse.raw")).unwrap();
+    (0..2000_u64).for_each(|block| sparse.write_all_at(&[7; 4096], block << 17).unwrap());
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        // More output than a pipe holds, which this test does not read.
+        let line = ["map", "-f", "raw", "--output=json", "sparse.raw"];
+        let mut child = start(directory.path(), &line, Stdio::null());
+        std::thread::sleep(Duration::from_secs(2));
+        assert!(child.try_wait().unwrap().is_none(), "the program waits for its reader");
+        for (thread, mask) in blocked_signals(&child) {
+            assert_eq!(mask & HANDLED, 0, "thread {thread} blocks signals");
         }
-        send(&child, Signal::SIGINT);
-        assert_eq!(child.wait().unwrap().signal(), Some(Signal::SIGINT as i32), "{line:?}");
+        send(&child, signal);
+        assert_eq!(child.wait().unwrap().signal(), Some(signal as i32));
     }
 }
 
@@ -196,8 +198,8 @@ fn full_standard_error_keeps_exit_codes() {
         (&["vm", "list", "missing.json"], 1),
     ] {
         let ended = start(directory.path(), line, full()).wait_with_output().unwrap();
-        let heard = start(directory.path(), line, Stdio::piped()).wait_with_output().unwrap();
-        assert_eq!(heard.status.code(), Some(code), "{line:?}: {}", text(&heard.stderr));
+        let readable = start(directory.path(), line, Stdio::piped()).wait_with_output().unwrap();
+        assert_eq!(readable.status.code(), Some(code), "{line:?}: {}", text(&readable.stderr));
         assert_eq!(ended.status.code(), Some(code), "{line:?}");
     }
 }
@@ -212,18 +214,4 @@ fn full_standard_error_keeps_signals() {
     send(&child, Signal::SIGINT);
     let ended = child.wait_with_output().unwrap();
     assert_eq!(ended.status.code(), Some(130));
-}
-
-#[test]
-fn second_sigint_ends_the_program() {
-    let directory = directory();
-    // A rate that copies nothing for minutes: the first signal waits for the next piece.
-    let mut child = start(directory.path(), &SLOWLY, Stdio::piped());
-    wait_for_work(&child);
-    send(&child, Signal::SIGINT);
-    send(&child, Signal::SIGINT);
-    let start = Instant::now();
-    let status = child.wait().unwrap();
-    assert_eq!(status.code(), Some(130), "{status:?}");
-    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
 }

@@ -145,7 +145,7 @@ fn contradictory_model_lists_each_contradiction() {
     let first = sound.volumes[0].active.clone();
     let twice = told(&|m| snapshot(m, s2, &|s| *s.files.get_mut("vda").unwrap() = first.clone()));
     assert_eq!(twice, format!("{} is recorded twice", first.file));
-    let base = Base { file: first.file.clone(), fingerprint: Fingerprint { len: 0, header: 0, l1: 0, stamp: None } };
+    let base = Base::new(first.file.clone(), Fingerprint::new(0, 0, 0));
     assert_eq!(
         told(&|m| m.volumes[1].bases.push(base.clone())),
         format!("{} is recorded as a base and as a file of the set", first.file)

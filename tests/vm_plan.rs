@@ -135,7 +135,7 @@ impl Vm {
                 );
                 file.backing = Some(base.path.clone());
                 file.blocks.retain(|block, _| block % 2 == 0);
-                bases.push(Base { file: base, fingerprint: Fingerprint { len: 0, header: 0, l1: 0, stamp: None } });
+                bases.push(Base::new(base, Fingerprint::new(0, 0, 0)));
             }
             disk.0.insert(path, file);
             let mut volume = Volume::new(name, active);

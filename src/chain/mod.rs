@@ -38,7 +38,7 @@ pub(crate) use extents::Walk;
 pub use extents::{ChainExtent, ChainExtents};
 pub use node::{Format, Layer, Node};
 pub use open::ChainOptions;
-pub use policy::Policy;
+pub use policy::{Policy, has_protocol};
 pub use read::Below;
 pub use reader::ChainReader;
 

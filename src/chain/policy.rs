@@ -83,8 +83,9 @@ impl Link<'_> {
     }
 }
 
-/// Whether QEMU would take the part before the first `:` for a protocol: anything before the first slash counts.
-fn has_protocol(name: &[u8]) -> bool {
+/// Returns true if QEMU reads the part of a name before the first `:` as a protocol: if no slash precedes it.
+#[must_use]
+pub fn has_protocol(name: &[u8]) -> bool {
     let first = name.iter().copied().find(|byte| matches!(byte, b':' | b'/') || (cfg!(windows) && *byte == b'\\'));
     let drive = cfg!(windows) && matches!(name, [letter, b':', ..] if letter.is_ascii_alphabetic());
     first == Some(b':') && !drive

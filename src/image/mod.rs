@@ -348,6 +348,16 @@ impl Image {
         look(&self.state.read().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Returns the offset of the first L2 table that is past the end of the file, in the order of the L1 table: the file
+    /// is truncated, and what the table maps would read as zeroes.
+    pub(crate) fn missing_l2_table(&self) -> Result<Option<crate::format::HostOffset>> {
+        let len = self.storage.len()?;
+        Ok(self.peek(|state| {
+            let tables = state.l1.iter().filter_map(|entry| entry.l2_table());
+            tables.filter(|offset| offset.get() >= len).min()
+        }))
+    }
+
     /// Uses the state beside other readers.
     fn shared<T>(&self, operation: impl FnOnce(&State) -> Result<T>) -> Result<T> {
         self.peek(operation)

@@ -10,17 +10,18 @@ use super::events::{self, Mailbox};
 use super::{Listening, raw};
 use crate::live::{FailureKind, HypervisorError, Result};
 
-/// Keep-alive messages: one every 5 seconds, and the connection is closed after 5 without an answer. A call to a daemon
-/// that hangs therefore fails after about 30 seconds.
+/// Keep-alive messages: one every 5 seconds, and the connection is closed after 5 without an
+/// answer. A call to a daemon that hangs therefore fails after about 30 seconds.
 const KEEP_ALIVE: (i32, u32) = (5, 5);
-/// The longest wait for a new connection. Keep-alives cannot end this wait, because they start after the handshake.
+/// The longest wait for a new connection. Keep-alives cannot end this wait, because they start
+/// after the handshake.
 const OPEN_LIMIT: Duration = Duration::from_secs(30);
 
 /// One connection and its event callbacks.
 ///
-/// `Connect` of `virt` 0.4 has no `Drop`: each handle needs one call of `close`. Each registered callback holds one more
-/// reference, so that the socket stays open until the callback is removed. This type is shared in an [`Arc`], and no handle
-/// is cloned.
+/// `Connect` of `virt` 0.4 has no `Drop`: each handle needs one call of `close`. Each registered
+/// callback holds one more reference, so that the socket stays open until the callback is removed.
+/// This type is shared in an [`Arc`], and no handle is cloned.
 #[derive(Debug)]
 pub(super) struct Connection {
     connect: Connect,
@@ -28,13 +29,15 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Opens a connection, starts its keep-alives and, unless `listening` is [`Listening::Poll`], registers for events.
+    /// Opens a connection, starts its keep-alives and, unless `listening` is [`Listening::Poll`],
+    /// registers for events.
     ///
     /// # Errors
-    /// [`FailureKind::Unreachable`]: libvirt refused the connection, or did not complete the handshake within 30 seconds.
+    /// [`FailureKind::Unreachable`]: libvirt refused the connection, or did not complete the
+    /// handshake within 30 seconds.
     pub(super) fn open(uri: &str, listening: Listening, mailbox: &Arc<Mailbox>) -> Result<Self> {
-        // libvirt sends and checks keep-alives from its event loop, and only on connections that were opened after the loop
-        // was registered. Polling needs the loop for this reason alone.
+        // libvirt sends and checks keep-alives from its event loop, and only on connections that
+        // were opened after the loop was registered. Polling needs the loop for this reason alone.
         if listening != Listening::CallersLoop {
             events::run_loop()?;
         }
@@ -72,13 +75,15 @@ impl Drop for Connection {
         for callback in self.callbacks.drain(..) {
             raw::deregister_event(&self.connect, callback);
         }
-        // On a connection that broke this fails after it released the socket: nothing is left to do.
+        // On a connection that broke this fails after it released the socket: nothing is left to
+        // do.
         let _ = self.connect.close();
     }
 }
 
-/// Opens a connection on a thread of its own, so that a daemon that accepts and never answers ends in an error. If the
-/// limit passes, the thread stays until the daemon answers or dies, and then closes what it opened.
+/// Opens a connection on a thread of its own, so that a daemon that accepts and never answers ends
+/// in an error. If the limit passes, the thread stays until the daemon answers or dies, and then
+/// closes what it opened.
 fn open_in_time(uri: &str) -> Result<Connection> {
     let (sender, receiver) = mpsc::channel();
     let address = uri.to_owned();
@@ -89,14 +94,11 @@ fn open_in_time(uri: &str) -> Result<Connection> {
     };
     events::without_signals(|| std::thread::Builder::new().name("libvirt connect".to_owned()).spawn(open))
         .map_err(|error| HypervisorError::new(FailureKind::Unreachable, format!("cannot start a thread: {error}")))?;
-    match receiver.recv_timeout(OPEN_LIMIT) {
-        Ok(opened) => opened.map_err(|error| unreachable(&error)),
-        Err(_) => {
-            let seconds = OPEN_LIMIT.as_secs();
-            let message = format!("{uri}: libvirt did not answer within {seconds} s");
-            Err(HypervisorError::new(FailureKind::Unreachable, message))
-        }
-    }
+    let Ok(opened) = receiver.recv_timeout(OPEN_LIMIT) else {
+        let message = format!("{uri}: libvirt did not answer within {} s", OPEN_LIMIT.as_secs());
+        return Err(HypervisorError::new(FailureKind::Unreachable, message));
+    };
+    opened.map_err(|error| unreachable(&error))
 }
 
 /// Converts an error that leaves open if the call had an effect.
@@ -113,7 +115,8 @@ mod tests {
         (Connection::open("test:///default", listening, &mailbox).unwrap(), mailbox)
     }
 
-    /// The callbacks own one reference to the mailbox each. libvirt releases it with the callback, which holds the connection.
+    /// The callbacks own one reference to the mailbox each. libvirt releases it with the callback,
+    /// which holds the connection.
     #[test]
     fn dropped_connection_releases_callbacks() {
         let (connection, mailbox) = open(Listening::OwnLoop);

@@ -23,7 +23,8 @@ pub(super) struct Mailbox {
 #[derive(Debug, Default)]
 struct Inside {
     jobs: BTreeMap<String, VecDeque<JobEvent>>,
-    /// The number of stops of the domain, and the number that was reported to the waiter of each disk.
+    /// The number of stops of the domain, and the number that was reported to the waiter of each
+    /// disk.
     stops: u64,
     reported: BTreeMap<String, u64>,
 }
@@ -43,7 +44,8 @@ impl Mailbox {
         self.inside.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Queues a change of a block job (`virConnectDomainEventBlockJobStatus`). Unknown values are ignored.
+    /// Queues a change of a block job (`virConnectDomainEventBlockJobStatus`). Unknown values are
+    /// ignored.
     pub(super) fn job(&self, disk: &str, status: i32) {
         let event = match u32::try_from(status) {
             Ok(sys::VIR_DOMAIN_BLOCK_JOB_COMPLETED) => JobEvent::Completed,
@@ -61,7 +63,8 @@ impl Mailbox {
         self.arrived.notify_all();
     }
 
-    /// Counts a stop or crash of the domain. Other events of its life cycle (`virDomainEventType`) are ignored.
+    /// Counts a stop or crash of the domain. Other events of its life cycle (`virDomainEventType`)
+    /// are ignored.
     pub(super) fn lifecycle(&self, event: i32) {
         if matches!(u32::try_from(event), Ok(sys::VIR_DOMAIN_EVENT_STOPPED | sys::VIR_DOMAIN_EVENT_CRASHED)) {
             self.lock().stops += 1;
@@ -74,7 +77,8 @@ impl Mailbox {
         self.lock().jobs.remove(disk);
     }
 
-    /// Waits for an event of a job on a disk, or for a stop of the domain. Returns `None` when the time is over.
+    /// Waits for an event of a job on a disk, or for a stop of the domain. Returns `None` when the
+    /// time is over.
     pub(super) fn wait(&self, disk: &str, at_most: Duration) -> Option<Event> {
         let end = Instant::now() + at_most;
         let mut inside = self.lock();
@@ -82,7 +86,8 @@ impl Mailbox {
             if let Some(event) = inside.jobs.get_mut(disk).and_then(VecDeque::pop_front) {
                 return Some(Event::Job { disk: disk.to_owned(), event });
             }
-            // Each waiter receives a stop once: it then reads the domain's state, and the domain may run again by then.
+            // Each waiter receives a stop once: it then reads the domain's state, and the domain
+            // may run again by then.
             let stops = inside.stops;
             if inside.reported.insert(disk.to_owned(), stops).unwrap_or(0) < stops {
                 return Some(Event::Stopped);
@@ -96,10 +101,12 @@ impl Mailbox {
     }
 }
 
-/// Starts libvirt's event loop on a thread of this library, once in a process. Call this before opening a connection.
+/// Starts libvirt's event loop on a thread of this library, once in a process. Call this before
+/// opening a connection.
 ///
 /// # Errors
-/// [`FailureKind::Unreachable`]: libvirt refused the registration, or the thread cannot be started. The next call tries again.
+/// [`FailureKind::Unreachable`]: libvirt refused the registration, or the thread cannot be started.
+/// The next call tries again.
 pub(super) fn run_loop() -> Result<()> {
     static RUNNING: Mutex<bool> = Mutex::new(false);
     let mut running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
@@ -122,8 +129,9 @@ pub(super) fn run_loop() -> Result<()> {
     Ok(())
 }
 
-/// Runs `start` with all signals blocked in this thread, so that a thread that it starts receives none. The signals of the
-/// process belong to the program: a thread of a library that has them unblocked would run their default action.
+/// Runs `start` with all signals blocked in this thread, so that a thread that it starts receives
+/// none. The signals of the process belong to the program: a thread of a library that has them
+/// unblocked would run their default action.
 pub(super) fn without_signals<T>(start: impl FnOnce() -> T) -> T {
     #[cfg(unix)]
     {

@@ -1,7 +1,7 @@
 //! Running VMs under libvirt (feature `libvirt`, which links libvirt's C library).
 //!
-//! [`Libvirt`] implements [`Hypervisor`] for one domain. Each method is one call of libvirt; states are read from the domain's XML.
-//! docs/live.md lists the versions and permissions that it needs.
+//! [`Libvirt`] implements [`Hypervisor`] for one domain. Each method is one call of libvirt; states
+//! are read from the domain's XML. docs/live.md lists the versions and permissions that it needs.
 //!
 //! ```no_run
 //! use std::sync::Arc;
@@ -35,24 +35,28 @@ use crate::live::{Commit, Description, Event, FailureKind, Hypervisor, Hyperviso
 
 /// The source of events, and the event loop that a connection uses.
 ///
-/// Every connection needs a running event loop, because libvirt sends and checks keep-alives from it. Without keep-alives a call to
-/// a daemon that hangs never returns. libvirt has one event loop in a process, and keeps the one that was registered first.
+/// Every connection needs a running event loop, because libvirt sends and checks keep-alives from
+/// it. Without keep-alives a call to a daemon that hangs never returns. libvirt has one event loop
+/// in a process, and keeps the one that was registered first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Listening {
-    /// Events through libvirt's default event loop, which runs on a thread of this library from the first connection on.
+    /// Events through libvirt's default event loop, which runs on a thread of this library from the
+    /// first connection on.
     #[default]
     OwnLoop,
-    /// Events through an event loop that the program has registered with libvirt, and runs, before it connects.
+    /// Events through an event loop that the program has registered with libvirt, and runs, before
+    /// it connects.
     CallersLoop,
-    /// No events: the state of a job is read several times per second. The thread of [`Listening::OwnLoop`] runs for the
-    /// keep-alives. A program with an event loop of its own must use [`Listening::CallersLoop`].
+    /// No events: the state of a job is read several times per second. The thread of
+    /// [`Listening::OwnLoop`] runs for the keep-alives. A program with an event loop of its own
+    /// must use [`Listening::CallersLoop`].
     Poll,
 }
 
 /// A domain of a libvirt.
 ///
-/// It holds one connection, which is closed when the last use ends after the drop. A connection that broke is replaced by the next
-/// call.
+/// It holds one connection, which is closed when the last use ends after the drop. A connection
+/// that broke is replaced by the next call.
 #[derive(Debug)]
 pub struct Libvirt {
     uri: String,
@@ -63,11 +67,13 @@ pub struct Libvirt {
 }
 
 impl Libvirt {
-    /// Connects to a libvirt, such as `qemu:///system`, for the domain of this name or UUID. The domain need not exist yet.
+    /// Connects to a libvirt, such as `qemu:///system`, for the domain of this name or UUID. The
+    /// domain need not exist yet.
     ///
     /// # Errors
     /// - [`FailureKind::Failed`]: the URI or the name has a zero byte.
-    /// - [`FailureKind::Unreachable`]: the connection was refused, or not established within 30 seconds.
+    /// - [`FailureKind::Unreachable`]: the connection was refused, or not established within 30
+    ///   seconds.
     pub fn connect(uri: impl Into<String>, domain: impl Into<String>, listening: Listening) -> Result<Self> {
         let (uri, domain) = (uri.into(), domain.into());
         if uri.contains('\0') || domain.contains('\0') {
@@ -78,7 +84,8 @@ impl Libvirt {
         Ok(Self { uri, domain, listening, mailbox, connection })
     }
 
-    /// Returns the connection, or a new one if the last one broke. The broken one is closed with its last user.
+    /// Returns the connection, or a new one if the last one broke. The broken one is closed with
+    /// its last user.
     fn connection(&self) -> Result<Arc<Connection>> {
         let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
         if !connection.is_alive() {
@@ -99,7 +106,8 @@ impl Libvirt {
         }
     }
 
-    /// Makes a call for the domain. The kind of an error depends on the state of the connection and of the domain afterwards.
+    /// Makes a call for the domain. The kind of an error depends on the state of the connection and
+    /// of the domain afterwards.
     fn ask<T>(&self, call: impl FnOnce(&Domain) -> raw::Result<T>) -> Result<T> {
         let connection = self.connection()?;
         let gone = |message: String| HypervisorError::new(FailureKind::Gone, message);
@@ -157,7 +165,8 @@ fn text(path: &std::path::Path) -> Result<&str> {
     path.to_str().ok_or_else(|| HypervisorError::new(FailureKind::Failed, refused()))
 }
 
-/// Returns the flags of `virDomainSnapshotCreateXML` for a snapshot of disks alone, into files that exist.
+/// Returns the flags of `virDomainSnapshotCreateXML` for a snapshot of disks alone, into files that
+/// exist.
 fn snapshot_flags(quiesce: bool) -> u32 {
     let mut flags = sys::VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
         | sys::VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
@@ -204,13 +213,15 @@ impl Hypervisor for Libvirt {
             top,
             bandwidth: commit.rate_limit.unwrap_or(0),
             active: commit.active,
-            // The header of the file above gets a new name, relative as the present one. With an absolute name, a directory that
-            // is copied or moved would read the old directory's base. A commit of the active file changes no header.
+            // The header of the file above gets a new name, relative as the present one. With an
+            // absolute name, a directory that is copied or moved would read the old directory's
+            // base. A commit of the active file changes no header.
             relative: !commit.active,
         };
         self.ask(|domain| match raw::block_commit(domain, arguments) {
-            // libvirt refuses the flag, before anything starts, where a name between the file above and the base is absolute:
-            // the chain has no relative path, and the new name is absolute as well. An error with another cause comes again.
+            // libvirt refuses the flag, before anything starts, where a name between the file above
+            // and the base is absolute: the chain has no relative path, and the new name is
+            // absolute as well. An error with another cause comes again.
             Err(Some(error)) if arguments.relative && error.code() == ErrorNumber::OperationInvalid => {
                 raw::block_commit(domain, raw::BlockCommit { relative: false, ..arguments })
             }

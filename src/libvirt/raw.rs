@@ -1,5 +1,5 @@
-//! The calls of libvirt's C library that `virt` has no safe function for. This file and `storage/map.rs` have the crate's only
-//! unsafe code.
+//! The calls of libvirt's C library that `virt` has no safe function for. This file and
+//! `storage/map.rs` have the crate's only unsafe code.
 
 #![allow(unsafe_code)]
 
@@ -36,7 +36,8 @@ pub(super) struct BlockCommit<'a> {
     pub(super) bandwidth: u64,
     /// The VM writes `top`.
     pub(super) active: bool,
-    /// The file above `top` gets a relative backing name. libvirt refuses this where a name on the way is absolute.
+    /// The file above `top` gets a relative backing name. libvirt refuses this where a name on the
+    /// way is absolute.
     pub(super) relative: bool,
 }
 
@@ -51,7 +52,8 @@ pub(super) fn block_commit(domain: &Domain, commit: BlockCommit<'_>) -> Result<(
         flags |= sys::VIR_DOMAIN_BLOCK_COMMIT_RELATIVE;
     }
     let bandwidth = long(commit.bandwidth);
-    // SAFETY: the domain is held by `domain`, the strings live until the call returns, and libvirt keeps none of them.
+    // SAFETY: the domain is held by `domain`, the strings live until the call returns, and libvirt
+    // keeps none of them.
     checked(unsafe {
         sys::virDomainBlockCommit(domain.as_ptr(), disk.as_ptr(), base.as_ptr(), top.as_ptr(), bandwidth, flags)
     })?;
@@ -86,14 +88,15 @@ pub(super) struct BlockJob {
 pub(super) fn block_job(domain: &Domain, disk: &str) -> Result<Option<BlockJob>> {
     let disk = text(disk)?;
     let mut info = sys::virDomainBlockJobInfo { type_: 0, bandwidth: 0, cur: 0, end: 0 };
-    // SAFETY: the domain is held by `domain`; string and record live until the call returns; the record has the type that
-    // libvirt fills.
+    // SAFETY: the domain is held by `domain`; string and record live until the call returns; the
+    // record has the type that libvirt fills.
     let found = checked(unsafe { sys::virDomainGetBlockJobInfo(domain.as_ptr(), disk.as_ptr(), &raw mut info, 0) })?;
     let kind = u32::try_from(info.type_).unwrap_or_default();
     Ok((found > 0).then_some(BlockJob { kind, cur: info.cur, end: info.end }))
 }
 
-/// Calls `virDomainBlockJobAbort`; with `pivot` the domain is switched to the file that the job copied to.
+/// Calls `virDomainBlockJobAbort`; with `pivot` the domain is switched to the file that the job
+/// copied to.
 pub(super) fn block_job_abort(domain: &Domain, disk: &str, pivot: bool) -> Result<()> {
     let disk = text(disk)?;
     let flags = if pivot { sys::VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT } else { 0 };
@@ -102,10 +105,12 @@ pub(super) fn block_job_abort(domain: &Domain, disk: &str, pivot: bool) -> Resul
     Ok(())
 }
 
-/// Calls `virDomainAgentSetResponseTimeout` with a time in seconds, or with the limit that a new domain has: none.
+/// Calls `virDomainAgentSetResponseTimeout` with a time in seconds, or with the limit that a new
+/// domain has: none.
 ///
-/// libvirt has no call that returns the present limit. A domain starts with `VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK` (-2), which
-/// waits without a limit. `VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_DEFAULT` (-1) is another one: 5 seconds.
+/// libvirt has no call that returns the present limit. A domain starts with
+/// `VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK` (-2), which waits without a limit.
+/// `VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_DEFAULT` (-1) is another one: 5 seconds.
 pub(super) fn agent_set_response_timeout(domain: &Domain, seconds: Option<i32>) -> Result<()> {
     let seconds = seconds.unwrap_or(sys::VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK);
     // SAFETY: the domain is held by `domain`.
@@ -128,11 +133,12 @@ pub(super) fn print_no_errors(connection: &Connect) {
 
 unsafe extern "C" fn ignore(_opaque: *mut c_void, _error: sys::virErrorPtr) {}
 
-/// Registers for the events of block jobs and of starts and stops, which go to a mailbox. Returns the callbacks' numbers for
-/// [`deregister_event`]; each callback holds a reference to the connection. Needs an event loop that is older than the connection.
+/// Registers for the events of block jobs and of starts and stops, which go to a mailbox. Returns
+/// the callbacks' numbers for [`deregister_event`]; each callback holds a reference to the
+/// connection. Needs an event loop that is older than the connection.
 pub(super) fn register_events(connection: &Connect, mailbox: &Arc<Mailbox>) -> Result<Vec<c_int>> {
-    // SAFETY: libvirt calls a callback through the type that belongs to the event's number; these are the types of the two
-    // numbers below.
+    // SAFETY: libvirt calls a callback through the type that belongs to the event's number; these
+    // are the types of the two numbers below.
     let (job, lifecycle) = unsafe {
         type Generic = unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, *mut c_void);
         type Job =
@@ -144,8 +150,8 @@ pub(super) fn register_events(connection: &Connect, mailbox: &Arc<Mailbox>) -> R
     let mut registered = Vec::new();
     for (event, callback) in events {
         let opaque = Arc::into_raw(Arc::clone(mailbox)).cast_mut().cast::<c_void>();
-        // SAFETY: the connection is held by `connection`. `opaque` is a count of an `Arc` that `release` gives back; libvirt
-        // calls it once, when the callback is removed.
+        // SAFETY: the connection is held by `connection`. `opaque` is a count of an `Arc` that
+        // `release` gives back; libvirt calls it once, when the callback is removed.
         let answer = checked(unsafe {
             sys::virConnectDomainEventRegisterAny(
                 connection.as_ptr(),
@@ -161,7 +167,9 @@ pub(super) fn register_events(connection: &Connect, mailbox: &Arc<Mailbox>) -> R
             Err(error) => {
                 // SAFETY: libvirt did not take the count, and does not call `release` for it.
                 unsafe { release(opaque) };
-                registered.into_iter().for_each(|number| deregister_event(connection, number));
+                for number in registered {
+                    deregister_event(connection, number);
+                }
                 return Err(error);
             }
         }
@@ -169,8 +177,8 @@ pub(super) fn register_events(connection: &Connect, mailbox: &Arc<Mailbox>) -> R
     Ok(registered)
 }
 
-/// Removes a callback and its reference to the connection. On a connection that broke libvirt removes it too, and reports an
-/// error because it cannot inform the daemon; that error is ignored.
+/// Removes a callback and its reference to the connection. On a connection that broke libvirt
+/// removes it too, and reports an error because it cannot inform the daemon; that error is ignored.
 pub(super) fn deregister_event(connection: &Connect, number: c_int) {
     // SAFETY: the connection is held by `connection`; libvirt checks the number.
     let _ = unsafe { sys::virConnectDomainEventDeregisterAny(connection.as_ptr(), number) };
@@ -178,7 +186,8 @@ pub(super) fn deregister_event(connection: &Connect, number: c_int) {
 
 /// Releases one count of a mailbox.
 unsafe extern "C" fn release(opaque: *mut c_void) {
-    // SAFETY: `opaque` is from `Arc::into_raw` in `register_events`, and this is called once for it.
+    // SAFETY: `opaque` is from `Arc::into_raw` in `register_events`, and this is called once for
+    // it.
     drop(unsafe { Arc::from_raw(opaque.cast_const().cast::<Mailbox>()) });
 }
 
@@ -190,7 +199,8 @@ unsafe extern "C" fn on_block_job(
     status: c_int,
     opaque: *mut c_void,
 ) {
-    // SAFETY: libvirt passes a domain, a string or null, and the mailbox that was registered; all live during the call.
+    // SAFETY: libvirt passes a domain, a string or null, and the mailbox that was registered; all
+    // live during the call.
     let (mailbox, is_ours, disk) = unsafe {
         let mailbox = &*opaque.cast_const().cast::<Mailbox>();
         let disk = if disk.is_null() { return } else { CStr::from_ptr(disk) };
@@ -209,7 +219,8 @@ unsafe extern "C" fn on_lifecycle(
     _detail: c_int,
     opaque: *mut c_void,
 ) -> c_int {
-    // SAFETY: libvirt passes a domain and the mailbox that was registered; both live during the call.
+    // SAFETY: libvirt passes a domain and the mailbox that was registered; both live during the
+    // call.
     let (mailbox, is_ours) = unsafe {
         let mailbox = &*opaque.cast_const().cast::<Mailbox>();
         (mailbox, is_of(mailbox, domain))
@@ -226,7 +237,8 @@ unsafe extern "C" fn on_lifecycle(
 /// `domain` must be a domain that lives during the call.
 unsafe fn is_of(mailbox: &Mailbox, domain: sys::virDomainPtr) -> bool {
     let mut uuid: [c_char; sys::VIR_UUID_STRING_BUFLEN as usize] = [0; sys::VIR_UUID_STRING_BUFLEN as usize];
-    // SAFETY: the domain lives; the name belongs to it; the buffer has the size that the UUID needs, with the zero at its end.
+    // SAFETY: the domain lives; the name belongs to it; the buffer has the size that the UUID
+    // needs, with the zero at its end.
     let (name, uuid) = unsafe {
         let name = sys::virDomainGetName(domain);
         let found = sys::virDomainGetUUIDString(domain, uuid.as_mut_ptr()) == 0;

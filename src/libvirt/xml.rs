@@ -17,7 +17,8 @@ pub(super) struct Disks {
     pub(super) names: Vec<String>,
 }
 
-/// Reads the disks from a domain's XML (libvirt: "Domain XML format", Hard drives, floppy disks, CDROMs).
+/// Reads the disks from a domain's XML (libvirt: "Domain XML format", Hard drives, floppy disks,
+/// CDROMs).
 pub(super) fn disks(xml: &str) -> Result<Disks, String> {
     let document = Document::parse(xml).map_err(|error| format!("the domain's XML: {error}"))?;
     let devices = child(document.root_element(), "devices");
@@ -65,7 +66,8 @@ fn child<'a, 'input>(node: Node<'a, 'input>, name: &'static str) -> Option<Node<
     children(node, name).next()
 }
 
-/// Describes a snapshot of these disks into files that exist, without the other disks (libvirt: "Snapshot XML format").
+/// Describes a snapshot of these disks into files that exist, without the other disks (libvirt:
+/// "Snapshot XML format").
 pub(super) fn snapshot(tops: &[NewTop], all: &[String]) -> Result<String, String> {
     let mut xml = String::from("<domainsnapshot><memory snapshot='no'/><disks>");
     for name in all.iter().filter(|name| !tops.iter().any(|top| top.disk == **name)) {

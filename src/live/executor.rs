@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::hypervisor::{Commit, Description, Disk, FailureKind, Hypervisor, HypervisorError, NewTop};
 use super::job::Watcher;
 use super::quiesce::quiesced;
+use super::received::check_received;
 use crate::merge::Direction;
 use crate::storage::{Access, LockMode};
 use crate::vm::{
@@ -26,8 +27,8 @@ pub enum OnTimeout {
 
 /// Carries plans out for a VM that may be running.
 ///
-/// Files that the running VM has open are merged, resized and switched by the hypervisor. All others are left to
-/// [`OfflineExecutor`].
+/// Files that the running VM has open are merged, resized and switched by the hypervisor. All
+/// others are left to [`OfflineExecutor`].
 ///
 /// ```
 /// use std::sync::Arc;
@@ -50,13 +51,15 @@ pub struct LiveExecutor {
 }
 
 impl LiveExecutor {
-    /// Creates an executor over this hypervisor's VM, without a time limit for merges and with 30 seconds for the guest agent.
+    /// Creates an executor over this hypervisor's VM, without a time limit for merges and with 30
+    /// seconds for the guest agent.
     #[must_use]
     pub fn new(hypervisor: Arc<dyn Hypervisor>) -> Self {
         Self { hypervisor, timeout: None, on_timeout: OnTimeout::Keep, agent_timeout: Duration::from_secs(30) }
     }
 
-    /// Sets the time limit for each merge in the running VM, and the treatment of one that exceeds it. Default: 0, no limit.
+    /// Sets the time limit for each merge in the running VM, and the treatment of one that exceeds
+    /// it. Default: 0, no limit.
     #[must_use]
     pub fn with_timeout(mut self, timeout: Duration, on_timeout: OnTimeout) -> Self {
         self.timeout = (!timeout.is_zero()).then_some(timeout);
@@ -64,8 +67,9 @@ impl LiveExecutor {
         self
     }
 
-    /// Sets the time limit for each answer of the guest agent, in whole seconds. Default: 30 seconds. It holds for the time of a
-    /// snapshot that freezes the guest; the hypervisor's initial limit is restored afterwards.
+    /// Sets the time limit for each answer of the guest agent, in whole seconds. Default: 30
+    /// seconds. It holds for the time of a snapshot that freezes the guest; the hypervisor's
+    /// initial limit is restored afterwards.
     #[must_use]
     pub fn with_agent_timeout(mut self, timeout: Duration) -> Self {
         self.agent_timeout = timeout;
@@ -76,13 +80,15 @@ impl LiveExecutor {
         self.hypervisor.describe().map_err(|error| failed("reading the state of the VM", error))
     }
 
-    /// Returns the disk of the running VM that has a file open, and the file's index among the disk's files.
+    /// Returns the disk of the running VM that has a file open, and the file's index among the
+    /// disk's files.
     fn disk_with(&self, files: &VolumeFiles, file: &FileRef) -> Result<Option<(Disk, usize)>> {
         let description = self.describe()?;
         if description.running { find(&description, &files.path(&file.path), files) } else { Ok(None) }
     }
 
-    /// Switches disks to their overlays. If the answer is an error, the hypervisor's description decides.
+    /// Switches disks to their overlays. If the answer is an error, the hypervisor's description
+    /// decides.
     fn switch_to(&self, tops: &[NewTop], files: &VolumeFiles, quiesce: bool) -> Result<()> {
         let hypervisor = &*self.hypervisor;
         let done =
@@ -100,8 +106,8 @@ impl LiveExecutor {
         }
         Err(match error.kind {
             FailureKind::NoAgent | FailureKind::AgentTimeout => Refusal::Quiesce { why: error.message }.into(),
-            // The definition of a VM that stopped may name other files than those it wrote: it may have been switched, and have
-            // written its overlays, before it stopped.
+            // The definition of a VM that stopped may name other files than those it wrote: it may
+            // have been switched, and have written its overlays, before it stopped.
             _ if !description.running => uncertain(error),
             _ => failed(what, error),
         })
@@ -117,8 +123,12 @@ impl LiveExecutor {
     ) -> Result<Merged> {
         let files = context.files;
         let (top, base) = match found {
-            // Only the base is left: the merge was done before. For the active file, the journal decides that.
-            (None, base) if !step.active => return merged(files, disk, base, step),
+            // Only the base is left: the merge was done before, if the base has the data. For the
+            // active file, the journal decides that.
+            (None, base) if !step.active && base > 0 => {
+                check_received(files, step, watch)?;
+                return merged(files, disk, base, step);
+            }
             // The top is the active file exactly if the plan says so.
             (Some(top), base) if base == top + 1 && step.active == (top == 0) => (top, base),
             _ => {
@@ -130,8 +140,8 @@ impl LiveExecutor {
         };
         let commit = Commit {
             disk: disk.name.clone(),
-            // The hypervisor's own names, which it compares as text: it has another working directory, and may have opened the
-            // file through another link.
+            // The hypervisor's own names, which it compares as text: it has another working
+            // directory, and may have opened the file through another link.
             top: disk.files[top].path.clone(),
             base: disk.files[base].path.clone(),
             active: step.active,
@@ -165,6 +175,11 @@ impl Executor for LiveExecutor {
         Ok(Some(domain))
     }
 
+    fn job_on(&self, disk: &str) -> Result<Option<String>> {
+        let job = self.hypervisor.job(disk).map_err(|error| failed("reading the block jobs", error))?;
+        Ok(job.map(|job| job.kind.to_string()))
+    }
+
     fn create(
         &self,
         overlays: &[NewOverlay],
@@ -182,7 +197,8 @@ impl Executor for LiveExecutor {
             }
             tops.push(NewTop { disk: disk.name, file: absolute(&files.path(&overlay.file.path)) });
         }
-        // The overlays are created here, with the volume's geometry; the hypervisor only opens them.
+        // The overlays are created here, with the volume's geometry; the hypervisor only opens
+        // them.
         OfflineExecutor.create(overlays, false, context, log)?;
         if tops.is_empty() { Ok(()) } else { self.switch_to(&tops, files, quiesce) }
     }
@@ -194,9 +210,7 @@ impl Executor for LiveExecutor {
         };
         match (find_open(&step.top)?, find_open(&step.base)?) {
             (None, None) => OfflineExecutor.merge(step, context, watch),
-            _ if step.direction == Direction::Pull => {
-                Err(Refusal::Running { operation: "complete a merge upwards" }.into())
-            }
+            _ if step.direction == Direction::Pull => Err(Refusal::Running { operation: "complete a pull" }.into()),
             (Some((disk, _)), Some((other, _))) if disk.name != other.name => {
                 let found = format!("disk {} has it open, and disk {} has its base", disk.name, other.name);
                 Err(disagreement(files, &step.top, &found))
@@ -212,8 +226,9 @@ impl Executor for LiveExecutor {
         if self.disk_with(context.files, file)?.is_none() {
             return OfflineExecutor.relink(file, from, to, context);
         }
-        // The hypervisor changed the header together with the merge; a header that it has open must not be written here. The names
-        // are compared, not the files: the old name may still lead to the same file, and is about to be removed.
+        // The hypervisor changed the header together with the merge; a header that it has open must
+        // not be written here. The names are compared, not the files: the old name may still lead
+        // to the same file, and is about to be removed.
         if !context.files.is_named_by(file, to)? {
             return Err(Refusal::Running { operation: "relink a file that the VM has open" }.into());
         }
@@ -238,15 +253,17 @@ impl Executor for LiveExecutor {
 }
 
 /// Creates the error for a file whose use by the hypervisor differs from the plan.
-fn disagreement(files: &VolumeFiles, file: &FileRef, found: &str) -> Error {
+pub(super) fn disagreement(files: &VolumeFiles, file: &FileRef, found: &str) -> Error {
     let what = format!("{}: the hypervisor and the catalogue disagree: {found}", files.path(&file.path).display());
     Error::Hypervisor { what, source: None }
 }
 
-/// Returns the disk that has a file, and the file's index among the disk's files. Files are compared by identity.
+/// Returns the disk that has a file, and the file's index among the disk's files. Files are
+/// compared by identity.
 ///
 /// # Errors
-/// [`Error::Hypervisor`]: more than one disk has the file. To merge, resize or remove it would change the other disk.
+/// [`Error::Hypervisor`]: more than one disk has the file. To merge, resize or remove it would
+/// change the other disk.
 fn find(description: &Description, path: &Path, files: &VolumeFiles) -> Result<Option<(Disk, usize)>> {
     let mut users = description.disks.iter().filter_map(|disk| Some((disk, position(disk, path, files)?)));
     let (first, second) = (users.next(), users.next());
@@ -262,7 +279,8 @@ pub(super) fn position(disk: &Disk, path: &Path, files: &VolumeFiles) -> Option<
     disk.files.iter().position(|file| files.leads_to(&file.path, path))
 }
 
-/// Returns the result of a commit in the hypervisor, after making it durable: the VM's cache mode may omit syncs.
+/// Returns the result of a commit in the hypervisor, after making it durable: the VM's cache mode
+/// may omit syncs.
 fn merged(files: &VolumeFiles, disk: &Disk, base: usize, step: &MergeStep) -> Result<Merged> {
     let above = base.saturating_sub(1);
     for file in disk.files.iter().take(base + 1).skip(above) {

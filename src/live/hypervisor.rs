@@ -95,12 +95,23 @@ pub enum JobKind {
     Other,
 }
 
+impl fmt::Display for JobKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Commit => "commit",
+            Self::ActiveCommit => "active commit",
+            Self::Other => "other",
+        })
+    }
+}
+
 /// The state of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Job {
     /// The kind of job.
     pub kind: JobKind,
-    /// The work done, in bytes. A value equal to `total` does not mean that the job is ready; both are 0 at first.
+    /// The work done, in bytes. A value equal to `total` does not mean that the job is ready; both
+    /// are 0 at first.
     pub done: u64,
     /// The work in total, in bytes.
     pub total: u64,
@@ -126,7 +137,8 @@ pub struct Commit {
 pub struct NewTop {
     /// The disk.
     pub disk: String,
-    /// The new file: an absolute path of an existing qcow2 image that is backed by the present active file.
+    /// The new file: an absolute path of an existing qcow2 image that is backed by the present
+    /// active file.
     pub file: PathBuf,
 }
 
@@ -144,7 +156,8 @@ pub enum JobEvent {
     Ready,
 }
 
-/// A notification. It is a hint to read the VM's state, and no more: events get lost, arrive late, or concern another job.
+/// A notification. It is a hint to read the VM's state, and no more: events get lost, arrive late,
+/// or concern another job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {
@@ -163,24 +176,26 @@ pub enum Event {
 ///
 /// All methods may be called from several threads at once.
 pub trait Hypervisor: Send + Sync + fmt::Debug {
-    /// Returns the present state: of a running VM its disks, of one that is off the disks of its definition. A VM that does not
-    /// exist is described as off and without disks.
+    /// Returns the present state: of a running VM its disks, of one that is off the disks of its
+    /// definition. A VM that does not exist is described as off and without disks.
     ///
     /// # Errors
     /// [`FailureKind::Unreachable`]: the state cannot be read.
     fn describe(&self) -> Result<Description>;
 
-    /// Switches disks to new active files, all at one instant or none. With `quiesce` the guest's file systems are frozen before
-    /// and thawed afterwards.
+    /// Switches disks to new active files, all at one instant or none. With `quiesce` the guest's
+    /// file systems are frozen before and thawed afterwards.
     ///
     /// # Errors
-    /// - [`FailureKind::NoAgent`], [`FailureKind::AgentTimeout`]: the guest could not be frozen; no disk was switched.
+    /// - [`FailureKind::NoAgent`], [`FailureKind::AgentTimeout`]: the guest could not be frozen; no
+    ///   disk was switched.
     /// - [`FailureKind::Unreachable`]: the disks may have been switched.
     /// - Any other kind: no disk was switched.
     fn snapshot(&self, disks: &[NewTop], quiesce: bool) -> Result<()>;
 
-    /// Sets the time limit for answers of the guest agent; `None` restores the hypervisor's initial limit. The limit belongs to the
-    /// VM: other users of the agent have it too, until it is restored.
+    /// Sets the time limit for answers of the guest agent; `None` restores the hypervisor's initial
+    /// limit. The limit belongs to the VM: other users of the agent have it too, until it is
+    /// restored.
     ///
     /// # Errors
     /// - [`FailureKind::NoAgent`]: there is no agent.
@@ -190,11 +205,13 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
     /// Thaws the guest's file systems.
     ///
     /// # Errors
-    /// - [`FailureKind::AgentTimeout`]: the agent did not answer, or still answers an earlier command.
+    /// - [`FailureKind::AgentTimeout`]: the agent did not answer, or still answers an earlier
+    ///   command.
     /// - Any other kind: the file systems may be frozen.
     fn thaw(&self) -> Result<()>;
 
-    /// Starts a commit. Where the file above `top` names its backing file by a relative path, it keeps a relative path.
+    /// Starts a commit. Where the file above `top` names its backing file by a relative path, it
+    /// keeps a relative path.
     ///
     /// # Errors
     /// - [`FailureKind::Unreachable`]: the job may be running.
@@ -234,7 +251,8 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
     /// - Any other kind: the size is unchanged.
     fn resize(&self, disk: &str, size: u64) -> Result<()>;
 
-    /// Waits for an event of this disk or of the VM, for at most this time. A hypervisor without events waits for the whole time.
+    /// Waits for an event of this disk or of the VM, for at most this time. A hypervisor without
+    /// events waits for the whole time.
     fn wait(&self, disk: &str, at_most: Duration) -> Option<Event>;
 
     /// Returns the time since an arbitrary moment. Tests replace the machine's clock.

@@ -5,7 +5,8 @@
 //! Started -> done                              the VM only reads the top
 //!    each of them -> ended by this program, vanished, or the VM stopped
 //! ```
-//! Only the VM's description decides that the commit is done: the top is no longer among the disk's files.
+//! Only the VM's description decides that the commit is done: the top is no longer among the disk's
+//! files.
 
 use std::time::Duration;
 
@@ -20,9 +21,11 @@ use crate::vm::{Error, Result, VolumeFiles, Watch};
 const POLL_EVERY: Duration = Duration::from_millis(200);
 /// The first pause. Small jobs are done at once.
 const FIRST_POLL: Duration = Duration::from_millis(10);
-/// The number of attempts to switch the VM. libvirt may refuse the first ones although the job is ready.
+/// The number of attempts to switch the VM. libvirt may refuse the first ones although the job is
+/// ready.
 const PIVOTS: u32 = 10;
-/// The number of polls after the end of a job, and the pause between them. The description shows the result a little later.
+/// The number of polls after the end of a job, and the pause between them. The description shows
+/// the result a little later.
 const POLLS_AFTER_END: u32 = 40;
 const POLL_AFTER_END: Duration = Duration::from_millis(50);
 
@@ -84,8 +87,8 @@ impl Watcher<'_> {
         Ok(Done { disk, base, moved })
     }
 
-    /// Waits for an event and keeps the latest one of this disk. Other events, including a stop of the VM, are picked up by the
-    /// next poll.
+    /// Waits for an event and keeps the latest one of this disk. Other events, including a stop of
+    /// the VM, are picked up by the next poll.
     fn wait(&self, at_most: Duration, last_event: &mut Option<JobEvent>) {
         if let Some(Event::Job { disk, event }) = self.hypervisor.wait(&self.commit.disk, at_most)
             && disk == self.commit.disk
@@ -109,7 +112,8 @@ impl Watcher<'_> {
         self.hypervisor.job(&self.commit.disk).map_err(|error| self.failed(error))
     }
 
-    /// Starts the job, or takes over the one that is running. If the answer is an error, the job's state decides.
+    /// Starts the job, or takes over the one that is running. If the answer is an error, the job's
+    /// state decides.
     fn begin(&self) -> Result<()> {
         if let Some(job) = self.job()? {
             return self.adopt(job);
@@ -124,9 +128,10 @@ impl Watcher<'_> {
         }
     }
 
-    /// Takes over a running job of another process, if it is the same commit. The job is journalled first: its owner may switch the
-    /// VM at any time, and a recovery must then not merge again. The job gets the rate limit of this request, since a job whose limit
-    /// is below the guest's write rate never becomes ready.
+    /// Takes over a running job of another process, if it is the same commit. The job is journalled
+    /// first: its owner may switch the VM at any time, and a recovery must then not merge again.
+    /// The job gets the rate limit of this request, since a job whose limit is below the guest's
+    /// write rate never becomes ready.
     fn adopt(&self, job: Job) -> Result<()> {
         let kind = if self.commit.active { JobKind::ActiveCommit } else { JobKind::Commit };
         let disk = self.description_of_disk().map_err(|error| self.failed(error))?;
@@ -164,8 +169,8 @@ impl Watcher<'_> {
         self.watch.step(&step);
     }
 
-    /// Returns true if the VM can be switched to the base. Only the description states that: while the guest writes, the job's
-    /// numbers never become equal, although it is ready.
+    /// Returns true if the VM can be switched to the base. Only the description states that: while
+    /// the guest writes, the job's numbers never become equal, although it is ready.
     fn is_ready(&self) -> Result<bool> {
         match self.state().map_err(|error| self.failed(error))? {
             Seen::Pending { ready } => Ok(ready),
@@ -174,8 +179,8 @@ impl Watcher<'_> {
         }
     }
 
-    /// Switches the VM to the base. Returns false if it was refused and can be tried again. If the answer is an error, the
-    /// description decides.
+    /// Switches the VM to the base. Returns false if it was refused and can be tried again. If the
+    /// answer is an error, the description decides.
     fn pivot(&self, tried: &mut u32) -> Result<bool> {
         self.watch.before_switch()?;
         let Err(error) = self.hypervisor.pivot(&self.commit.disk) else { return Ok(true) };
@@ -190,7 +195,8 @@ impl Watcher<'_> {
         }
     }
 
-    /// Determines the result of a job that is gone. The description shows it, perhaps a little later.
+    /// Determines the result of a job that is gone. The description shows it, perhaps a little
+    /// later.
     fn ended(&self, mut last_event: Option<JobEvent>) -> Result<(Disk, usize)> {
         for _ in 0..POLLS_AFTER_END {
             match self.state().map_err(|error| self.failed(error))? {

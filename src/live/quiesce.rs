@@ -8,18 +8,19 @@ use super::hypervisor::{FailureKind, Hypervisor, HypervisorError, NewTop, Result
 const THAW_FOR: Duration = Duration::from_secs(30);
 const THAW_EVERY: Duration = Duration::from_secs(1);
 
-/// Takes a snapshot of a guest with frozen file systems, with a time limit for the agent's answers. The limit belongs to the VM
-/// and is restored afterwards.
+/// Takes a snapshot of a guest with frozen file systems, with a time limit for the agent's answers.
+/// The limit belongs to the VM and is restored afterwards.
 pub(super) fn quiesced(hypervisor: &dyn Hypervisor, tops: &[NewTop], agent_timeout: Duration) -> Result<()> {
     hypervisor.set_agent_timeout(Some(agent_timeout))?;
     let done = snapshot(hypervisor, tops);
-    // The result of the snapshot counts. A VM that stopped, or a connection that broke, leaves nothing to restore.
+    // The result of the snapshot counts. A VM that stopped, or a connection that broke, leaves
+    // nothing to restore.
     let _ = hypervisor.set_agent_timeout(None);
     done
 }
 
-/// Takes the snapshot. An agent that did not answer the freeze in time may still execute it. The guest is then thawed, with
-/// retries: the agent's first answers belong to the freeze.
+/// Takes the snapshot. An agent that did not answer the freeze in time may still execute it. The
+/// guest is then thawed, with retries: the agent's first answers belong to the freeze.
 fn snapshot(hypervisor: &dyn Hypervisor, tops: &[NewTop]) -> Result<()> {
     let done = hypervisor.snapshot(tops, true);
     let Err(error) = &done else { return done };

@@ -1,12 +1,12 @@
 //! What commit and pull have in common: one layer takes in what others hold.
 
-use crate::chain::{Chain, ChainExtent};
+use crate::chain::{Chain, ChainExtent, Layer};
 use crate::image::{ExtentKind, Needs};
 
-use super::Result;
 use super::copy::{Copier, Report};
 use super::progress::{Phase, Progress, Step};
 use super::target::Target;
+use super::{Error, Result};
 
 /// A target that takes in what the upper layers of a chain hold, as far as it is wanted.
 pub(super) struct Absorb<'a, W> {
@@ -70,6 +70,51 @@ pub(super) struct Work {
     pub(super) new_bytes: u64,
 }
 
+/// The ends of the layers' files, to find images that are truncated: data past the end would be read as zeroes.
+struct Ends<'a> {
+    chain: &'a Chain,
+    /// The first offset at which no cluster can begin, by layer.
+    ends: Vec<u64>,
+}
+
+impl<'a> Ends<'a> {
+    /// Reads the lengths of the upper `layers` files, and refuses images with L2 tables past the end.
+    fn of(chain: &'a Chain, layers: usize) -> Result<Self> {
+        let mut ends = Vec::new();
+        for layer in chain.layers().iter().take(layers) {
+            let len = layer.node.storage().len()?;
+            let Some(image) = layer.node.as_qcow2() else {
+                ends.push(u64::MAX);
+                continue;
+            };
+            if let Some(table) = image.missing_l2_table()? {
+                return Err(truncated(layer, "an L2 table", table.get(), len));
+            }
+            // The last cluster may be incomplete.
+            ends.push(len.next_multiple_of(image.geometry().cluster_size()));
+        }
+        Ok(Self { chain, ends })
+    }
+
+    /// Refuses an extent of data past the end of its file.
+    fn check(&self, extent: &ChainExtent) -> Result<()> {
+        let (ExtentKind::Data { host }, Some(layer)) = (extent.kind, extent.layer) else { return Ok(()) };
+        let Some(end) = self.ends.get(layer).copied() else { return Ok(()) };
+        if host.get().saturating_add(extent.len) <= end {
+            return Ok(());
+        }
+        let layer = &self.chain.layers()[layer];
+        Err(truncated(layer, "data", host.get(), layer.node.storage().len()?))
+    }
+}
+
+fn truncated(layer: &Layer, what: &str, at: u64, len: u64) -> Error {
+    Error::Refused {
+        file: layer.path.display().to_string(),
+        why: format!("it is truncated: its tables name {what} at byte {at}, and the file has {len} bytes"),
+    }
+}
+
 /// Walks the metadata of the layers above `base`; weighs what is `wanted` in the target.
 pub(super) fn weigh(
     chain: &Chain,
@@ -81,8 +126,10 @@ pub(super) fn weigh(
     // Several extents may lie in one cluster of the target.
     let mut counted = 0;
     let zeroes_are_data = target.zeroes_are_data();
+    let ends = Ends::of(chain, base)?;
     for extent in chain.extents_of(0..base, 0..chain.virtual_size()) {
         let extent = extent?;
+        ends.check(&extent)?;
         let data = match extent.kind {
             ExtentKind::Unallocated => continue,
             _ if !wanted(&extent) => continue,

@@ -3,7 +3,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use crate::chain::{Chain, ChainExtent, Layer, Node};
+use crate::chain::{Chain, ChainExtent, Layer, Node, has_protocol};
 
 use super::absorb::Absorb;
 use super::copy::Report;
@@ -116,5 +116,6 @@ pub(super) fn name_of(layer: &Layer, from: &Path) -> Vec<u8> {
     let beside = directory(&layer.path) == directory(from);
     let name = layer.path.file_name().filter(|_| beside).map(PathBuf::from);
     let name = name.or_else(|| std::path::absolute(&layer.path).ok()).unwrap_or_else(|| layer.path.clone());
-    name.into_os_string().into_encoded_bytes()
+    let name = name.into_os_string().into_encoded_bytes();
+    if has_protocol(&name) { [b"./", &name[..]].concat() } else { name }
 }

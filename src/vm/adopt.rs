@@ -70,7 +70,7 @@ struct Adopted<'a> {
 fn read<'a>(files: &VolumeFiles, spec: &'a VolumeSpec, options: &AdoptOptions) -> Result<Adopted<'a>> {
     check_volume_name(&spec.name)?;
     check_shape(spec)?;
-    let path = files.file_system().resolve(&spec.path)?.path;
+    let path = real_path(&**files.file_system(), &spec.path)?;
     let overlay_dir = check_directory(files, spec, &path)?;
     // Headers only are read, which a running VM does not change.
     let chain_options = ChainOptions::default().with_policy(options.policy.clone()).with_format(spec.format);
@@ -79,7 +79,7 @@ fn read<'a>(files: &VolumeFiles, spec: &'a VolumeSpec, options: &AdoptOptions) -
     let mut records = Vec::new();
     for (index, layer) in chain.layers().iter().enumerate() {
         layer.node.data_access()?;
-        let path = files.file_system().resolve(&layer.path)?.path;
+        let path = real_path(&**files.file_system(), &layer.path)?;
         let file = FileRef { path: files.record(&path)?, format: layer.format() };
         let mut record = FileRecord::new(file, layer.node.virtual_size());
         record.bytes_on_disk = layer.node.storage().allocated_len()?;
@@ -87,6 +87,18 @@ fn read<'a>(files: &VolumeFiles, spec: &'a VolumeSpec, options: &AdoptOptions) -
         records.push(record);
     }
     Ok(Adopted { spec, files: records, overlay_dir })
+}
+
+/// Returns the path to record for a file: the one without links. Of a block device only the directory is resolved: the
+/// node that `/dev/GROUP/VOLUME` leads to may be that of another logical volume after a restart.
+fn real_path(file_system: &dyn FileSystem, path: &Path) -> Result<PathBuf> {
+    let real = file_system.resolve(path)?.path;
+    match path.file_name() {
+        Some(name) if file_system.entry(&real)? == EntryKind::BlockDevice => {
+            Ok(file_system.resolve(directory_of(path))?.path.join(name))
+        }
+        _ => Ok(real),
+    }
 }
 
 /// Refuses a geometry that no overlay can have.
@@ -103,7 +115,7 @@ fn check_shape(spec: &VolumeSpec) -> Result<()> {
             format!("extended L2 entries with clusters of {} bytes are not possible", 1_u64 << shape.cluster_bits)
         }
     };
-    let remedy = "use 512 bytes to 2 MiB, and at least 16 KiB with extended L2 entries".to_owned();
+    let remedy = "use a cluster_size from 512 bytes to 2 MiB, and at least 16 KiB with extended_l2".to_owned();
     Err(Refusal::Obstacle { path: format!("volume {}", spec.name), problem, remedy }.into())
 }
 
@@ -111,7 +123,7 @@ fn check_shape(spec: &VolumeSpec) -> Result<()> {
 fn check_directory(files: &VolumeFiles, spec: &VolumeSpec, path: &Path) -> Result<Option<String>> {
     let file_system = files.file_system();
     let Some(directory) = &spec.overlay_dir else {
-        if file_system.entry(path)? == EntryKind::BlockDevice {
+        if !spec.provided_overlays && file_system.entry(&file_system.resolve(path)?.path)? == EntryKind::BlockDevice {
             let (volume, path) = (spec.name.clone(), path.display().to_string());
             return Err(Refusal::BlockDevice { volume, path }.into());
         }
@@ -153,13 +165,12 @@ pub(super) fn model(
     options: &AdoptOptions,
     now: u64,
 ) -> Result<Model> {
-    let vm = match &options.vm {
-        Some(name) => name.clone(),
-        None => {
-            let stem = catalogue.file_stem().unwrap_or_default();
-            let not_text = || Refusal::VmName { name: stem.display().to_string(), why: "it is not valid UTF-8" };
-            stem.to_str().ok_or_else(not_text)?.to_owned()
-        }
+    let vm = if let Some(name) = &options.vm {
+        name.clone()
+    } else {
+        let stem = catalogue.file_stem().unwrap_or_default();
+        let not_text = || Refusal::VmName { name: stem.display().to_string(), why: "it is not valid UTF-8" };
+        stem.to_str().ok_or_else(not_text)?.to_owned()
     };
     check_vm_name(&vm)?;
     if volumes.is_empty() {
@@ -172,7 +183,8 @@ pub(super) fn model(
     for (age, name) in names.iter().enumerate() {
         add_snapshot(&mut model, &adopted, name, names.len() - age, now)?;
     }
-    check(files, &model, options)?;
+    let searched = model.records().map(|(_, _, record)| record.clone()).collect::<Vec<_>>();
+    check(files, &model, &searched, options)?;
     Ok(model)
 }
 
@@ -203,21 +215,19 @@ pub(super) fn volume(files: &VolumeFiles, spec: &VolumeSpec, model: &Model, opti
     let volume = read(files, spec, options)?.volume(files, 0)?;
     let mut with = model.clone();
     with.volumes.push(volume.clone());
-    check(files, &with, options)?;
+    check(files, &with, std::slice::from_ref(&volume.active), options)?;
     Ok(volume)
 }
 
-/// Refuses contradictions, one file under two names, and files that images outside the set depend on.
-fn check(files: &VolumeFiles, model: &Model, options: &AdoptOptions) -> Result<()> {
+/// Refuses contradictions, one file under two names, and those of the new files that images outside the set depend on.
+fn check(files: &VolumeFiles, model: &Model, new: &[FileRecord], options: &AdoptOptions) -> Result<()> {
     if let Some(why) = model.contradictions().into_iter().next() {
         return Err(super::Error::Catalogue { file: model.vm.clone(), why });
     }
     refuse_same_files(files, model)?;
-    let own: BTreeMap<PathBuf, &FileRecord> =
-        model.records().map(|(_, _, record)| (files.path(&record.file.path), record)).collect();
-    let searched: Vec<PathBuf> =
-        own.iter().filter(|(_, record)| !record.protected).map(|(path, _)| path.clone()).collect();
-    let known: Vec<PathBuf> = own.keys().cloned().collect();
+    let path = |record: &FileRecord| files.path(&record.file.path);
+    let searched: Vec<PathBuf> = new.iter().filter(|record| !record.protected).map(path).collect();
+    let known: Vec<PathBuf> = model.records().map(|(_, _, record)| path(record)).collect();
     let found = find_dependents(files.file_system(), &searched, &known, &options.dependents)?;
     let Some(first) = found.first() else { return Ok(()) };
     let images = found.iter().filter(|dependent| dependent.file == first.file);

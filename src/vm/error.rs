@@ -87,9 +87,13 @@ pub enum Error {
     },
     /// The merge of a running VM took longer than allowed. The operation can be resumed.
     #[error(
-        "disk {disk}: timed out after {} s; {}",
+        "disk {disk}: the merge timed out after {} s; {}",
         after.as_secs(),
-        if *running { "its job goes on in the hypervisor" } else { "its job was aborted" }
+        if *running {
+            "its block job continues, and the same deletion takes it over"
+        } else {
+            "its block job was aborted, and the VM keeps its files"
+        }
     )]
     TimedOut {
         /// The hypervisor's name of the disk.
@@ -146,6 +150,17 @@ impl Error {
                 | Self::Image(image::Error::Cancelled)
         )
     }
+}
+
+/// Returns the text of an error and its causes.
+pub(super) fn with_causes(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
 }
 
 impl From<Error> for io::Error {

@@ -105,13 +105,10 @@ impl VolumeFiles {
     /// Returns the backing file name to write into the header of one recorded file for another: relative to the first
     /// if both are recorded by relative paths, so that the directory can be moved, else absolute.
     pub(crate) fn backing_name(&self, of: &str, backing: &str) -> Vec<u8> {
-        let name = match relative_name(Path::new(of), Path::new(backing)) {
-            Some(relative) => relative,
-            None => {
-                let backing = self.path(backing);
-                std::path::absolute(&backing).unwrap_or(backing)
-            }
-        };
+        let name = relative_name(Path::new(of), Path::new(backing)).unwrap_or_else(|| {
+            let backing = self.path(backing);
+            std::path::absolute(&backing).unwrap_or(backing)
+        });
         name.into_os_string().into_encoded_bytes()
     }
 
@@ -292,8 +289,10 @@ impl VolumeFiles {
     /// Returns true if another program has an overlay open, or if it holds data: a VM has been writing it.
     ///
     /// # Errors
-    /// Any error while the overlay is read. An overlay that cannot be read proves nothing.
-    pub(in crate::vm) fn is_written(&self, file: &FileRef) -> Result<bool> {
+    /// Any error while the overlay is read. An overlay that cannot be read, or that changed without holding data, proves
+    /// nothing.
+    pub(in crate::vm) fn is_written(&self, overlay: &NewOverlay) -> Result<bool> {
+        let file = &overlay.file;
         let access = Access::read().with_lock(LockMode::Write);
         match self.storage(&file.path, &access) {
             Err(super::Error::Refused(Refusal::InUse { .. })) => return Ok(true),
@@ -308,7 +307,15 @@ impl VolumeFiles {
                 return Ok(true);
             }
         }
-        Ok(false)
+        if overlay.provided || self.is_partial_overlay(overlay)? {
+            return Ok(false);
+        }
+        Err(Refusal::Obstacle {
+            path: self.shown(&file.path),
+            problem: "it is not as it was created, and holds no data that can be read".to_owned(),
+            remedy: "find out which program wrote it".to_owned(),
+        }
+        .into())
     }
 
     /// Opens files of a volume, the topmost first, as one read-only disk, after a check of its bases.

@@ -143,8 +143,11 @@ pub struct VolumeSpec {
     pub protected: bool,
     /// The geometry of overlays. Default: that of the file.
     pub overlay: Option<OverlayShape>,
-    /// The directory for overlays. Default: that of the active file. Required for a block device.
+    /// The directory for overlays. Default: that of the active file. Required for a block device, unless its overlays come
+    /// from a provider.
     pub overlay_dir: Option<PathBuf>,
+    /// If set, an [`OverlayProvider`](super::OverlayProvider) will create the overlays. Default: false.
+    pub provided_overlays: bool,
 }
 
 impl VolumeSpec {
@@ -152,7 +155,15 @@ impl VolumeSpec {
     #[must_use]
     pub fn new(name: impl Into<String>, path: impl Into<PathBuf>) -> Self {
         let (name, path) = (name.into(), path.into());
-        Self { name, path, format: Format::Qcow2, protected: false, overlay: None, overlay_dir: None }
+        Self {
+            name,
+            path,
+            format: Format::Qcow2,
+            protected: false,
+            overlay: None,
+            overlay_dir: None,
+            provided_overlays: false,
+        }
     }
 
     /// Sets the format.
@@ -180,6 +191,13 @@ impl VolumeSpec {
     #[must_use]
     pub fn with_overlay_dir(mut self, directory: impl Into<PathBuf>) -> Self {
         self.overlay_dir = Some(directory.into());
+        self
+    }
+
+    /// Sets whether an [`OverlayProvider`](super::OverlayProvider) will create the overlays.
+    #[must_use]
+    pub fn with_provided_overlays(mut self, provided: bool) -> Self {
+        self.provided_overlays = provided;
         self
     }
 }

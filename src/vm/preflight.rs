@@ -24,6 +24,7 @@ use super::plan::planner::plan;
 use super::plan::request::{FileFacts, PlanOptions, Request};
 use super::plan::{Plan, Purpose};
 use super::set::{SnapshotSet, find_ready};
+use crate::merge::Direction;
 
 /// An operation that was checked: no obstacle exists, and its files are locked.
 #[derive(Debug)]
@@ -95,7 +96,8 @@ impl Checks<'_> {
     fn plan(&mut self) -> Result<Plan> {
         let mut options = PlanOptions::default().with_running(self.domain.running).with_token(random_token());
         self.choose_overlays(&mut options)?;
-        let first = plan(&self.model, self.request, &options)?;
+        let first = self.planned(&options)?;
+        self.refuse_jobs(&first)?;
         self.check_heads(&first)?;
         self.inspect_files(&first)?;
         self.find_dependents(&first)?;
@@ -104,12 +106,27 @@ impl Checks<'_> {
         for (volume, preference) in self.preferences(&estimates) {
             options = options.with_direction(volume, preference);
         }
-        let mut plan = plan(&self.model, self.request, &options)?;
+        let mut plan = self.planned(&options)?;
         plan.costs = estimates.iter().filter_map(|(volume, estimate)| estimate.cost(&plan, volume)).collect();
+        for (volume, cost) in &mut plan.costs {
+            // The estimates do not know which files may be written.
+            let other = match cost.direction {
+                Direction::Commit => Direction::Pull,
+                Direction::Pull => Direction::Commit,
+            };
+            if self.planned(&options.clone().with_direction(volume, other)).is_err() {
+                cost.other_direction_data = None;
+            }
+        }
         self.refuse_open_in_vm(&plan)?;
         self.check_losses(&mut plan)?;
         self.check_merges(&plan, &estimates)?;
         Ok(plan)
+    }
+
+    fn planned(&self, options: &PlanOptions) -> Result<Plan> {
+        let planned = plan(&self.model, self.request, options);
+        planned.map_err(|refusal| refusal.with_path(|path| self.files.shown(path)).into())
     }
 
     /// Compares the bases with their fingerprints, and the header of each file to revert to with the records. The headers

@@ -27,6 +27,9 @@ pub struct OverlayRequest<'a> {
 /// names. The path is therefore a function of the request, and a call of its own; `create` and `release` do the work.
 /// Both can be called again after an interruption.
 ///
+/// The path must contain [`OverlayRequest::name`], which is unique. The provider sets owner, group and mode of the device
+/// node or file; the library does not change them.
+///
 /// The example `lvm_overlays` has an implementation over LVM.
 pub trait OverlayProvider: Send + Sync + fmt::Debug {
     /// Returns the absolute path that the overlay of this request will have. Creates nothing.
@@ -35,7 +38,8 @@ pub trait OverlayProvider: Send + Sync + fmt::Debug {
     /// The reason why the volume can have no overlay.
     fn path(&self, request: &OverlayRequest<'_>) -> Result<PathBuf>;
 
-    /// Creates the container, of which the library then writes the content. Fails if it exists.
+    /// Creates the container, of which the library then writes the content. Fails if it exists. A failed call leaves
+    /// nothing behind.
     ///
     /// # Errors
     /// Any. The operation is undone then.

@@ -26,7 +26,7 @@ use super::provider::OverlayProvider;
 use super::query::listing::Listing;
 use super::{Refusal, Result};
 use crate::chain::Chain;
-use crate::storage::{Attributes, FileSystem, HostFileSystem};
+use crate::storage::{Attributes, EntryKind, FileSystem, HostFileSystem};
 
 /// The snapshots of a VM over all of its volumes.
 ///
@@ -89,8 +89,12 @@ impl SnapshotSet {
     /// # Errors
     /// See [`SnapshotSet::load`].
     pub fn load_in(file_system: Arc<dyn FileSystem>, catalogue: impl Into<PathBuf>) -> Result<Self> {
+        let catalogue = catalogue.into();
         // Beside a link to the catalogue, journal and lock would be others than beside the catalogue.
-        let catalogue = file_system.resolve(&catalogue.into())?.path;
+        let catalogue = match file_system.entry(&catalogue)? {
+            EntryKind::Link => file_system.resolve(&catalogue)?.path,
+            _ => catalogue,
+        };
         let store = Arc::new(Catalogue::new(Arc::clone(&file_system), &catalogue));
         store.load()?;
         Ok(Self::with_store(file_system, catalogue, store))
@@ -349,7 +353,10 @@ impl SnapshotSet {
                 let why = "the set has a volume, or snapshots of a detached one, by this name";
                 return Err(Refusal::VolumeName { name: spec.name.clone(), why }.into());
             }
-            let volume = adopt::volume(&self.files, spec, model, options)?;
+            // Paths beneath the catalogue's directory are recorded by relative ones, whatever the directory is called here.
+            let directory = self.files.file_system().resolve(directory_of(&self.catalogue))?.path;
+            let files = VolumeFiles::new(Arc::clone(self.files.file_system()), directory);
+            let volume = adopt::volume(&files, spec, model, options)?;
             model.volumes.push(volume);
             Ok(())
         })
@@ -417,9 +424,6 @@ impl SnapshotSet {
     }
 
     fn operate_locked(&self, request: &Request, options: &MergeOptions, progress: &dyn Progress) -> Result<Report> {
-        if progress.is_cancelled() {
-            return Err(super::Error::Cancelled);
-        }
         let preflight = Preflight::new(self, request, options)?;
         let operation = Operation {
             files: &preflight.files,

@@ -1,10 +1,10 @@
-//! Events for those who listen, through the `tracing` facade where feature `tracing` is on.
+//! Events for the `tracing` facade, if the feature `tracing` is on.
 
-/// Tells of something: a message, and fields as `tracing` takes them.
+/// Emits an event: a message, and fields in the syntax of `tracing`.
 macro_rules! event {
-    ($what:literal $(, $($fields:tt)*)?) => {
+    ($message:literal $(, $($fields:tt)*)?) => {
         #[cfg(feature = "tracing")]
-        tracing::info!(target: "qcow2_chain::vm", $($($fields)*,)? $what);
+        tracing::info!(target: "qcow2_chain::vm", $($($fields)*,)? $message);
     };
 }
 

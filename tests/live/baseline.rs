@@ -1,5 +1,4 @@
-//! By virsh alone. That these hold says that the guest and the checks are right; and their times are what our adapter is
-//! compared with.
+//! Operations by virsh alone. These tests prove that the guest and the checks are right.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -12,7 +11,7 @@ use crate::lab::{Lab, chain, text};
 
 const TARGETS: [&str; 3] = ["vda", "vdb", "vdc"];
 
-/// `virsh snapshot-create-as`: one new overlay a disk, named after the snapshot.
+/// Runs `virsh snapshot-create-as`: one new overlay per disk, named after the snapshot.
 pub fn create(hypervisor: &Hypervisor, guest: &Guest<'_>, lab: &Lab, snapshot: &str, quiesce: bool) {
     let mut arguments: Vec<String> =
         ["snapshot-create-as", &guest.name, snapshot, "--disk-only", "--atomic", "--no-metadata"]
@@ -28,7 +27,7 @@ pub fn create(hypervisor: &Hypervisor, guest: &Guest<'_>, lab: &Lab, snapshot: &
     hypervisor.virsh(&arguments);
 }
 
-/// `virsh blockcommit` of the active file into the one below it; returns the time it took.
+/// Runs `virsh blockcommit` of the active file into the one below it, and returns the time.
 pub fn commit(hypervisor: &Hypervisor, guest: &Guest<'_>, target: &str) -> Duration {
     let start = Instant::now();
     hypervisor.virsh(&["blockcommit", &guest.name, target, "--active", "--pivot", "--wait", "--shallow"]);
@@ -36,7 +35,7 @@ pub fn commit(hypervisor: &Hypervisor, guest: &Guest<'_>, target: &str) -> Durat
 }
 
 #[test]
-fn a_guest_boots_writes_and_powers_off() {
+fn guest_boots_writes_and_powers_off() {
     let Some(hypervisor) = Hypervisor::get() else { return };
     let lab = Lab::new();
     let images = TARGETS.map(|target| lab.disk(target));
@@ -57,7 +56,7 @@ fn a_guest_boots_writes_and_powers_off() {
 }
 
 #[test]
-fn a_quiesced_snapshot_is_taken_and_committed_while_the_guest_writes() {
+fn quiesced_snapshot_is_committed_while_the_guest_writes() {
     let Some(hypervisor) = Hypervisor::get() else { return };
     let lab = Lab::new();
     let images = TARGETS.map(|target| lab.disk(target));
@@ -69,7 +68,7 @@ fn a_quiesced_snapshot_is_taken_and_committed_while_the_guest_writes() {
     create(&hypervisor, &guest, &lab, "s1", true);
     guest.wait_for_records(100);
 
-    // The snapshot's files are no longer written to.
+    // The files of the snapshot no longer change.
     let frozen: Vec<u64> = disks.iter().filter_map(|(target, image)| Content::read(image, target).last()).collect();
     for (target, image) in &disks {
         let fsynced = guest.records().into_iter().take(before).filter(|record| record.serial == *target);
@@ -95,7 +94,7 @@ fn a_quiesced_snapshot_is_taken_and_committed_while_the_guest_writes() {
 }
 
 #[test]
-fn ten_disks_of_which_seven_are_added_to_the_running_guest() {
+fn ten_disks_of_which_seven_are_hot_added() {
     let Some(hypervisor) = Hypervisor::get() else { return };
     let lab = Lab::new();
     let images = TARGETS.map(|target| lab.disk(target));
@@ -117,7 +116,7 @@ fn ten_disks_of_which_seven_are_added_to_the_running_guest() {
 }
 
 #[test]
-fn a_guest_without_agent_or_with_one_that_hangs() {
+fn guest_without_agent_or_with_a_hung_one() {
     let Some(hypervisor) = Hypervisor::get() else { return };
     let lab = Lab::new();
     let image = lab.disk("vda");
@@ -135,7 +134,7 @@ fn a_guest_without_agent_or_with_one_that_hangs() {
     assert!(said.contains("not available") || said.contains("timed out"), "{said}");
     guest.signal_agent("CONT");
     wait_for("the agent is back", Duration::from_secs(30), || guest.try_agent("guest-ping").ok());
-    // It still freezes: what writes waits.
+    // The guest still freezes: the writer waits.
     guest.start_writer();
     guest.wait_for_records(10);
     guest.try_agent("guest-fsfreeze-freeze").unwrap();

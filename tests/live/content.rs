@@ -1,4 +1,4 @@
-//! What an image holds, seen from outside the guest.
+//! The content of an image, read outside the guest.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -14,13 +14,14 @@ pub struct Content {
     serial: String,
     /// Numbers of the appended records, in order.
     pub appended: Vec<u64>,
-    /// Numbers of the records that are written in place, by place.
+    /// Numbers of the records that are written in place, by slot.
     slots: Vec<Option<u64>>,
 }
 
 impl Content {
-    /// Reads an image that nobody writes to. Its file system may have been cut off at any moment: the journal is replayed on
-    /// a copy, after which fsck must find nothing. A record that is not whole fails the test.
+    /// Reads an image that no process writes. Its file system may be in any crash state: the
+    /// journal is replayed on a copy, and fsck must then find no errors. A record that is damaged
+    /// fails the test.
     pub fn read(image: &Path, serial: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let raw = directory.path().join("raw");
@@ -30,7 +31,7 @@ impl Content {
         let file = |name: &str| {
             let file = directory.path().join(name);
             run("debugfs", &["-R", &format!("dump /{name} {}", text(&file)), text(&raw)]);
-            // Its exit status says nothing of a file that is not there.
+            // Its exit status is 0 for a missing file too.
             fs::read(&file).unwrap_or_default()
         };
         let whole = |name: &str, index: usize, bytes: &[u8]| {
@@ -45,30 +46,30 @@ impl Content {
         Self { serial: serial.to_owned(), appended: appended.collect(), slots: slots.collect() }
     }
 
-    /// Every one of these records, which the guest had fsynced, is there; none stands twice, and each place in `slots` has
-    /// its latest record, or one that came after it.
+    /// Asserts that the image has each of these records, which the guest had fsynced. No record
+    /// occurs twice, and each slot has its latest fsynced record or a later one.
     pub fn assert_holds(&self, fsynced: impl IntoIterator<Item = u64>) {
         let serial = &self.serial;
         let appended: BTreeSet<u64> = self.appended.iter().copied().collect();
-        assert_eq!(appended.len(), self.appended.len(), "{serial}: a record stands twice");
+        assert_eq!(appended.len(), self.appended.len(), "{serial}: a record occurs twice");
         for number in fsynced {
             assert!(appended.contains(&number), "{serial}: record {number} was fsynced and is gone");
             let slot = self.slots.get(usize::try_from(number % SLOTS).unwrap()).copied().flatten();
             assert!(
                 slot.is_some_and(|found| found >= number && found % SLOTS == number % SLOTS),
-                "{serial}: {slot:?} stands where record {number} or a later one must"
+                "{serial}: the slot of record {number} has {slot:?}, not it or a later one"
             );
         }
     }
 
-    /// The highest number that was appended.
+    /// Returns the highest number that was appended.
     pub fn last(&self) -> Option<u64> {
         self.appended.iter().copied().max()
     }
 }
 
 #[test]
-fn a_record_that_differs_in_one_bit_is_not_whole() {
+fn damaged_record_is_detected() {
     let mut bytes = crate::record::record("vda", 7);
     assert_eq!(number("vda", &bytes), Some(7));
     assert_eq!(number("vdb", &bytes), None);

@@ -1,4 +1,4 @@
-//! A domain with the guest that `tests/live/environment guest` builds.
+//! A domain with the guest of `tests/live/environment guest`.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -11,18 +11,18 @@ use std::time::Duration;
 use crate::hypervisor::{Hypervisor, wait_for};
 use crate::lab::{chain, text};
 
-/// Boot, under TCG on a busy machine.
+/// The limit for a boot under TCG on a busy machine.
 const BOOT: Duration = Duration::from_secs(90);
 const SHORT: Duration = Duration::from_secs(30);
 
-/// What the guest has of an agent.
+/// The state of the guest agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Agent {
-    /// It answers.
+    /// The agent answers.
     Running,
-    /// There is a channel for it, but it does not run.
+    /// The domain has a channel, but the agent does not run.
     Absent,
-    /// There is not even a channel.
+    /// The domain has no channel.
     NotConfigured,
 }
 
@@ -33,7 +33,7 @@ pub struct Written {
     pub number: u64,
 }
 
-/// A domain. Dropped, it is destroyed and undefined.
+/// A domain, which is destroyed and undefined when it is dropped.
 #[derive(Debug)]
 pub struct Guest<'h> {
     hypervisor: &'h Hypervisor,
@@ -45,8 +45,8 @@ pub struct Guest<'h> {
 }
 
 impl<'h> Guest<'h> {
-    /// Defines a domain with these disks: target, such as `vda`, and active image. The target is the serial number too, by
-    /// which the guest names the disk.
+    /// Defines a domain with these disks: target, such as `vda`, and active image. The target is
+    /// also the serial number, by which the guest names the disk.
     pub fn define(hypervisor: &'h Hypervisor, name: &str, agent: Agent, disks: &[(&str, &Path)]) -> Self {
         let directory = hypervisor.run_directory(name);
         let guest = Self { hypervisor, name: name.to_owned(), agent, directory, control: None, boots: 0 };
@@ -54,7 +54,7 @@ impl<'h> Guest<'h> {
         guest
     }
 
-    /// Defines it, boots it, and waits until the disks are mounted and the agent answers.
+    /// Defines and boots a domain, and waits until the disks are mounted and the agent answers.
     pub fn start(hypervisor: &'h Hypervisor, name: &str, disks: &[(&str, &Path)]) -> Self {
         let mut guest = Self::define(hypervisor, name, Agent::Running, disks);
         guest.boot();
@@ -83,7 +83,7 @@ impl<'h> Guest<'h> {
         }
     }
 
-    /// What the program in the guest answers to a command; see `guest/main.rs`.
+    /// Sends a command to the program in the guest (`guest/main.rs`), and returns its answer.
     pub fn tell(&mut self, command: &str) -> String {
         let control = self.control.as_mut().expect("the guest runs");
         writeln!(control.get_mut(), "{command}").unwrap();
@@ -93,19 +93,19 @@ impl<'h> Guest<'h> {
         answer.trim_start().to_owned()
     }
 
-    /// Writes from here on, until stopped, on all mounted disks in turn.
+    /// Starts the writer, which writes to all mounted disks in turn.
     pub fn start_writer(&mut self) {
-        // A record that was written, but not known to be fsynced, has a number beyond the last one.
+        // A record that was written, but not reported as fsynced, has a number beyond the last one.
         let next = self.records().last().map_or(0, |record| record.number + 1000);
         self.tell(&format!("start {next}"));
     }
 
-    /// The number of the record that would have been next.
+    /// Stops the writer, and returns the number of its next record.
     pub fn stop_writer(&mut self) -> u64 {
         self.tell("stop").parse().unwrap()
     }
 
-    /// The records that were fsynced, in order, over all boots.
+    /// Returns the fsynced records of all boots, in order.
     pub fn records(&self) -> Vec<Written> {
         let record = |line: &String| {
             let (serial, number) = line.split_once(' ')?;
@@ -114,13 +114,13 @@ impl<'h> Guest<'h> {
         self.lines().iter().filter_map(record).collect()
     }
 
-    /// The numbers of those of one disk.
+    /// Returns the numbers of the fsynced records of one disk.
     pub fn records_of(&self, serial: &str) -> Vec<u64> {
         let records = self.records().into_iter();
         records.filter(|record| record.serial == serial).map(|record| record.number).collect()
     }
 
-    /// Waits until this many more were fsynced.
+    /// Waits until this number of further records is fsynced.
     pub fn wait_for_records(&self, count: usize) {
         let before = self.records().len();
         wait_for("the writer writes", SHORT, || (self.records().len() >= before + count).then_some(()));
@@ -136,18 +136,18 @@ impl<'h> Guest<'h> {
         });
     }
 
-    /// Sends the agent `STOP`, after which it hangs, or `CONT`.
+    /// Sends a signal to the agent: `STOP`, so that it hangs, or `CONT`.
     pub fn signal_agent(&mut self, signal: &str) {
         self.tell(&format!("agent {signal}"));
     }
 
-    /// What the agent answers to a command without arguments.
+    /// Sends a command without arguments to the agent, and returns its answer.
     pub fn try_agent(&self, command: &str) -> Result<String, String> {
         let command = format!("{{\"execute\":\"{command}\"}}");
         self.hypervisor.try_virsh(&["qemu-agent-command", "--timeout", "10", &self.name, &command])
     }
 
-    /// Active images as libvirt names them, by target.
+    /// Returns the active images by target, as libvirt names them.
     pub fn images(&self) -> BTreeMap<String, PathBuf> {
         let list = self.hypervisor.virsh(&["domblklist", &self.name]);
         list.lines()
@@ -158,7 +158,7 @@ impl<'h> Guest<'h> {
             .collect()
     }
 
-    /// What libvirt takes for the chain of each disk is what the headers say.
+    /// Asserts that libvirt's chain of each disk is the chain of the headers.
     pub fn assert_chains(&self) {
         let xml = self.hypervisor.virsh(&["dumpxml", &self.name]);
         for (target, image) in self.images() {
@@ -168,19 +168,19 @@ impl<'h> Guest<'h> {
         }
     }
 
-    /// Whether it runs.
+    /// Returns true if the guest runs.
     pub fn runs(&self) -> bool {
         self.control.is_some()
     }
 
-    /// The guest unmounts its disks and powers off.
+    /// Powers the guest off, after it unmounted its disks.
     pub fn power_off(&mut self) {
         let control = self.control.as_mut().expect("the guest runs");
         writeln!(control.get_mut(), "poweroff").unwrap();
         self.wait_until_off();
     }
 
-    /// The power is cut.
+    /// Destroys the domain.
     pub fn destroy(&mut self) {
         self.hypervisor.virsh(&["destroy", &self.name]);
         self.control = None;
@@ -193,14 +193,14 @@ impl<'h> Guest<'h> {
         self.control = None;
     }
 
-    /// The guest's serial console, for a test that fails.
+    /// Returns the guest's serial console, for a test that fails.
     pub fn console(&self) -> String {
         fs::read_to_string(self.directory.join("console")).unwrap_or_default()
     }
 
     fn lines(&self) -> Vec<String> {
         let mut text = fs::read_to_string(self.directory.join("records")).unwrap_or_default();
-        // The last line may be half written.
+        // The last line may be incomplete.
         text.truncate(text.rfind('\n').map_or(0, |end| end + 1));
         text.lines().map(str::to_owned).collect()
     }

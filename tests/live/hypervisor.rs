@@ -1,4 +1,4 @@
-//! The libvirtd that the tests have for themselves.
+//! The private libvirtd of the tests.
 
 use std::fs::File;
 use std::io::Write as _;
@@ -7,25 +7,27 @@ use std::process::{Command, Output};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How the environment says that it is not to be had.
+/// The exit status of an environment that is not available.
 const SKIPPED: i32 = 75;
 
-/// Tests have the two processors of a small machine to themselves, one at a time; other processes wait too.
+/// Tests run one at a time, because a small machine has two processors. Other processes of this
+/// checkout wait too.
 static ONE_AT_A_TIME: Mutex<Option<File>> = Mutex::new(None);
 
 /// A libvirtd that answers.
 #[derive(Debug)]
 pub struct Hypervisor {
-    /// What `virsh -c` and `virConnectOpen` take.
+    /// The URI for `virsh -c` and `virConnectOpen`.
     pub uri: String,
-    /// Where sockets and the guests' files lie; short, since a socket's path may have 107 bytes.
+    /// The directory of sockets and of the guests' files. It is short, because a socket's path is
+    /// limited to 107 bytes.
     run: PathBuf,
     _turn: MutexGuard<'static, Option<File>>,
 }
 
 impl Hypervisor {
-    /// The environment, started where it does not run, without domains that an earlier run left. `None`, said loudly, where
-    /// it is not to be had.
+    /// Starts the environment if it does not run, and removes domains of an earlier run. Returns
+    /// `None`, with a message, if the environment is not available.
     pub fn get() -> Option<Self> {
         static FOUND: OnceLock<Result<(String, PathBuf), String>> = OnceLock::new();
         let mut turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
@@ -39,21 +41,21 @@ impl Hypervisor {
             Err(reason) => {
                 let required = std::env::var("QCOW2_CHAIN_REQUIRE_LIVE").is_ok_and(|value| value == "1");
                 assert!(!required, "QCOW2_CHAIN_REQUIRE_LIVE=1, and {reason}");
-                // Not `eprintln!`, which is kept back while the test passes.
+                // `eprintln!` would be captured while the test passes.
                 let _ = writeln!(std::io::stderr(), "\n!!! {reason}");
                 None
             }
         }
     }
 
-    /// A directory for a guest's sockets and logs.
+    /// Creates a directory for a guest's sockets and logs.
     pub fn run_directory(&self, name: &str) -> PathBuf {
         let directory = self.run.join("guests").join(name);
         std::fs::create_dir_all(&directory).unwrap();
         directory
     }
 
-    /// What virsh answers; anything but success fails the test.
+    /// Runs virsh and returns its output. A failure fails the test.
     pub fn virsh<S: AsRef<str>>(&self, arguments: &[S]) -> String {
         self.try_virsh(arguments).unwrap_or_else(|error| {
             let arguments: Vec<&str> = arguments.iter().map(AsRef::as_ref).collect();
@@ -61,7 +63,7 @@ impl Hypervisor {
         })
     }
 
-    /// What virsh answers, or what it complains about.
+    /// Runs virsh and returns its output, or its error message.
     pub fn try_virsh<S: AsRef<str>>(&self, arguments: &[S]) -> Result<String, String> {
         let output = Command::new("virsh")
             .args(["--quiet", "--connect", &self.uri])
@@ -73,12 +75,20 @@ impl Hypervisor {
         if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
     }
 
-    /// The domain's state, as in `running` or `shut off`; `None` where there is no such domain.
+    /// Returns the domain's state, such as `running` or `shut off`; `None` if there is no such
+    /// domain.
     pub fn state(&self, domain: &str) -> Option<String> {
         self.try_virsh(&["domstate", domain]).ok()
     }
 
-    /// Kills libvirtd, and waits until another one answers. Guests run on.
+    /// Makes libvirtd hang until the returned guard is dropped.
+    pub fn pause(&self) -> Paused {
+        let output = environment("pause");
+        assert!(output.status.success(), "{output:?}");
+        Paused
+    }
+
+    /// Kills libvirtd, and waits until another one answers. Guests continue to run.
     pub fn restart(&self) {
         let output = environment("restart");
         assert!(output.status.success(), "{output:?}");
@@ -93,7 +103,17 @@ impl Hypervisor {
     }
 }
 
-/// Waits for other test processes of this checkout, which would take each other's domains for left over ones.
+/// A libvirtd that hangs. It continues when this is dropped.
+#[derive(Debug)]
+pub struct Paused;
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        environment("resume");
+    }
+}
+
+/// Waits for other test processes of this checkout, which would remove each other's domains.
 fn other_processes() -> File {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/live");
     std::fs::create_dir_all(&directory).unwrap();
@@ -119,7 +139,7 @@ fn environment(verb: &str) -> Output {
     Command::new(root.join("tests/live/environment")).arg(verb).output().unwrap()
 }
 
-/// Asks until there is an answer. None in this time fails the test.
+/// Polls until there is a value. None within the limit fails the test.
 pub fn wait_for<T>(what: &str, limit: Duration, mut ask: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
     loop {
@@ -131,7 +151,7 @@ pub fn wait_for<T>(what: &str, limit: Duration, mut ask: impl FnMut() -> Option<
     }
 }
 
-/// Runs a program; anything but success fails the test.
+/// Runs a program and returns its output. A failure fails the test.
 pub fn run(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output().unwrap();
     assert!(

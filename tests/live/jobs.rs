@@ -1,4 +1,4 @@
-//! Merges of a running guest that do not go through at once: T1 to T6, X6, X7.
+//! Merges of a running guest that are interrupted: T1 to T6, X6, X7.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -15,9 +15,9 @@ use crate::hypervisor::{Hypervisor, wait_for};
 use crate::scene::Scene;
 use crate::snapshots::{libvirt, listening, polling};
 
-/// So much was written since the snapshot...
+/// The data that was written since the snapshot.
 const DELTA_MIB: u64 = 64;
-/// ... that at this rate, in bytes a second, committing it takes eight seconds.
+/// A rate limit, in bytes per second, at which the commit takes eight seconds.
 const SLOW: u64 = 8 << 20;
 
 fn slowly() -> MergeOptions {
@@ -29,7 +29,7 @@ fn with_timeout(hypervisor: &Hypervisor, domain: &str, on_timeout: OnTimeout) ->
     Arc::new(LiveExecutor::new(libvirt).with_timeout(Duration::from_secs(1), on_timeout))
 }
 
-/// A guest with one disk that has written since a snapshot.
+/// Starts a guest with one disk that has written since a snapshot.
 fn written<'h>(
     hypervisor: &'h Hypervisor,
     name: &str,
@@ -41,25 +41,25 @@ fn written<'h>(
     scene
 }
 
-/// The job on the guest's disk, in virsh's words.
+/// Returns virsh's description of the job on the guest's disk.
 fn job(hypervisor: &Hypervisor, domain: &str) -> String {
     hypervisor.virsh(&["blockjob", domain, "vda", "--info", "--raw"])
 }
 
 fn timed_out(deleted: Result<qcow2_chain::vm::Report, Error>) {
-    let Err(error) = deleted else { panic!("it was done in time: {deleted:?}") };
+    let Err(error) = deleted else { panic!("the deletion ended in time: {deleted:?}") };
     assert!(error.is_timed_out(), "{error}");
 }
 
 #[test]
-fn t1_t2_a_merge_that_takes_too_long_is_ended_and_resumed() {
+fn t1_t2_timeout_abort_is_resumed() {
     let Some(hypervisor) = Hypervisor::get() else { return };
     let mut scene =
         written(&hypervisor, "live-t1", |hypervisor, domain| with_timeout(hypervisor, domain, OnTimeout::Abort));
     timed_out(scene.set.delete("s1", &slowly(), &()));
     assert_eq!(job(&hypervisor, "live-t1"), "");
     scene.check("s1(M*)=f0; f1<-f0");
-    // Again, as often as one likes; what was written meanwhile is there in the end.
+    // A second attempt; the writes of the meantime are kept.
     timed_out(scene.set.delete("s1", &slowly(), &()));
     scene.check("s1(M*)=f0; f1<-f0");
     scene.set = SnapshotSet::load(scene.set.catalogue()).unwrap().with_executor(listening(&hypervisor, "live-t1"));
@@ -69,7 +69,7 @@ fn t1_t2_a_merge_that_takes_too_long_is_ended_and_resumed() {
 }
 
 #[test]
-fn t3_t4_a_job_that_is_left_running_is_aborted_by_hand() {
+fn t3_t4_job_that_is_kept_is_aborted_by_virsh() {
     let Some(hypervisor) = Hypervisor::get() else { return };
     let mut scene =
         written(&hypervisor, "live-t3", |hypervisor, domain| with_timeout(hypervisor, domain, OnTimeout::Keep));
@@ -85,7 +85,7 @@ fn t3_t4_a_job_that_is_left_running_is_aborted_by_hand() {
 }
 
 #[test]
-fn t4_a_job_that_somebody_aborts_fails_the_deletion_which_is_resumed() {
+fn t4_deletion_fails_if_virsh_aborts_its_job() {
     let Some(hypervisor) = Hypervisor::get() else { return };
     for (name, executor) in [("live-t4", listening as fn(&Hypervisor, &str) -> _), ("live-t4-polls", polling)] {
         let mut scene = written(&hypervisor, name, executor);
@@ -108,17 +108,17 @@ fn t4_a_job_that_somebody_aborts_fails_the_deletion_which_is_resumed() {
 }
 
 #[test]
-fn t5_t6_without_a_limit_it_takes_its_time() {
+fn t5_t6_no_timeout_waits_for_the_job() {
     let Some(hypervisor) = Hypervisor::get() else { return };
     let mut scene = written(&hypervisor, "live-t5", |hypervisor, domain| {
         let live = LiveExecutor::new(Arc::new(libvirt(hypervisor, domain, Listening::OwnLoop)));
         Arc::new(live.with_timeout(Duration::ZERO, OnTimeout::Abort))
     });
-    // A guest that writes more than the rate allows would never let it be done.
+    // While the guest writes faster than the rate limit, the job never becomes ready.
     scene.guest.stop_writer();
     let start = Instant::now();
     scene.set.delete("s1", &slowly(), &()).unwrap();
-    assert!(start.elapsed() > Duration::from_secs(3), "the rate was not held: {:?}", start.elapsed());
+    assert!(start.elapsed() > Duration::from_secs(3), "the rate limit had no effect: {:?}", start.elapsed());
     scene.guest.start_writer();
     scene.check("f0");
     scene.create("s2", false);
@@ -129,7 +129,7 @@ fn t5_t6_without_a_limit_it_takes_its_time() {
 }
 
 #[test]
-fn x6_a_guest_that_is_destroyed_during_a_merge() {
+fn x6_guest_destroyed_during_a_merge() {
     let Some(hypervisor) = Hypervisor::get() else { return };
     for (name, executor) in [("live-x6", listening as fn(&Hypervisor, &str) -> _), ("live-x6-polls", polling)] {
         let mut scene = written(&hypervisor, name, executor);
@@ -157,7 +157,7 @@ fn x6_a_guest_that_is_destroyed_during_a_merge() {
 }
 
 #[test]
-fn a_libvirtd_that_is_killed_during_a_merge_is_followed_by_another() {
+fn libvirtd_restarted_during_a_merge() {
     let Some(hypervisor) = Hypervisor::get() else { return };
     for (name, executor) in
         [("live-libvirtd", listening as fn(&Hypervisor, &str) -> _), ("live-libvirtd-polls", polling)]
@@ -173,13 +173,13 @@ fn a_libvirtd_that_is_killed_during_a_merge_is_followed_by_another() {
             deleting.join().unwrap()
         });
         println!("{name}: {:?}", deleted.as_ref().map(|_| ()));
-        // The job is QEMU's and goes on. Who asked again in time did not even notice.
+        // The job belongs to QEMU and continues. A poll may miss the restart.
         if deleted.is_err() {
             scene.check("s1(M*)=f0; f1<-f0");
             scene.delete("s1");
         }
         scene.check("f0");
-        // The same set asks the new one, and hears of its events.
+        // The same set connects to the new daemon and receives its events.
         scene.create("s2", true);
         scene.check("s2(R*)=f0; f2<-f0");
         scene.delete("s2");
@@ -188,16 +188,16 @@ fn a_libvirtd_that_is_killed_during_a_merge_is_followed_by_another() {
     }
 }
 
-/// Where the program that deletes stops for good, so that it can be killed there.
+/// The point where the deleting program stops, so that it can be killed there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stop {
-    /// The job is ready, and the guest is not switched over.
+    /// The job is ready, and the guest is not switched.
     Ready,
-    /// The guest is switched over, and nobody has heard of it.
+    /// The guest is switched, and the answer is not processed.
     Switched,
 }
 
-/// A hypervisor that never comes back from switching the guest over.
+/// A hypervisor whose `pivot` never returns.
 #[derive(Debug)]
 struct Stopping {
     inner: qcow2_chain::libvirt::Libvirt,
@@ -212,7 +212,7 @@ impl Seam for Stopping {
     fn snapshot(&self, disks: &[NewTop], quiesce: bool) -> Result<(), HypervisorError> {
         self.inner.snapshot(disks, quiesce)
     }
-    fn set_agent_timeout(&self, at_most: Duration) -> Result<(), HypervisorError> {
+    fn set_agent_timeout(&self, at_most: Option<Duration>) -> Result<(), HypervisorError> {
         self.inner.set_agent_timeout(at_most)
     }
     fn thaw(&self) -> Result<(), HypervisorError> {
@@ -247,33 +247,33 @@ impl Seam for Stopping {
     }
 }
 
-/// What the environment variable of this name tells the program that deletes: URI, domain, catalogue, where to stop, and
-/// the file that it makes there.
+/// The environment variable with the arguments of the deleting program: URI, domain, catalogue,
+/// stop point, and the file that it creates there.
 const DELETE: &str = "QCOW2_CHAIN_LIVE_DELETE";
 
-/// Not a test of its own: the program that [`killed`] starts and kills.
+/// The program that [`killed`] starts and kills. Without its variable it does nothing.
 #[test]
-fn the_program_that_deletes() {
-    let Ok(told) = std::env::var(DELETE) else { return };
-    let [uri, domain, catalogue, stop, reached] = told.split(' ').collect::<Vec<_>>()[..] else { panic!("{told}") };
+fn deleting_program() {
+    let Ok(line) = std::env::var(DELETE) else { return };
+    let [uri, domain, catalogue, stop, reached] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("{line}") };
     let inner = qcow2_chain::libvirt::Libvirt::connect(uri, domain, Listening::OwnLoop).unwrap();
     let stop = if stop == "Ready" { Stop::Ready } else { Stop::Switched };
     let live = LiveExecutor::new(Arc::new(Stopping { inner, stop, reached: PathBuf::from(reached) }));
     let set = SnapshotSet::load(catalogue).unwrap().with_executor(Arc::new(live));
-    panic!("it came back: {:?}", set.delete("s1", &MergeOptions::default(), &()));
+    panic!("the deletion returned: {:?}", set.delete("s1", &MergeOptions::default(), &()));
 }
 
 fn start_deleting(hypervisor: &Hypervisor, domain: &str, catalogue: &Path, stop: Stop, reached: &Path) -> Child {
-    let told = format!("{} {domain} {} {stop:?} {}", hypervisor.uri, catalogue.display(), reached.display());
+    let line = format!("{} {domain} {} {stop:?} {}", hypervisor.uri, catalogue.display(), reached.display());
     Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "jobs::the_program_that_deletes", "--nocapture"])
-        .env(DELETE, told)
+        .args(["--exact", "jobs::deleting_program", "--nocapture"])
+        .env(DELETE, line)
         .stdout(Stdio::null())
         .spawn()
         .unwrap()
 }
 
-/// The program is killed; the guest goes on writing; another program deletes on.
+/// Kills the program while the guest writes; another program completes the deletion.
 fn killed(name: &str, stop: Stop) {
     let Some(hypervisor) = Hypervisor::get() else { return };
     let mut scene = written(&hypervisor, name, listening);
@@ -294,11 +294,11 @@ fn killed(name: &str, stop: Stop) {
 }
 
 #[test]
-fn x7_a_program_killed_while_the_job_is_ready_is_followed_by_another() {
+fn x7_program_killed_while_the_job_is_ready() {
     killed("live-x7", Stop::Ready);
 }
 
 #[test]
-fn x7_a_program_killed_after_the_switch_is_followed_by_another() {
+fn x7_program_killed_after_the_switch() {
     killed("live-x7-switched", Stop::Switched);
 }

@@ -1,4 +1,4 @@
-//! A directory with the images of one test, and what must hold of them at its end.
+//! A directory with the images of one test, and the checks at its end.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,29 +19,30 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// An empty one.
+    /// Creates an empty directory.
     pub fn new() -> Self {
         Self { directory: tempfile::Builder::new().prefix("live-").tempdir().unwrap() }
     }
 
-    /// Where the images lie.
+    /// Returns its path.
     pub fn path(&self) -> &Path {
         self.directory.path()
     }
 
-    /// A fresh ext4 file system on a qcow2 image of this name.
+    /// Creates a qcow2 image of this name with an empty ext4 file system.
     pub fn disk(&self, name: &str) -> PathBuf {
         let path = self.path().join(name);
         fs::copy(base(), &path).unwrap();
         path
     }
 
-    /// The files that are there.
+    /// Returns the files of the directory.
     pub fn files(&self) -> BTreeSet<PathBuf> {
         fs::read_dir(self.path()).unwrap().map(|entry| entry.unwrap().path()).collect()
     }
 
-    /// No VM has them open: every image is clean, and the directory holds these files and no others.
+    /// Asserts that these images, which no VM has open, are clean, and that the directory has no
+    /// files but these.
     pub fn assert_clean(&self, images: &BTreeSet<PathBuf>, others: &BTreeSet<PathBuf>) {
         for image in images {
             run("qemu-img", &["check", "-q", text(image)]);
@@ -50,25 +51,25 @@ impl Lab {
     }
 }
 
-/// The files of a chain, the active one first, as its headers say. May be asked while a VM has them open.
+/// Returns the files of a chain by its headers, the active one first. A VM may have them open.
 pub fn chain(active: &Path) -> Vec<PathBuf> {
     let answer = run("qemu-img", &["info", "-U", "--backing-chain", "--output=json", text(active)]);
     let layers: Value = serde_json::from_str(&answer).unwrap();
     layers.as_array().unwrap().iter().map(|layer| PathBuf::from(layer["filename"].as_str().unwrap())).collect()
 }
 
-/// The virtual size in bytes that a header tells.
+/// Returns the virtual size of an image, in bytes.
 pub fn virtual_size(image: &Path) -> u64 {
     let answer = run("qemu-img", &["info", "-U", "--output=json", text(image)]);
     serde_json::from_str::<Value>(&answer).unwrap()["virtual-size"].as_u64().unwrap()
 }
 
-/// A path as an argument.
+/// Converts a path to an argument.
 pub fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// The image that every disk starts as, made once.
+/// Returns the initial image of every disk, which is created once.
 fn base() -> PathBuf {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/live");
     fs::create_dir_all(&directory).unwrap();
@@ -79,7 +80,7 @@ fn base() -> PathBuf {
         fs::File::create(&raw).unwrap().set_len(DISK_MIB << 20).unwrap();
         run("mkfs.ext4", &["-q", "-m", "0", "-J", "size=8", text(&raw)]);
         run("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", text(&raw), text(&image)]);
-        // Another process may have been faster; its image is as good.
+        // Another process may have created an equal image first.
         fs::rename(image, &base).unwrap();
     }
     base

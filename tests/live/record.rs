@@ -1,11 +1,11 @@
-//! What the guest writes and the tests look for: records that describe themselves. Compiled into both.
+//! The records that the guest writes and the tests verify. Compiled into both.
 
 /// Bytes of a record.
 pub const SIZE: usize = 4096;
-/// Places in the file that is written in place: record n goes to place n modulo this.
+/// Slots of the file that is written in place: record n goes to slot n modulo this.
 pub const SLOTS: u64 = 256;
 
-/// Record `number` as it is written to the disk with this serial.
+/// Returns record `number` of the disk with this serial.
 pub fn record(serial: &str, number: u64) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(SIZE);
     bytes.extend_from_slice(&number.to_le_bytes());
@@ -19,7 +19,7 @@ pub fn record(serial: &str, number: u64) -> Vec<u8> {
     bytes
 }
 
-/// The number of a record that holds on the disk with this serial exactly what it must.
+/// Returns the number of an undamaged record of the disk with this serial.
 pub fn number(serial: &str, bytes: &[u8]) -> Option<u64> {
     let number = u64::from_le_bytes(bytes.get(..8)?.try_into().ok()?);
     (bytes == record(serial, number)).then_some(number)

@@ -1,4 +1,5 @@
-//! A VM with snapshots, writing all the time: the acceptance table's steps and states on a real guest.
+//! A VM with snapshots that writes all the time: the steps and states of the acceptance table on a
+//! real guest.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -18,31 +19,31 @@ use crate::states::state;
 /// Numbers of records by disk.
 type Records = BTreeMap<String, BTreeSet<u64>>;
 
-/// A VM and what is to be found in it.
+/// A VM, and the model of its content.
 pub struct Scene<'h> {
     pub guest: Guest<'h>,
     pub set: SnapshotSet,
     pub lab: Lab,
-    /// What the guest had fsynced at each snapshot.
+    /// The fsynced records at each snapshot.
     taken: BTreeMap<String, Records>,
-    /// What it had at the last revert, and how many records there were in all.
+    /// The records that the last revert left, and the number of all records at that time.
     reverted: (Records, usize),
-    /// The paths of each volume's files in order of creation: f0, f1, ...
+    /// The recorded paths of each volume's files in order of creation: f0, f1, ...
     files: BTreeMap<String, Vec<String>>,
-    /// What each snapshot held when it was taken, as raw images.
+    /// The content of each snapshot when it was taken, as raw images.
     kept: TempDir,
 }
 
-/// Makes the executor for a domain.
+/// A function that creates the executor for a domain.
 pub type MakeExecutor = fn(&Hypervisor, &str) -> Arc<dyn Executor>;
 
 impl<'h> Scene<'h> {
-    /// A guest of this name with these disks, which writes.
+    /// Starts a guest of this name with these disks, and its writer.
     pub fn start(hypervisor: &'h Hypervisor, name: &str, targets: &[&str], executor: MakeExecutor) -> Self {
         Self::start_with(hypervisor, name, (targets, &[]), Agent::Running, executor)
     }
 
-    /// The same with an agent or without, and with disks that are added while it runs.
+    /// Starts a guest with this agent, and with disks that are added while it runs.
     pub fn start_with(
         hypervisor: &'h Hypervisor,
         name: &str,
@@ -72,7 +73,8 @@ impl<'h> Scene<'h> {
         scene
     }
 
-    /// Takes a snapshot, which must hold what was fsynced before, on all disks up to the same moment.
+    /// Takes a snapshot. It must hold all records that were fsynced before, on all disks up to the
+    /// same moment.
     pub fn create(&mut self, name: &str, quiesce: bool) -> Report {
         let options = SnapshotOptions::default().with_quiesce(quiesce);
         let before = self.fsynced();
@@ -81,7 +83,8 @@ impl<'h> Scene<'h> {
         report
     }
 
-    /// A snapshot was taken, after this was fsynced.
+    /// Checks a new snapshot and keeps its content. `before`: the records that were fsynced before
+    /// it.
     fn taken(&mut self, name: &str, before: Records) {
         let mut last = Vec::new();
         for volume in self.volumes() {
@@ -98,7 +101,7 @@ impl<'h> Scene<'h> {
         self.number_files();
     }
 
-    /// Takes several.
+    /// Takes several snapshots.
     pub fn create_all(&mut self, names: &[&str], quiesce: bool) {
         for name in names {
             self.create(name, quiesce);
@@ -113,7 +116,7 @@ impl<'h> Scene<'h> {
         report
     }
 
-    /// Reverts the VM as it is.
+    /// Reverts without powering off.
     pub fn revert_stopped(&mut self, name: &str) -> Result<Report, Error> {
         let report = self.set.revert(name, &MergeOptions::default(), &())?;
         self.reverted = (self.taken[name].clone(), self.guest.records().len());
@@ -126,17 +129,17 @@ impl<'h> Scene<'h> {
         self.try_delete(name).unwrap_or_else(|error| panic!("delete {name}: {error}"))
     }
 
-    /// Deletes a snapshot, or not.
+    /// Deletes a snapshot; it may fail.
     pub fn try_delete(&mut self, name: &str) -> Result<Report, Error> {
         self.set.delete(name, &MergeOptions::default(), &())
     }
 
-    /// Gives a volume another size, in MiB.
+    /// Changes the size of a volume, in MiB.
     pub fn resize(&mut self, volume: &str, mib: u64) -> Report {
         self.set.resize(volume, mib << 20, false).unwrap_or_else(|error| panic!("resize {volume}: {error}"))
     }
 
-    /// Boots what was powered off, with the disks' active files, and lets it write on.
+    /// Boots the guest on the active files, and starts its writer.
     pub fn boot(&mut self) {
         let images: Vec<(String, PathBuf)> = self.active().into_iter().collect();
         let disks: Vec<(&str, &Path)> = images.iter().map(|(name, image)| (name.as_str(), image.as_ref())).collect();
@@ -145,7 +148,7 @@ impl<'h> Scene<'h> {
         self.guest.start_writer();
     }
 
-    /// What was fsynced and not given up by a revert.
+    /// Returns the fsynced records, without those that a revert discarded.
     pub fn fsynced(&self) -> Records {
         let (mut records, since) = (self.reverted.0.clone(), self.reverted.1);
         for record in self.guest.records().into_iter().skip(since) {
@@ -154,7 +157,8 @@ impl<'h> Scene<'h> {
         records
     }
 
-    /// Holds everything against what must be, the same on all disks, while the guest runs or not.
+    /// Checks everything: the state of each volume, headers, domain, contents of snapshots, and
+    /// files. The guest may run.
     pub fn check(&self, expected: &str) {
         assert_eq!(self.states(), vec![expected; self.files.len()]);
         let model = self.set.model().unwrap();
@@ -163,13 +167,13 @@ impl<'h> Scene<'h> {
             let active: Vec<PathBuf> =
                 model.active_chain(volume).iter().map(|file| self.set.files().path(&file.path)).collect();
             assert_eq!(chain(&active[0]), active, "{}: headers", volume.name);
-            // A domain that is off is told by `boot`.
+            // The definition of a domain that is off is changed by `boot`.
             if self.guest.runs() {
                 assert_eq!(self.guest.images()[&volume.name], active[0], "{}: domblklist", volume.name);
             }
             images.extend(active);
             for snapshot in model.snapshots.values() {
-                // One that is being merged may have no file of this volume any more.
+                // A snapshot that is being merged may have lost its file of this volume.
                 let Some(record) = snapshot.files.get(&volume.name) else { continue };
                 let image = self.set.files().path(&record.file.path);
                 if snapshot.state == State::Ready {
@@ -178,15 +182,15 @@ impl<'h> Scene<'h> {
                 images.insert(image);
             }
         }
-        assert_eq!(self.images(), images, "no file left over, none lost");
+        assert_eq!(self.images(), images, "the files of the directory are the recorded ones");
         if self.guest.runs() {
             self.guest.assert_chains();
-            // It still writes.
+            // The writer continues.
             self.guest.wait_for_records(self.files.len());
         }
     }
 
-    /// Powers off; then every image is clean and every volume holds what was fsynced.
+    /// Powers off, and checks that every image is clean and every volume holds the fsynced records.
     pub fn end(mut self) {
         if self.guest.runs() {
             self.guest.stop_writer();
@@ -202,13 +206,13 @@ impl<'h> Scene<'h> {
         }
     }
 
-    /// The state of each volume in the words of the table.
+    /// Returns the state of each volume in the notation of the table.
     pub fn states(&self) -> Vec<String> {
         let model = self.set.model().unwrap();
         model.volumes.iter().map(|volume| state(&model, volume, &self.files[&volume.name])).collect()
     }
 
-    /// Volumes, which are called as the disks are.
+    /// Returns the volumes, which have the names of the disks.
     pub fn volumes(&self) -> Vec<String> {
         self.files.keys().cloned().collect()
     }
@@ -217,7 +221,7 @@ impl<'h> Scene<'h> {
         self.volumes().into_iter().map(|volume| (volume.clone(), self.set.active_path(&volume).unwrap())).collect()
     }
 
-    /// All files in the directory but the catalogue.
+    /// Returns all files of the directory but the catalogue and its companions.
     fn images(&self) -> BTreeSet<PathBuf> {
         let catalogue = ["vm.json", "vm.json.lock", "vm.json.journal"].map(|name| self.lab.path().join(name));
         self.lab.files().into_iter().filter(|file| !catalogue.contains(file)).collect()

@@ -1,4 +1,4 @@
-//! The acceptance table's rows on a running guest.
+//! The rows of the acceptance table on a running guest.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,12 +14,12 @@ use crate::scene::Scene;
 
 pub const TARGETS: [&str; 3] = ["vda", "vdb", "vdc"];
 
-/// The adapter, told of events.
+/// Creates an executor with events.
 pub fn listening(hypervisor: &Hypervisor, domain: &str) -> Arc<dyn Executor> {
     Arc::new(LiveExecutor::new(Arc::new(libvirt(hypervisor, domain, Listening::OwnLoop))))
 }
 
-/// The adapter, which has to ask.
+/// Creates an executor that polls.
 pub fn polling(hypervisor: &Hypervisor, domain: &str) -> Arc<dyn Executor> {
     Arc::new(LiveExecutor::new(Arc::new(libvirt(hypervisor, domain, Listening::Poll))))
 }
@@ -79,7 +79,7 @@ fn d4_d5_without_events() {
 }
 
 #[test]
-fn x3_another_branch_is_merged_by_us_while_the_guest_runs() {
+fn x3_other_branch_is_merged_by_the_library() {
     let Some(hypervisor) = Hypervisor::get() else { return };
     let mut scene = Scene::start(&hypervisor, "live-x3", &TARGETS, listening);
     scene.create_all(&["s1", "s2", "s3"], false);
@@ -92,14 +92,14 @@ fn x3_another_branch_is_merged_by_us_while_the_guest_runs() {
 }
 
 #[test]
-fn z1_z4_z5_disks_that_grow_between_snapshots() {
+fn z1_z4_z5_disks_grow_between_snapshots() {
     let Some(hypervisor) = Hypervisor::get() else { return };
     let mut scene = Scene::start(&hypervisor, "live-grow", &TARGETS, listening);
     let size = |path: &Path| virtual_size(path) >> 20;
     scene.create("s1", false);
     let report = scene.resize("vdb", DISK_MIB + 1024);
-    let told: Vec<_> = report.resized.iter().map(|change| (change.volume.as_str(), change.new >> 20)).collect();
-    assert_eq!(told, [("vdb", DISK_MIB + 1024)]);
+    let changes: Vec<_> = report.resized.iter().map(|change| (change.volume.as_str(), change.new >> 20)).collect();
+    assert_eq!(changes, [("vdb", DISK_MIB + 1024)]);
     scene.check("s1(R*)=f0; f1<-f0");
     assert_eq!(scene.guest.tell("size vdb"), ((DISK_MIB + 1024) << 20).to_string());
     assert_eq!(size(&scene.set.snapshot_path("s1", "vdb").unwrap()), DISK_MIB);
@@ -123,7 +123,7 @@ fn z1_z4_z5_disks_that_grow_between_snapshots() {
 }
 
 #[test]
-fn mv1_ten_disks_of_which_eight_are_added_to_the_running_guest() {
+fn mv1_ten_disks_of_which_eight_are_hot_added() {
     let Some(hypervisor) = Hypervisor::get() else { return };
     let added = ["vdc", "vdd", "vde", "vdf", "vdg", "vdh", "vdi", "vdj"];
     let mut scene = Scene::start_with(&hypervisor, "live-mv1", (&["vda", "vdb"], &added), Agent::Running, listening);
@@ -157,7 +157,7 @@ fn cc1_four_guests_delete_at_once() {
     }
 }
 
-/// Nothing was changed by a quiesced snapshot that was refused.
+/// Requests a snapshot that must be refused without a change, and returns the reason.
 fn refused(scene: &mut Scene<'_>, name: &str) -> String {
     let options = qcow2_chain::vm::SnapshotOptions::default().with_quiesce(true);
     let refused = scene.set.create(name, &options);
@@ -180,7 +180,7 @@ fn c2_without_agent_is_refused() {
 }
 
 #[test]
-fn c2_with_an_agent_that_hangs_is_refused_and_the_guest_is_let_go() {
+fn c2_hung_agent_is_refused_and_the_guest_thawed() {
     let Some(hypervisor) = Hypervisor::get() else { return };
     let executor: fn(&Hypervisor, &str) -> Arc<dyn Executor> = |hypervisor, domain| {
         let live = LiveExecutor::new(Arc::new(libvirt(hypervisor, domain, Listening::OwnLoop)));
@@ -199,7 +199,7 @@ fn c2_with_an_agent_that_hangs_is_refused_and_the_guest_is_let_go() {
         assert!(matches!(refused, Err(Error::Refused(Refusal::Quiesce { .. }))), "{refused:?}");
     });
     assert!(start.elapsed() < std::time::Duration::from_secs(60));
-    // Whatever of the freeze the agent obeyed late was taken back.
+    // A freeze that the agent executed late was undone.
     wait_for("the guest thaws", std::time::Duration::from_secs(30), || {
         let status = scene.guest.try_agent("guest-fsfreeze-status").ok()?;
         status.contains("thawed").then_some(())

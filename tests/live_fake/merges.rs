@@ -6,12 +6,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use qcow2_chain::image::{CreateOptions, Image, OpenOptions};
 use qcow2_chain::live::fake::{Call, FakeHypervisor, Fault};
-use qcow2_chain::live::{Commit, FailureKind, Hypervisor, OnTimeout};
+use qcow2_chain::live::{FailureKind, Hypervisor};
 use qcow2_chain::merge::Direction;
 use qcow2_chain::storage::crash::{Recorder, RecorderOptions, Tree};
 use qcow2_chain::storage::{Access, HostFileSystem, LockMode, MemoryFileSystem};
 use qcow2_chain::vm::{Error, MergeOptions, OfflineExecutor, Progress, Recovery, Refusal, State, VolumeStep};
 
+use super::jobs::failing;
 use super::rig::{Rig, incomplete, kind, name};
 use crate::support::lab::LabShape;
 use crate::support::rng::{Rng, seed};
@@ -93,7 +94,8 @@ fn merge_into_larger_base_is_refused_while_running() {
 
 #[test]
 fn merged_base_is_durable_before_the_catalogue() {
-    // The hypervisor may have written the base without a sync, as for a VM with an unsafe cache mode.
+    // The hypervisor may have written the base without a sync, as for a VM with an unsafe cache
+    // mode.
     for snapshots in [1, 2] {
         let recorder = Recorder::with(RecorderOptions::default().with_sites(true));
         let names = Arc::new(recorder.names(&Tree::new()));
@@ -167,137 +169,6 @@ fn middle_merge_keeps_relative_backing_names() {
     rig.settled_without("s1");
 }
 
-/// Deletes a snapshot, which must fail, and returns the cause.
-fn failing(rig: &Rig, name: &str) -> Error {
-    let error = rig.try_delete(name).expect_err("the deletion fails");
-    let (source, _, left) = incomplete(error);
-    assert!(!left.is_empty());
-    assert_eq!(rig.lab.model().find(name).map(|known| known.state), Some(State::Merging));
-    source
-}
-
-#[test]
-fn failed_job_is_an_error_and_started_again() {
-    for active in [true, false] {
-        let mut rig = Rig::new();
-        rig.create("s1");
-        if !active {
-            rig.create("s2");
-        }
-        let before = rig.chain("vda");
-        rig.fake.inject(Fault::JobVanishes);
-        let error = failing(&rig, "s1");
-        assert_eq!(kind(&error), Some(FailureKind::Failed));
-        assert!(error.to_string().contains("the job failed"), "{error}");
-        assert_eq!(rig.chain("vda"), before, "the chain is unchanged");
-        rig.write_all();
-        rig.try_delete("s1").unwrap();
-        rig.settled_without("s1");
-    }
-}
-
-#[test]
-fn vanished_job_without_events_is_started_again() {
-    let mut rig = Rig::new();
-    rig.create("s1");
-    rig.fake.inject(Fault::NoEvents);
-    rig.fake.inject(Fault::JobVanishes);
-    let error = failing(&rig, "s1");
-    assert!(error.to_string().contains("the job vanished"), "{error}");
-    rig.write_all();
-    rig.try_delete("s1").unwrap();
-    rig.settled_without("s1");
-}
-
-#[test]
-fn lost_commit_request_is_started_again() {
-    let mut rig = Rig::new();
-    rig.create("s1");
-    rig.fake.inject(Fault::LosesAnswer { to: Call::Commit, done: false });
-    assert_eq!(kind(&failing(&rig, "s1")), Some(FailureKind::Unreachable));
-    assert!(!rig.fake.has_job("vda"));
-    rig.write_all();
-    rig.try_delete("s1").unwrap();
-    rig.settled_without("s1");
-}
-
-#[test]
-fn refused_switch_leaves_the_job() {
-    let mut rig = Rig::new();
-    rig.create("s1");
-    rig.fake.inject(Fault::RefusesPivot(1000));
-    let error = failing(&rig, "s1");
-    assert_eq!(kind(&error), Some(FailureKind::Failed));
-    assert!(error.to_string().contains("not ready for pivot"), "{error}");
-    assert!(rig.fake.has_job("vda"));
-    rig.write_all();
-    rig.fake.clear_faults();
-    rig.try_delete("s1").unwrap();
-    rig.settled_without("s1");
-}
-
-#[test]
-fn timeout_keep_leaves_a_job_that_is_taken_over() {
-    let mut rig = Rig::new();
-    rig.create("s1");
-    rig.fake.inject(Fault::JobNeverEnds);
-    let error = rig.hasty_set(OnTimeout::Keep).delete("s1", &Default::default(), &()).unwrap_err();
-    assert!(error.is_timed_out());
-    let (error, done, left) = incomplete(error);
-    assert!(matches!(error, Error::TimedOut { ref disk, running: true, .. } if disk == "vda"), "{error:?}");
-    assert_eq!((done, left), (vec!["vdb".to_owned()], vec!["vda".to_owned()]));
-    assert!(rig.fake.has_job("vda"));
-    assert_eq!(rig.chain("vda"), [name(&rig.active("vda")).as_str(), "vda.img"]);
-    rig.write_all();
-    rig.fake.clear_faults();
-    // A second job on the disk would be refused.
-    assert!(rig.try_delete("s1").is_ok());
-    rig.settled_without("s1");
-}
-
-#[test]
-fn timeout_abort_ends_the_job() {
-    let mut rig = Rig::new();
-    rig.create("s1");
-    rig.fake.inject(Fault::JobNeverEnds);
-    let error = rig.hasty_set(OnTimeout::Abort).delete("s1", &Default::default(), &()).unwrap_err();
-    let (error, ..) = incomplete(error);
-    assert!(matches!(error, Error::TimedOut { running: false, .. }), "{error:?}");
-    assert!(!rig.fake.has_job("vda"));
-    assert_eq!(rig.chain("vda"), [name(&rig.active("vda")).as_str(), "vda.img"]);
-    rig.write_all();
-    rig.try_delete("s1").unwrap();
-    rig.settled_without("s1");
-}
-
-#[test]
-fn timeout_with_lost_abort_request_is_a_failure() {
-    let mut rig = Rig::new();
-    rig.create("s1");
-    rig.fake.inject(Fault::JobNeverEnds);
-    rig.fake.inject(Fault::LosesAnswer { to: Call::Abort, done: false });
-    let error = rig.hasty_set(OnTimeout::Abort).delete("s1", &Default::default(), &()).unwrap_err();
-    let (error, ..) = incomplete(error);
-    assert_eq!(kind(&error), Some(FailureKind::Unreachable), "{error:?}");
-    assert!(rig.fake.has_job("vda"));
-    rig.fake.clear_faults();
-    rig.try_delete("s1").unwrap();
-    rig.settled_without("s1");
-}
-
-#[test]
-fn timeout_with_lost_abort_answer_is_a_timeout() {
-    let mut rig = Rig::new();
-    rig.create("s1");
-    rig.fake.inject(Fault::JobNeverEnds);
-    rig.fake.inject(Fault::LosesAnswer { to: Call::Abort, done: true });
-    let error = rig.hasty_set(OnTimeout::Abort).delete("s1", &Default::default(), &()).unwrap_err();
-    let (error, ..) = incomplete(error);
-    assert!(matches!(error, Error::TimedOut { running: false, .. }), "{error:?}");
-    rig.try_delete("s1").unwrap();
-    rig.settled_without("s1");
-}
-
 /// Requests cancellation after a number of progress reports.
 struct StopsAfter(AtomicU32);
 
@@ -310,23 +181,6 @@ impl Progress for StopsAfter {
     fn is_cancelled(&self) -> bool {
         self.0.load(Ordering::SeqCst) == 0
     }
-}
-
-#[test]
-fn adopted_job_gets_the_present_rate_limit() {
-    let mut rig = Rig::new();
-    rig.create("s1");
-    rig.fake.inject(Fault::JobNeverEnds);
-    for rate_limit in [Some(1000), Some(2000), None] {
-        let options = MergeOptions::default().with_rate_limit(rate_limit);
-        let error = rig.hasty_set(OnTimeout::Keep).delete("s1", &options, &()).unwrap_err();
-        assert!(error.is_timed_out(), "{error:?}");
-        assert!(rig.fake.has_job("vda"));
-        assert_eq!(rig.fake.rate_limit("vda"), rate_limit);
-    }
-    rig.fake.clear_faults();
-    rig.try_delete("s1").unwrap();
-    rig.settled_without("s1");
 }
 
 /// Replaces the file of the first disk as soon as its merge has started.
@@ -372,7 +226,34 @@ fn merge_is_refused_if_the_vm_writes_another_file() {
     assert!(rig.lab.names.exists(&frozen).unwrap());
 }
 
-/// A second disk of the VM has the top or the base open. Merging would change it, or remove its file.
+/// The VM was started on a file that the catalogue does not have, above the base of the merge. That
+/// the top is not in use does not prove that it was merged.
+#[test]
+fn unused_top_is_not_a_completed_merge() {
+    let mut rig = Rig::new();
+    ["s1", "s2", "s3"].iter().for_each(|name| rig.create(name));
+    rig.fake.stop();
+    let (top, other) = (rig.overlay_of("vda", "s1"), rig.path("other.qcow2"));
+    let options = CreateOptions::new(rig.lab.now["vda"].len() as u64).with_backing("vda.img", "qcow2");
+    Image::create(rig.lab.names.create_new(&other).unwrap(), &options).unwrap().close().unwrap();
+    rig.define();
+    rig.fake.define("vda", &other).unwrap();
+    rig.fake.start().unwrap();
+    let error = rig.try_delete("s1").unwrap_err();
+    assert!(rig.lab.names.exists(&top).unwrap(), "{error:?}");
+    rig.fake.stop();
+    rig.lab.names.unlink(&other).unwrap();
+    rig.define();
+    if rig.lab.model().find("s1").is_some_and(|known| known.state == State::Merging) {
+        rig.set().recover(&()).unwrap();
+        rig.settled_without("s1");
+    } else {
+        rig.settled();
+    }
+}
+
+/// A second disk of the VM has the top or the base open. Merging would change it, or remove its
+/// file.
 #[test]
 fn merge_is_refused_if_another_disk_shares_a_file() {
     let mut rig = Rig::off(Arc::new(MemoryFileSystem::new()), Path::new("/vm"), LabShape::default(), Rng::new(seed()));
@@ -389,29 +270,6 @@ fn merge_is_refused_if_another_disk_shares_a_file() {
     assert!(error.refusal().is_some() || format!("{error:?}").contains("share it"), "{error:?}");
     assert!(!rig.fake.has_job("vda"));
     assert_eq!(rig.chain("vda"), before);
-}
-
-/// Every call of a hypervisor with a process that dies right after it took a job over, before the switch.
-#[test]
-fn adopted_job_is_journalled() {
-    let mut rig = Rig::new();
-    rig.create("s1");
-    rig.fake.inject(Fault::JobNeverEnds);
-    assert!(rig.hasty_set(OnTimeout::Keep).delete("s1", &Default::default(), &()).unwrap_err().is_timed_out());
-    let before = started_records(&rig);
-    assert!(rig.hasty_set(OnTimeout::Keep).delete("s1", &Default::default(), &()).unwrap_err().is_timed_out());
-    assert_eq!(started_records(&rig), before + 1, "the second process recorded the job before it could be switched");
-    rig.fake.clear_faults();
-    rig.try_delete("s1").unwrap();
-    rig.settled_without("s1");
-}
-
-/// The number of records of started jobs in the journal.
-fn started_records(rig: &Rig) -> usize {
-    let journal = rig.lab.names.open(&rig.path("vm.json.journal"), &Access::read()).unwrap();
-    let mut text = vec![0; usize::try_from(journal.len().unwrap()).unwrap()];
-    journal.read_at(&mut text, 0).unwrap();
-    String::from_utf8_lossy(&text).matches("started").count()
 }
 
 #[test]
@@ -436,7 +294,10 @@ fn x6_destroyed_vm_is_noticed_and_merged_offline() {
         let error = failing(&rig, "s1");
         assert_eq!(kind(&error), Some(FailureKind::Gone), "{faults:?}: {error:?}");
         assert!(!rig.fake.is_running());
-        assert!(matches!(rig.set_with(std::sync::Arc::new(OfflineExecutor)).recover(&()), Ok(Recovery::Completed(_))));
+        // Without the hypervisor it is not known which file the VM wrote last.
+        let blind = rig.set_with(std::sync::Arc::new(OfflineExecutor)).recover(&());
+        assert!(blind.as_ref().is_err_and(Error::is_uncertain), "{blind:?}");
+        assert!(matches!(rig.set().recover(&()), Ok(Recovery::Completed(_))));
         rig.define();
         rig.settled_without("s1");
         rig.start();
@@ -486,24 +347,6 @@ fn x7_death_at_any_call_is_completed_by_the_next_process() {
         }
     }
     assert!(ready > 0, "a job was ready and adopted");
-}
-
-#[test]
-fn foreign_job_on_the_disk_is_left_alone() {
-    let mut rig = Rig::new();
-    rig.create("s1");
-    rig.create("s2");
-    let (top, base) = (rig.active("vda"), rig.overlay_of("vda", "s1"));
-    let other = Commit { disk: "vda".into(), top, base, active: true, rate_limit: None };
-    // The job copies nothing yet, since that would change the snapshot.
-    rig.fake.inject(Fault::JobStalls(1000));
-    rig.fake.commit(&other).unwrap();
-    let error = failing(&rig, "s1");
-    assert!(error.to_string().contains("another job is running"), "{error}");
-    assert!(rig.fake.has_job("vda"));
-    rig.fake.abort("vda").unwrap();
-    rig.try_delete("s1").unwrap();
-    rig.settled_without("s1");
 }
 
 #[test]
@@ -561,6 +404,11 @@ fn interrupted_offline_merge_is_completed_while_running() {
             if done.is_ok() {
                 rig.settled_without("s1");
                 break;
+            }
+            if rig.set().pending().unwrap().is_none() {
+                // It was cancelled before its first record.
+                assert!(rig.lab.model().find("s1").is_some());
+                continue;
             }
             if let Err(error) = rig.set().recover(&()) {
                 let (error, ..) = incomplete(error);

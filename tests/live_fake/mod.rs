@@ -1,5 +1,7 @@
-//! Snapshots of a running VM over a hypervisor with injected faults: answers, images on disk, and the recovery.
+//! Snapshots of a running VM over a hypervisor with injected faults: answers, images on disk, and
+//! the recovery.
 
+mod jobs;
 mod merges;
 mod rig;
 mod schedules;

@@ -134,7 +134,8 @@ impl Rig {
         self.check_against(&self.lab.now, true)
     }
 
-    /// As [`Rig::check`], with other contents of the disks. `deep` reads all snapshots and checks all clusters.
+    /// As [`Rig::check`], with other contents of the disks. `deep` reads all snapshots and checks
+    /// all clusters.
     pub fn check_against(&self, now: &Contents, deep: bool) -> Result<(), String> {
         let said = |error: Error| error.to_string();
         let set = self.set();

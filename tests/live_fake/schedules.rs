@@ -1,5 +1,6 @@
-//! Thousands of random schedules: operations on a VM that runs, stops, dies and starts, under a hypervisor with random faults, with
-//! a guest that writes between any two calls. No schedule loses data of a snapshot or of the guest, and each set can be settled.
+//! Thousands of random schedules: operations on a VM that runs, stops, dies and starts, under a
+//! hypervisor with random faults, with a guest that writes between any two calls. No schedule loses
+//! data of a snapshot or of the guest, and each set can be settled.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -17,7 +18,7 @@ use qcow2_chain::vm::{
 };
 
 use super::rig::{Rig, write};
-use crate::support::lab::{Contents, LabShape};
+use crate::support::lab::{Contents, LabShape, read};
 use crate::support::rng::{Rng, cases, count, trace};
 
 /// The guest and its data.
@@ -169,7 +170,8 @@ impl World {
         Arc::new(LiveExecutor::new(self.busy.clone()).with_timeout(Duration::from_secs(20), then))
     }
 
-    /// The set of a new process. It may have no hypervisor while the VM is off, and its catalogue may fail.
+    /// The set of a new process. It may have no hypervisor while the VM is off, and its catalogue
+    /// may fail.
     fn any_set(&mut self) -> SnapshotSet {
         let offline = !self.rig.fake.is_running() && self.rig.rng.chance(1, 2);
         let executor = if offline { Arc::new(OfflineExecutor) } else { self.live() };
@@ -245,8 +247,9 @@ impl World {
         done.map(|_| ())
     }
 
-    /// Corrects a definition that names a file without a record: its merge was completed after the VM stopped, and the file is
-    /// removed. Only while a snapshot is being taken may the definition be newer than the catalogue.
+    /// Corrects a definition that names a file without a record: its merge or revert was recorded
+    /// after the VM stopped, and the file is removed. Only while a snapshot is being taken may the
+    /// definition be newer than the catalogue.
     fn define_the_dropped(&self) {
         let pending = self.rig.lab.set.pending().expect("the journal reads").and_then(|pending| pending.operation);
         if matches!(pending, Some(Purpose::Create { .. })) {
@@ -258,6 +261,14 @@ impl World {
             if !model.records().any(|(_, _, record)| self.rig.path(&record.file.path) == *defined) {
                 self.rig.fake.define(&volume.name, self.rig.path(&volume.active.file.path)).unwrap();
             }
+        }
+        let Some(Purpose::Revert { name }) = pending else { return };
+        // Where the catalogue has the revert, the guest starts with the snapshot's contents, and
+        // writes before the recovery.
+        let lab = &self.rig.lab;
+        let reads = |volume: &str| lab.open_as_qemu(volume, false).and_then(|chain| read(&chain));
+        if lab.taken[&name].iter().all(|(volume, content)| reads(volume).as_ref() == Ok(content)) {
+            self.busy.guest.lock().unwrap().now = lab.taken[&name].clone();
         }
     }
 

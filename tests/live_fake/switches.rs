@@ -1,4 +1,5 @@
-//! A VM that was switched to its base, with the answer lost: merging again would undo its later writes.
+//! A VM that was switched to its base, with the answer lost: merging again would undo its later
+//! writes.
 
 use std::sync::Arc;
 
@@ -8,7 +9,8 @@ use qcow2_chain::vm::{Error, Executor, OfflineExecutor, Recovery};
 
 use super::rig::{Rig, incomplete, write};
 
-/// The first disk is switched or not, the answer is lost, and the guest writes over data of the old files.
+/// The first disk is switched or not, the answer is lost, and the guest writes over data of the old
+/// files.
 fn switched(done: bool) -> Rig {
     let mut rig = Rig::new();
     rig.create("s1");
@@ -82,7 +84,7 @@ fn recovery_without_hypervisor_is_uncertain() {
         rig.fake.destroy();
         let offline = rig.set_with(Arc::new(OfflineExecutor));
         for _ in 0..2 {
-            let (error, ..) = incomplete(offline.recover(&()).unwrap_err());
+            let error = offline.recover(&()).unwrap_err();
             assert!(matches!(error, Error::Uncertain { source: None, .. }), "{error:?}");
         }
         let domain = LiveExecutor::new(rig.fake.clone()).domain("vm").unwrap().expect("a hypervisor");

@@ -139,6 +139,29 @@ fn commit_into_qcow2_on_device_keeps_device() {
     assert_eq!(fs::read_dir(world.path("overlays")).unwrap().count(), 0, "an overlay is left");
 }
 
+/// The node that the link of a logical volume leads to may be that of another volume after a restart.
+#[test]
+fn link_to_device_is_recorded_by_its_own_name() {
+    let Some(world) = world() else { return };
+    let (Some(first), Some(second)) = (Device::new(&world, "raw", 8 * MIB), Device::new(&world, "other", 8 * MIB))
+    else {
+        return;
+    };
+    assert_eq!(world.qemu.try_io(&first.0, "raw", &["write -q -P 1 0 64k"]).code, 0);
+    world.ok(&["init", "web.json", "--volume", "vda=vg/raw,format=raw,overlay_dir=overlays"]);
+    assert!(world.active("vda").ends_with("vg/raw"), "{}", world.active("vda"));
+    world.ok(&["snapshot", "web.json", "s1"]);
+    world.write(&world.active("vda"), "-P 2 1M 1M");
+    // The volume has the other node now.
+    let copied = Command::new("cp").args([&first.0, &second.0]).status().unwrap();
+    assert!(copied.success());
+    fs::remove_file(world.path("vg/raw")).unwrap();
+    symlink(&second.0, world.path("vg/raw")).unwrap();
+    let said = world.ok(&["delete", "web.json", "s1"]);
+    assert!(world.misread_as("raw", &second.0, "-P 2 1M 1M").is_none(), "{said}");
+    assert!(world.misread_as("raw", &first.0, "-P 0 1M 1M").is_none(), "the other node was written");
+}
+
 #[test]
 fn pull_from_qcow2_on_device_releases_it() {
     let Some(world) = world() else { return };
@@ -216,8 +239,10 @@ fn commit_into_too_small_device_is_refused() {
     assert!(wrong.is_none(), "{wrong:?}");
     device.assert_intact(&world, "raw");
     world.ok(&["verify", "web.json"]);
-    // The guest still has the size that it asked for.
-    assert_eq!(world.list()["volumes"][0]["virtual-size"], 12 * MIB);
+    // A raw device has no size of its own: the guest sees all of it, and zeroes past its old disk.
+    assert_eq!(world.list()["volumes"][0]["virtual-size"], 16 * MIB);
+    let wrong = world.misread_as("raw", &device.0, "-P 0 12M 4M");
+    assert!(wrong.is_none(), "{wrong:?}");
 }
 
 #[test]
@@ -238,8 +263,12 @@ fn raw_device_larger_than_disk_is_accepted() {
     world.ok(&["init", "web.json", "--volume", "vda=vg/raw,format=raw,overlay_dir=overlays"]);
     world.ok(&["snapshot", "web.json", "s1"]);
     device.extend(&world, "raw", 16 * MIB);
+    // The extents that LVM adds hold what was there before.
+    assert_eq!(world.qemu.try_io(&device.0, "raw", &["write -q -P 0xff 8M 8M"]).code, 0);
     world.write(&world.active("vda"), "-P 2 1M 4M");
     world.ok(&["delete", "web.json", "s1"]);
-    let wrong = world.misread_as("raw", Path::new(device.name()), "-P 2 1M 4M");
-    assert!(wrong.is_none(), "{wrong:?}");
+    for part in ["-P 2 1M 4M", "-P 0 8M 8M"] {
+        let wrong = world.misread_as("raw", Path::new(device.name()), part);
+        assert!(wrong.is_none(), "{wrong:?}");
+    }
 }

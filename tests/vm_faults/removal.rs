@@ -198,9 +198,8 @@ fn pull_from_protected_base_reports_it_as_released() {
     world.write("vda.qcow2", OLD);
     world.ok(&["init", "web.json", "--volume", "vda=vda.qcow2,protected=on"]);
     world.ok(&["snapshot", "web.json", "s1"]);
-    world.write(&world.active("vda"), NEW);
+    world.write(&world.active("vda"), "-P 2 0 4M");
     delete_keeps_base(&world, "vda.qcow2", &[]);
-    world.assert_reads(world.active("vda"), OLD);
 }
 
 #[test]

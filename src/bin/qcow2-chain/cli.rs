@@ -13,10 +13,10 @@ use crate::{
 
 /// qcow2 images and chains of overlays, without QEMU
 ///
-/// The verbs, options, exit codes and output of qemu-img, so that a script can swap the program's name. Two things are
-/// stricter: the format of a file is never guessed (without -f it must be qcow2; say -f raw for a raw image), and the
-/// backing file that an image names is followed only beneath that image's directory, unless --allow DIR or --allow-any
-/// says otherwise.
+/// The verbs, options, exit codes and output of qemu-img, so that a script can swap the program's
+/// name. Two things are stricter: the format of a file is never guessed (without -f it must be
+/// qcow2; say -f raw for a raw image), and the backing file that an image names is followed only
+/// below that image's directory, unless --allow DIR or --allow-any says otherwise.
 #[derive(Parser, Debug)]
 #[command(name = "qcow2-chain", version, infer_long_args = true, disable_help_subcommand = true)]
 struct Cli {
@@ -83,9 +83,9 @@ pub(crate) fn run(mut args: Vec<OsString>) -> Outcome {
         Err(error) => return refuse(&error),
     };
     if cli.verb.can_be_stopped() {
-        interrupt::receive()
+        interrupt::receive();
     } else {
-        interrupt::unblock()
+        interrupt::unblock();
     }
     match cli.verb {
         Verb::Info(args) => info::run(&args),

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use qcow2_chain::chain::Format;
+use qcow2_chain::chain::{Format, has_protocol};
 use qcow2_chain::format::{ClusterBits, CompressionType, RefcountOrder, Version};
 use qcow2_chain::image::{CreateOptions, Image, OpenOptions, Preallocation, RawImage};
 use qcow2_chain::storage::{Access, FileSystem as _, HostFileSystem, MemoryStorage, Storage, zero_range};
@@ -125,6 +125,16 @@ fn create_qcow2(args: &Args, settings: &Settings) -> Outcome {
     durable_name(&args.file)
 }
 
+/// Refuses a backing file name that QEMU reads as a protocol, although a file of this name is meant.
+pub(crate) fn refuse_protocol(name: &str) -> Result<(), Failure> {
+    if !has_protocol(name.as_bytes()) {
+        return Ok(());
+    }
+    let why =
+        format!("QEMU reads the backing file name '{name}' as a protocol; for a file of this name use './{name}'");
+    Err(Failure::new(why))
+}
+
 /// The size asked for, else the backing file's. The backing file is looked at even where its size is not needed, so that
 /// a wrong name is noticed now.
 fn virtual_size(args: &Args, settings: &Settings) -> Result<u64, Failure> {
@@ -142,6 +152,7 @@ fn virtual_size(args: &Args, settings: &Settings) -> Result<u64, Failure> {
     if args.backing_unsafe {
         return settings.size.ok_or_else(missing);
     }
+    refuse_protocol(name)?;
     let path = directory(&args.file).join(name);
     let path = path.strip_prefix(".").unwrap_or(&path);
     let backing = backing_size(path, format);

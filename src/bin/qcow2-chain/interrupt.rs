@@ -1,14 +1,15 @@
-//! Signals of long verbs. The first SIGINT or SIGTERM asks the verb to stop at a point where the chain is whole; the second one
-//! ends the program at once. SIGUSR1 prints the progress.
+//! Signals of long verbs. The first SIGINT or SIGTERM asks the verb to stop at a point where the
+//! chain is whole; the second one ends the program at once. SIGUSR1 prints the progress.
 //!
 //! ```text
 //! main:  block()      before any thread starts, so that every thread has the signals blocked
 //! cli:   receive()    verbs that can be stopped: one thread receives the signals
 //!        unblock()    all other verbs: the signals have their default actions
-//! verb:  listen()     until here SIGINT and SIGTERM end the program at once, for example while it connects to libvirt
+//! verb:  listen()     until here SIGINT and SIGTERM end the program at once, as in a connect
 //! ```
 //!
-//! A signal that was ignored when the program started stays ignored, as in background jobs of scripts.
+//! A signal that was ignored when the program started stays ignored, as in background jobs of
+//! scripts.
 
 use std::io::Write as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -34,12 +35,12 @@ struct Shared {
 }
 
 /// The request to stop, and the progress that SIGUSR1 prints.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Interrupt(&'static Shared);
 
 impl Interrupt {
-    /// Starts to convert SIGINT and SIGTERM to requests. Without the thread of [`receive`] the signals keep their default actions,
-    /// which a chain survives too.
+    /// Starts to convert SIGINT and SIGTERM to requests. Without the thread of [`receive`] the
+    /// signals keep their default actions, which a chain survives too.
     pub(crate) fn listen() -> Self {
         SHARED.listening.store(true, Ordering::SeqCst);
         Self(&SHARED)
@@ -56,7 +57,8 @@ impl Interrupt {
     }
 }
 
-/// Writes a line to standard error. A standard error that cannot be written changes neither the exit code nor the work.
+/// Writes a line to standard error. A standard error that cannot be written changes neither the
+/// exit code nor the work.
 pub(crate) fn report(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
@@ -73,7 +75,8 @@ pub(crate) fn unblock() {
     let _ = signals().thread_unblock();
 }
 
-/// Starts the thread that receives the signals. If it cannot be started, the signals have their default actions.
+/// Starts the thread that receives the signals. If it cannot be started, the signals have their
+/// default actions.
 #[cfg(unix)]
 pub(crate) fn receive() {
     let signals = signals();
@@ -101,7 +104,8 @@ fn handle(signals: SigSet, signal: Signal) {
     if signal == Signal::SIGUSR1 {
         report(&line(SHARED.part.load(Ordering::Relaxed)));
     } else if !SHARED.listening.load(Ordering::SeqCst) {
-        // The signal is pending for this thread. Once it is unblocked here, its default action ends the program.
+        // The signal is pending for this thread. Once it is unblocked here, its default action ends
+        // the program.
         let _ = nix::sys::signal::raise(signal);
         let _ = signals.thread_unblock();
     } else if SHARED.asked.swap(true, Ordering::SeqCst) {
@@ -109,8 +113,8 @@ fn handle(signals: SigSet, signal: Signal) {
     }
 }
 
-/// Returns the signals that this program handles, without those that were ignored at its start. The kernel keeps a signal
-/// that is both blocked and ignored for a thread that waits for it.
+/// Returns the signals that this program handles, without those that were ignored at its start. The
+/// kernel keeps a signal that is both blocked and ignored for a thread that waits for it.
 #[cfg(unix)]
 fn signals() -> SigSet {
     let ignored = ignored();
@@ -118,8 +122,9 @@ fn signals() -> SigSet {
     handled.filter(|signal| ignored >> (*signal as u32 - 1) & 1 == 0).collect()
 }
 
-/// Returns the ignored signals, the lowest bit for signal 1. The action of a signal can be read without unsafe code on Linux only,
-/// from the process's status; elsewhere no signal counts as ignored.
+/// Returns the ignored signals, the lowest bit for signal 1. The action of a signal can be read
+/// without unsafe code on Linux only, from the process's status; elsewhere no signal counts as
+/// ignored.
 #[cfg(unix)]
 fn ignored() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();

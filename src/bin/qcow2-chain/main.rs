@@ -1,4 +1,5 @@
-//! The command line program: qemu-img's verbs, option letters, exit codes and output, over the library's public API.
+//! The command line program: qemu-img's verbs, option letters, exit codes and output, over the
+//! library's public API.
 #![deny(unsafe_code)]
 #![warn(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used, clippy::dbg_macro)]
 

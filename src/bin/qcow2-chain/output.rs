@@ -15,13 +15,31 @@ pub(crate) enum Form {
 
 /// Writes text as it is.
 pub(crate) fn emit(text: &str) -> Result<(), Failure> {
+    emit_bytes(text.as_bytes())
+}
+
+/// Writes bytes as they are, for paths that are not valid UTF-8.
+pub(crate) fn emit_bytes(bytes: &[u8]) -> Result<(), Failure> {
     let mut out = stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    match out.write_all(bytes).and_then(|()| out.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             Err(Failure::new(format!("cannot write to standard output: {error}")))
         }
         Err(_) => std::process::exit(1),
         Ok(()) => Ok(()),
+    }
+}
+
+/// Writes text about an operation that is complete. A reader that has gone away does not turn it into a failure.
+pub(crate) fn emit_after(text: &str) -> Result<(), Failure> {
+    let mut out = stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            let text = text.trim_end();
+            let what = "the operation is complete, but standard output cannot be written";
+            Err(Failure::new(format!("{what}: {error}\n{text}")))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -47,7 +47,8 @@ impl Progress {
         progress
     }
 
-    /// Shows that `done` of `total` is done. As in qemu-img, a step of less than a percent is omitted.
+    /// Shows that `done` of `total` is done. As in qemu-img, a step of less than a percent is
+    /// omitted.
     pub(crate) fn set(&self, done: u64, total: u64) {
         let part = part(done, total);
         match &self.face {

@@ -8,6 +8,7 @@ use qcow2_chain::merge::{self, Onto, RebaseOptions};
 use qcow2_chain::storage::LockMode;
 
 use crate::commit::{find, with_progress};
+use crate::create::refuse_protocol;
 use crate::failure::{Failure, Outcome};
 use crate::open;
 use crate::options::{PolicyArgs, Unserved, cache_mode, directory};
@@ -129,6 +130,7 @@ fn rebase(args: &Args, name: Option<&str>) -> Outcome {
     let other = match name {
         None => None,
         Some(name) => {
+            refuse_protocol(name)?;
             rebase = rebase.with_backing_file(name.as_bytes());
             let format = open::named_format(args.backing_format.as_deref().unwrap_or_default())
                 .map_err(|failure| not_new(name, &failure))?;

@@ -64,8 +64,8 @@ impl FakeHypervisor {
             }
             let mut alone = super::FakeDisk::new(top.disk.clone(), top.file.clone());
             alone.open(&self.files)?;
-            let beneath = alone.files.get(1).map(|file| file.path.clone()).unwrap_or_default();
-            if disk.position(&self.files, &beneath)? != 0 {
+            let below = alone.files.get(1).map(|file| file.path.clone()).unwrap_or_default();
+            if disk.position(&self.files, &below)? != 0 {
                 return Err(failed(format!(
                     "{} is not backed by the active file of disk {}",
                     top.file.display(),

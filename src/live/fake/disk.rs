@@ -153,9 +153,9 @@ impl FakeDisk {
             return Err(failed("the top is not above the base, or is not the active file"));
         }
         let total = self.open_from(files, top, 0)?.virtual_size();
-        let beneath = self.open_from(files, base, 1)?;
-        if beneath.virtual_size() < total {
-            set_size(&beneath, total)?;
+        let below = self.open_from(files, base, 1)?;
+        if below.virtual_size() < total {
+            set_size(&below, total)?;
         }
         let kind = if commit.active { JobKind::ActiveCommit } else { JobKind::Commit };
         let (parts, ready, stalls, rate_limit) = (0, false, 0, commit.rate_limit);
@@ -174,7 +174,8 @@ impl FakeDisk {
         Ok(())
     }
 
-    /// Advances the job or a delayed switch by one step. A copied part is in the base before the job is done.
+    /// Advances the job or a delayed switch by one step. A copied part is in the base before the
+    /// job is done.
     pub(super) fn advance(&mut self, files: &VolumeFiles) -> Result<()> {
         if let Some((polls, base)) = self.switching {
             self.switching = Some((polls.saturating_sub(1), base));
@@ -201,8 +202,8 @@ impl FakeDisk {
         self.complete(files)
     }
 
-    /// Completes the copy. A job on the active file becomes ready; otherwise the file above the top gets the base as its backing
-    /// file.
+    /// Completes the copy. A job on the active file becomes ready; otherwise the file above the top
+    /// gets the base as its backing file.
     pub(super) fn complete(&mut self, files: &VolumeFiles) -> Result<()> {
         let Some(job) = self.job.as_mut() else { return Ok(()) };
         job.parts = PARTS;
@@ -230,8 +231,8 @@ impl FakeDisk {
         self.hold(files)
     }
 
-    /// Refaults the path of a file relative to the directory of a file above it, from the names in the headers. As with libvirt,
-    /// there is none if a header has an absolute name.
+    /// Refaults the path of a file relative to the directory of a file above it, from the names in
+    /// the headers. As with libvirt, there is none if a header has an absolute name.
     fn relative_name(&self, files: &VolumeFiles, from: usize, to: usize) -> Result<Option<PathBuf>> {
         let mut name = PathBuf::new();
         for file in &self.files[from..to] {
@@ -304,8 +305,8 @@ fn layer(files: &VolumeFiles, file: &DiskFile, write: bool) -> Result<Layer, cra
 fn set_size(chain: &Chain, size: u64) -> Result<()> {
     let done = match &chain.top().node {
         Node::Qcow2(image) => {
-            let beneath = chain.below(0);
-            image.resize_over(size, &ResizeOptions::default().with_shrink(true), &beneath, beneath.virtual_size())
+            let below = chain.below(0);
+            image.resize_over(size, &ResizeOptions::default().with_shrink(true), &below, below.virtual_size())
         }
         Node::Raw(raw) => raw.resize(size),
     };

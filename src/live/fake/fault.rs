@@ -54,7 +54,8 @@ pub enum Fault {
     PivotsLate(u32),
     /// The VM stops instead of answering, after this number of further calls.
     Dies(u32),
-    /// The next call of this method takes effect, then the VM stops; the answer is that the VM is gone.
+    /// The next call of this method takes effect, then the VM stops; the answer is that the VM is
+    /// gone.
     DiesIn(Call),
     /// The answer to the next call of this method is lost.
     LosesAnswer {
@@ -63,14 +64,15 @@ pub enum Fault {
         /// True if the call takes effect.
         done: bool,
     },
-    /// The connection breaks after this number of further calls. All calls fail until [`super::FakeHypervisor::reconnect`]; the VM
-    /// and its jobs continue.
+    /// The connection breaks after this number of further calls. All calls fail until
+    /// [`super::FakeHypervisor::reconnect`]; the VM and its jobs continue.
     Disconnects(u32),
     /// The next switch to other files does not change the VM's definition.
     ForgetsFiles,
     /// The guest agent is not connected at the next freeze.
     HasNoAgent,
-    /// The agent executes the next freeze but exceeds the time limit, and answers nothing else for this time.
+    /// The agent executes the next freeze but exceeds the time limit, and answers nothing else for
+    /// this time.
     FreezesLate(Duration),
 }
 

@@ -1,7 +1,7 @@
 //! A hypervisor for tests: one VM whose disks are real images, with faults on request.
 //!
-//! Feature `test-utils`. The images are in the same [`FileSystem`] as the snapshot set; the VM's jobs copy their data with this crate's
-//! merges. Each wait advances the clock, and nothing sleeps.
+//! Feature `test-utils`. The images are in the same [`FileSystem`] as the snapshot set; the VM's
+//! jobs copy their data with this crate's merges. Each wait advances the clock, and nothing sleeps.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -112,7 +112,8 @@ impl State {
 }
 
 impl FakeHypervisor {
-    /// Creates a VM that is off, with these disks: the hypervisor's name of each, and its active file.
+    /// Creates a VM that is off, with these disks: the hypervisor's name of each, and its active
+    /// file.
     #[must_use]
     pub fn new<N: Into<String>, P: Into<PathBuf>>(
         names: Arc<dyn FileSystem>,
@@ -164,7 +165,8 @@ impl FakeHypervisor {
         self.state().power_off(false);
     }
 
-    /// Changes the active file of a disk in the definition, as a manager does after an operation on a VM that is off.
+    /// Changes the active file of a disk in the definition, as a manager does after an operation on
+    /// a VM that is off.
     ///
     /// # Errors
     /// [`FailureKind::Failed`]: the VM is running, or has no such disk.
@@ -179,7 +181,8 @@ impl FakeHypervisor {
         Ok(())
     }
 
-    /// Replaces the file of a disk of the running VM, as a change of the medium does. Its job ends without an event.
+    /// Replaces the file of a disk of the running VM, as a change of the medium does. Its job ends
+    /// without an event.
     ///
     /// # Errors
     /// [`FailureKind::Failed`]: there is no such disk, or the file cannot be opened and locked.
@@ -197,7 +200,8 @@ impl FakeHypervisor {
         self.state().running
     }
 
-    /// Refaults a disk's files, from the active file down. A VM that is off has only the file of its definition.
+    /// Refaults a disk's files, from the active file down. A VM that is off has only the file of
+    /// its definition.
     #[must_use]
     pub fn files(&self, disk: &str) -> Vec<PathBuf> {
         let mut state = self.state();
@@ -228,7 +232,8 @@ impl FakeHypervisor {
     ///
     /// # Errors
     /// - [`FailureKind::Gone`]: the VM is off.
-    /// - [`FailureKind::Failed`]: the file systems are frozen, the range exceeds the disk, or an image failed.
+    /// - [`FailureKind::Failed`]: the file systems are frozen, the range exceeds the disk, or an
+    ///   image failed.
     pub fn write(&self, disk: &str, offset: u64, bytes: &[u8]) -> Result<()> {
         let mut state = self.state();
         if state.agent.frozen {
@@ -267,7 +272,8 @@ impl FakeHypervisor {
         (state.agent.freezes, state.agent.thaws)
     }
 
-    /// Refaults the time limit for answers of the guest agent; `None` is the initial state, without a limit.
+    /// Refaults the time limit for answers of the guest agent; `None` is the initial state, without
+    /// a limit.
     #[must_use]
     pub fn agent_timeout(&self) -> Option<Duration> {
         self.state().agent.timeout

@@ -37,7 +37,7 @@ impl Domain {
     #[must_use]
     pub fn stated(files: impl IntoIterator<Item = PathBuf>) -> Self {
         let disks = files.into_iter().enumerate().map(|(number, file)| (format!("disk {number}"), vec![file]));
-        Self { running: false, disks: disks.collect(), stated: true }
+        Self { disks: disks.collect(), stated: true, ..Self::default() }
     }
 
     /// Returns the name of the disk that writes a recorded file.
@@ -154,6 +154,12 @@ pub trait Executor: sealed::Sealed + Send + Sync + fmt::Debug {
     /// # Errors
     /// The hypervisor cannot be reached.
     fn domain(&self, vm: &str) -> Result<Option<Domain>>;
+
+    /// Returns the kind of the block job that runs on a disk, by the hypervisor's name of the disk; `None` if there is none.
+    ///
+    /// # Errors
+    /// The hypervisor cannot be reached.
+    fn job_on(&self, disk: &str) -> Result<Option<String>>;
 
     /// Creates overlays, durable on return together with their names, and switches the disks of a running VM to them.
     /// With `quiesce`, a running guest flushes and freezes its file systems first.

@@ -179,14 +179,14 @@ impl Record {
 }
 
 impl Journal {
-    /// Begins a journal with its plan, durable on return. If a catalogue exists at `like`, the journal gets its owner,
+    /// Begins a journal with its plan, durable on return. If a catalogue exists at `model`, the journal gets its owner,
     /// mode and further attributes.
     ///
     /// # Errors
     /// Any error of writing it. At most a torn journal exists then.
-    pub fn begin(file_system: &Arc<dyn FileSystem>, path: &Path, like: &Path, plan: &Plan) -> Result<Self> {
+    pub fn begin(file_system: &Arc<dyn FileSystem>, path: &Path, model: &Path, plan: &Plan) -> Result<Self> {
         let line = encode(&Record::Plan { version: VERSION, plan: plan.clone() }, path)?;
-        let storage = create_like(file_system, path, like)?;
+        let storage = create_like(file_system, path, model)?;
         storage.write_at(&line, 0)?;
         storage.sync()?; // barrier: the plan before its name
         file_system.sync_dir(directory_of(path))?; // barrier: the journal before the first change that it describes
@@ -262,6 +262,13 @@ impl Journal {
     /// Returns true if the overlays of a stage are recorded as complete.
     pub(in crate::vm) fn has_created(&self, stage: usize) -> bool {
         self.records.iter().any(|record| matches!(record, Record::Created { stage: of } if *of == stage))
+    }
+
+    /// Returns true if a hypervisor was asked for a merge whose end is not recorded.
+    pub(in crate::vm) fn needs_hypervisor(&self) -> bool {
+        self.records.iter().filter_map(Record::progress).any(|((stage, volume, step), _)| {
+            matches!(self.progressed(stage, volume, step), Progressed::Started | Progressed::Switching)
+        })
     }
 
     /// Returns true if a hypervisor was asked for a merge.

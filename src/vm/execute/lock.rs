@@ -1,4 +1,5 @@
-//! One operation on a VM at a time: an OS lock on a file of its own, which ends with the process that holds it.
+//! The lock of a VM: one operation at a time. It is a lock of the operating system on a separate
+//! file, and ends with the process that holds it.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -7,13 +8,13 @@ use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use crate::storage::{self, Access, FileSystem, Storage};
 use crate::vm::{Refusal, Result};
 
-/// Lets one operation on a VM in. Nobody has to clean up behind a process that was killed: its lock is gone with it. The file
-/// stays, as two processes could otherwise lock two files of one name.
+/// Admits one operation on a VM. The lock of a killed process is released by the operating system.
+/// The file is never removed: otherwise two processes could lock two files of the same name.
 #[derive(Debug)]
 pub(in crate::vm) struct VmLock {
     file_system: Arc<dyn FileSystem>,
     path: PathBuf,
-    /// For names whose locks lock nothing, such as those in memory.
+    /// Excludes other threads if the file system's locks have no effect, as in memory.
     inside: Mutex<()>,
 }
 
@@ -26,16 +27,20 @@ pub(in crate::vm) struct VmLockGuard<'a> {
 }
 
 impl VmLock {
+    /// Creates the lock on the file at `path`. Opens nothing.
     pub(in crate::vm) fn new(file_system: Arc<dyn FileSystem>, path: PathBuf) -> Self {
         Self { file_system, path, inside: Mutex::default() }
     }
 
-    /// Takes the lock or is refused; does not wait.
+    /// Takes the lock, without waiting.
+    ///
+    /// # Errors
+    /// [`Refusal::Locked`]: another operation holds it. Any error of opening the file.
     pub(in crate::vm) fn take(&self) -> Result<VmLockGuard<'_>> {
         let refused = || Refusal::Locked { path: self.path.display().to_string() };
         let inside = match self.inside.try_lock() {
             Ok(guard) => guard,
-            // Whoever panicked left everything on disk, where the journal tells of it.
+            // The state of an operation that panicked is in its journal, not in memory.
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return Err(refused().into()),
         };
@@ -47,11 +52,11 @@ impl VmLock {
     }
 }
 
-fn open_or_create(names: &dyn FileSystem, path: &Path) -> storage::Result<Arc<dyn Storage>> {
+fn open_or_create(file_system: &dyn FileSystem, path: &Path) -> storage::Result<Arc<dyn Storage>> {
     let is = |error: &storage::Error, kind| matches!(error, storage::Error::Io { source, .. } if source.kind() == kind);
-    match names.open(path, &Access::write()) {
-        Err(error) if is(&error, io::ErrorKind::NotFound) => match names.create_new(path) {
-            Err(error) if is(&error, io::ErrorKind::AlreadyExists) => names.open(path, &Access::write()),
+    match file_system.open(path, &Access::write()) {
+        Err(error) if is(&error, io::ErrorKind::NotFound) => match file_system.create_new(path) {
+            Err(error) if is(&error, io::ErrorKind::AlreadyExists) => file_system.open(path, &Access::write()),
             done => done,
         },
         done => done,

@@ -27,7 +27,7 @@ use crate::vm::files::{VolumeFiles, free_leaks};
 use crate::vm::model::edit::Edit;
 use crate::vm::model::store::Store;
 use crate::vm::model::{LastOperation, Model};
-use crate::vm::plan::{Leaving, MergeStep, Plan, Purpose, Stage, Step, VolumeWork};
+use crate::vm::plan::{Leaving, MergeStep, Plan, Purpose, SizeChange, Stage, Step, VolumeWork};
 use crate::vm::trace::event;
 use crate::vm::{Error, Result};
 
@@ -105,7 +105,7 @@ impl<'a> Run<'a> {
             let stage = &self.plan.stages[0];
             self.end_stage(0, stage)?;
             self.release(&stage.leaving);
-            return self.finish();
+            return Ok(self.finish());
         }
         let (files, journal) = (self.tools.files(), self.tools.journal);
         match Journal::begin(files.file_system(), journal, self.tools.catalogue, self.plan) {
@@ -229,12 +229,24 @@ impl<'a> Run<'a> {
                     return Err(Error::Cancelled);
                 }
                 if let Some(merged) = self.step(stage, work, number, step)? {
+                    self.report_size(&work.volume, &edits, merged.virtual_size);
                     set_size(&mut edits, merged.virtual_size);
                 }
             }
             self.record(&edits)?;
         }
         self.leave(&work.leaving)
+    }
+
+    /// Reports the size of an active file that differs from the planned one: a device keeps its length.
+    fn report_size(&self, volume: &str, edits: &[Edit], new: u64) {
+        let planned = edits.iter().find_map(|edit| match edit {
+            Edit::SetActive { record, .. } => Some(record.virtual_size),
+            _ => None,
+        });
+        if let Some(old) = planned.filter(|old| *old != new) {
+            lock(&self.report).resized.push(SizeChange { volume: volume.to_owned(), old, new });
+        }
     }
 
     fn step(&self, stage: usize, work: &VolumeWork, number: usize, step: &Step) -> Result<Option<Merged>> {
@@ -360,13 +372,13 @@ impl<'a> Run<'a> {
 
     fn clear(self) -> Result<Report> {
         self.end_journal()?;
-        self.finish()
+        Ok(self.finish())
     }
 
-    fn finish(self) -> Result<Report> {
+    fn finish(self) -> Report {
         let model = self.model.into_inner().unwrap_or_else(PoisonError::into_inner);
         let mut report = self.report.into_inner().unwrap_or_else(PoisonError::into_inner);
-        report.resized.clone_from(&self.plan.size_changes);
+        report.resized.extend(self.plan.size_changes.iter().cloned());
         if let Purpose::Resize { volume, .. } = &self.plan.purpose
             && let Some(volume) = model.volume(volume)
         {
@@ -377,7 +389,7 @@ impl<'a> Run<'a> {
         report.paths = active.map(|volume| (volume.name.clone(), files.path(&volume.active.file.path))).collect();
         report.state = self.plan.state_in(&model);
         event!("done", purpose = %self.plan.purpose, removed = report.removed.len());
-        Ok(report)
+        report
     }
 
     /// Reports the files that leave the set and are not removed.

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::executor::{Created, CreationLog, Domain, ExecutionContext, Executor, Merged, Watch, sealed};
-use crate::chain::{Chain, Node};
+use crate::chain::{Chain, Format, Node};
 use crate::format::ClusterBits;
 use crate::image::{CreateOptions, Image, ResizeOptions};
 use crate::merge::{self, CommitOptions, Direction, PullOptions};
@@ -25,6 +25,10 @@ impl sealed::Sealed for OfflineExecutor {}
 
 impl Executor for OfflineExecutor {
     fn domain(&self, _vm: &str) -> Result<Option<Domain>> {
+        Ok(None)
+    }
+
+    fn job_on(&self, _disk: &str) -> Result<Option<String>> {
         Ok(None)
     }
 
@@ -139,7 +143,11 @@ fn container(overlay: &NewOverlay, context: &ExecutionContext<'_>) -> Result<Arc
     if overlay.provided {
         let provider = context.provider.ok_or_else(|| no_provider(files, &overlay.file.path))?;
         provider.create(&request(overlay, context.vm)?)?;
-        return Ok(files.file_system().open(&path, &Access::write())?);
+        return files.file_system().open(&path, &Access::write()).map_err(|error| {
+            // It is not recorded yet, so that no undo would find it. If this fails too, recovery releases it.
+            let _ = provider.release(&path);
+            error.into()
+        });
     }
     let model = model_of(overlay, files)?;
     Ok(files.file_system().create_new_like(&path, &*model, context.attributes)?)
@@ -156,9 +164,7 @@ pub(in crate::vm) fn model_of(overlay: &NewOverlay, files: &VolumeFiles) -> Resu
 
 /// Returns the provider's request for an overlay.
 pub(in crate::vm) fn request<'a>(overlay: &'a NewOverlay, vm: &'a str) -> Result<OverlayRequest<'a>> {
-    let name = overlay.file.path.rsplit('/').next().unwrap_or_default();
-    let name = name.strip_suffix(".qcow2").unwrap_or(name);
-    overlay_request(vm, &overlay.volume, name, overlay.size, overlay.shape)
+    overlay_request(vm, &overlay.volume, &overlay.request, overlay.size, overlay.shape)
 }
 
 /// Returns the request for an overlay of a volume, with the space that a full overlay takes.
@@ -192,6 +198,7 @@ fn chain_of(step: &MergeStep) -> Vec<FileRef> {
 }
 
 fn commit(step: &MergeStep, context: &ExecutionContext<'_>, progress: &dyn merge::Progress) -> Result<Merged> {
+    free_reserved(&step.base, context)?;
     let chain = context.files.chain(&chain_of(step), 2, Links::Exact)?;
     let options = CommitOptions::default()
         .with_shrink_base(true)
@@ -208,6 +215,7 @@ fn pull(step: &MergeStep, context: &ExecutionContext<'_>, progress: &dyn merge::
         let chain = files.chain(&above, 1, Links::Exact)?;
         return finish(&chain, 0, merge::Report::default(), context);
     }
+    free_reserved(&step.top, context)?;
     let chain = files.chain(&chain_of(step), 1, Links::Exact)?;
     let mut options =
         PullOptions::default().with_rate_limit(context.rate_limit).with_allow_stale_snapshots(step.drop_internal);
@@ -216,6 +224,16 @@ fn pull(step: &MergeStep, context: &ExecutionContext<'_>, progress: &dyn merge::
     }
     let report = merge::pull(&chain, &options, progress)?;
     finish(&chain, 0, report, context)
+}
+
+/// Frees the clusters that an interrupted merge reserved in its survivor. In a container of fixed size, the space that is
+/// left without them may not suffice for the merge.
+fn free_reserved(survivor: &FileRef, context: &ExecutionContext<'_>) -> Result<()> {
+    if !context.recovering || survivor.format != Format::Qcow2 {
+        return Ok(());
+    }
+    let storage = context.files.storage(&survivor.path, &Access::write())?;
+    if storage.is_fixed_size() { free_leaks(&*storage) } else { Ok(()) }
 }
 
 /// Returns the result of a merge into the layer of this index.

@@ -1,35 +1,36 @@
-//! One stream of progress for all volumes of an operation.
+//! The progress of an operation over all of its volumes.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use crate::merge::{self, Phase};
 
-/// Where an operation is.
+/// The progress of an operation: that of one volume, and of all volumes together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct VolumeStep<'a> {
-    /// The volume that got further.
+    /// The volume that progressed.
     pub volume: &'a str,
-    /// What is being done to it.
+    /// The phase of its merge.
     pub phase: Phase,
-    /// Its bytes that are merged.
+    /// The bytes of this volume that are merged.
     pub done: u64,
-    /// Its bytes to merge, 0 while that is not known.
+    /// The bytes of this volume to merge, 0 while not known.
     pub total: u64,
     /// The bytes of all volumes that are merged.
     pub all_done: u64,
-    /// The bytes of all volumes to merge, as far as that is known.
+    /// The bytes of all volumes to merge, as far as known.
     pub all_total: u64,
 }
 
-/// Hears of an operation's progress, and can stop it. Called from several threads. The unit type `()` hears nothing and never
-/// stops.
+/// Receives the progress of an operation, and can cancel it. Called from several threads. The unit
+/// type `()` ignores progress and never cancels.
 pub trait Progress: Sync {
-    /// A volume is here now.
+    /// Called when a volume progressed.
     fn step(&self, step: &VolumeStep<'_>);
 
-    /// Whether the operation shall stop. What it has begun can be resumed.
+    /// Returns true to cancel the operation. Before its first durable record nothing has changed
+    /// then; later it can be resumed. Default: false.
     fn is_cancelled(&self) -> bool {
         false
     }
@@ -39,10 +40,10 @@ impl Progress for () {
     fn step(&self, _step: &VolumeStep<'_>) {}
 }
 
-/// Brings the streams of several merges together.
+/// Adds up the progress of several merges.
 pub(in crate::vm) struct Relay<'a> {
     to: &'a dyn Progress,
-    /// Done and total of each volume.
+    /// The bytes done and the bytes in total, by volume.
     volumes: Mutex<BTreeMap<String, (u64, u64)>>,
 }
 
@@ -55,13 +56,13 @@ impl<'a> Relay<'a> {
         self.to.is_cancelled()
     }
 
-    /// The part of one volume.
+    /// Returns the receiver for the progress of one volume's merge.
     pub(in crate::vm) fn of<'r>(&'r self, volume: &'r str) -> OfVolume<'r> {
         OfVolume { relay: self, volume }
     }
 }
 
-/// One volume's part of the stream.
+/// The receiver for the progress of one volume's merge.
 pub(in crate::vm) struct OfVolume<'a> {
     relay: &'a Relay<'a>,
     volume: &'a str,

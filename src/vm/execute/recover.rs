@@ -106,16 +106,24 @@ impl SnapshotSet {
         options: &MergeOptions,
         progress: &dyn Progress,
     ) -> Result<Recovery> {
-        self.check_journal(plan, &self.store.load()?)?;
-        // What recovery builds on must be durable.
-        journal.settle()?;
-        self.store.settle()?;
         let model = self.store.load()?;
+        self.check_journal(plan, &model)?;
         let domain = told.cloned().map_or_else(|| self.executor.domain(&model.vm), |domain| Ok(Some(domain)))?;
+        if let Some(told) = told {
+            self.check_statement(told, plan, &model)?;
+        }
         let files = self.files.for_operation();
         // Once the catalogue records the creation, the overlays may be merged already.
         let created = journal.has_created(0);
-        let switched = model.last_operation.id < plan.id && is_switched(&files, plan, created, domain.as_ref())?;
+        let recorded = model.last_operation.id == plan.id;
+        let switched = !recorded && is_switched(&files, plan, created, domain.as_ref())?;
+        if domain.is_none() && journal.needs_hypervisor() {
+            let what = format!("{}: a hypervisor was merging, and none was asked now", plan.purpose);
+            return Err(Error::Uncertain { what, source: None });
+        }
+        // What recovery builds on must be durable.
+        journal.settle()?;
+        self.store.settle()?;
         hold_files(&files, plan, &model, domain.as_ref());
         let operation = Operation {
             files: &files,
@@ -131,6 +139,23 @@ impl SnapshotSet {
             Outcome::Completed(report) => Recovery::Completed(report),
             Outcome::Undone(released) => Recovery::Undone { operation: plan.purpose.to_string(), released },
         })
+    }
+
+    /// Refuses a statement about a file that is neither recorded nor planned.
+    fn check_statement(&self, told: &Domain, plan: &Plan, model: &Model) -> Result<()> {
+        if !told.stated {
+            return Ok(());
+        }
+        let recorded = model.records().map(|(_, _, record)| record.file.path.clone());
+        let planned = plan.created().map(|overlay| overlay.file.path.clone());
+        let known: Vec<_> = recorded.chain(planned).map(|path| self.files.path(&path)).collect();
+        for file in told.disks.values().flatten() {
+            if !known.iter().any(|path| self.files.leads_to(path, file)) {
+                let why = "it is not a file of this set; name the file that the VM runs on";
+                return Err(Refusal::Path { path: file.display().to_string(), why }.into());
+            }
+        }
+        Ok(())
     }
 
     fn resume_without_journal(
@@ -221,7 +246,7 @@ impl SnapshotSet {
                 found => switched = found?,
             }
         }
-        if domain.is_none() && journal.used_hypervisor() {
+        if domain.is_none() && journal.needs_hypervisor() {
             uncertain = Some("a hypervisor was merging, and none was asked now".to_owned());
         }
         let undoable = plan.stages.first().is_some_and(|stage| !stage.create.is_empty());
@@ -245,7 +270,7 @@ impl Run<'_> {
         let mut done = if last.id == self.plan.id { last.stages.min(stages) } else { 0 };
         if done == 0 && matches!(self.plan.purpose, Purpose::Resize { .. }) {
             self.settle_resize()?;
-            return Ok(Outcome::Completed(Box::new(self.finish()?)));
+            return Ok(Outcome::Completed(Box::new(self.finish())));
         }
         if done == 0 && !switched && !self.plan.stages[0].create.is_empty() {
             return self.undo_planned(created);
@@ -268,7 +293,9 @@ impl Run<'_> {
         let mut ours = Vec::new();
         for overlay in self.plan.created() {
             let path = files.path(&overlay.file.path);
-            if !files.file_system().exists(&path)? {
+            let exists = files.file_system().exists(&path)?;
+            // The provider may have created a container that has no path yet.
+            if !exists && (created || !overlay.provided) {
                 continue;
             }
             let kept = if overlay.provided && !created {
@@ -285,14 +312,14 @@ impl Run<'_> {
                 Some(reason) => self.report_release(path, reason),
                 None => ours.push(super::executor::Created {
                     path: overlay.file.path.clone(),
-                    identity: files.identity(&overlay.file.path)?,
+                    identity: if exists { files.identity(&overlay.file.path)? } else { None },
                     provided: overlay.provided,
                 }),
             }
         }
         self.remove_created(&ours)?;
         self.end_journal()?;
-        let report = self.finish()?;
+        let report = self.finish();
         Ok(Outcome::Undone(report.released))
     }
 
@@ -302,7 +329,12 @@ impl Run<'_> {
         if files.check_overlay(overlay).is_err() {
             return Ok(Some("it is not the overlay that was planned".to_owned()));
         }
-        let written = files.is_written(&overlay.file).map_err(|error| uncertain(overlay, error))?;
+        let stated = self.tools.domain.is_some_and(|domain| domain.stated);
+        let written = match files.is_written(overlay) {
+            // The caller stated that the VM runs on another file. The overlay stays nevertheless.
+            Err(_) if stated => true,
+            written => written.map_err(|error| uncertain(overlay, error))?,
+        };
         Ok(written.then(|| "it has data of its own".to_owned()))
     }
 }
@@ -330,7 +362,7 @@ fn is_switched(files: &VolumeFiles, plan: &Plan, created: bool, domain: Option<&
             let what = format!("the overlay {} was created and is missing now; {}", overlay.file, plan.purpose);
             return Err(Error::Uncertain { what, source: None });
         }
-        if files.is_written(&overlay.file).map_err(|error| uncertain(overlay, error))? {
+        if files.is_written(overlay).map_err(|error| uncertain(overlay, error))? {
             written = Some(overlay);
             break;
         }

@@ -66,18 +66,24 @@ impl Run<'_> {
             return Ok(Fate::Kept("the catalogue names it".to_owned()));
         }
         match files.file_system().entry(path)? {
+            // A container may exist without its path: a logical volume that is not active.
+            EntryKind::Missing if removal.provided => {
+                self.tools.context.provider.map_or(Ok(()), |provider| provider.release(path))?;
+                return Ok(Fate::Absent);
+            }
             EntryKind::Missing => return Ok(Fate::Absent),
             EntryKind::File => {}
-            EntryKind::BlockDevice if removal.provided => {}
+            EntryKind::BlockDevice | EntryKind::Link if removal.provided => {}
             EntryKind::BlockDevice => return Ok(Fate::Kept("it is a block device".to_owned())),
-            EntryKind::Link if removal.provided => {}
             EntryKind::Link => return Ok(Fate::Kept("its path is a symbolic link now".to_owned())),
             _ => return Ok(Fate::Kept("it is not a regular file".to_owned())),
         }
         let held = self.lock_for_removal(path)?;
         // The handle may be that of another file by now: the name decides what would be removed.
         let named = files.file_system().resolve(path)?.file;
-        if named != held.file_id() || (removal.identity.is_some() && named != removal.identity) {
+        // The name of a provided file is unique, and the number of its device differs after a restart.
+        let recorded = removal.identity.filter(|_| !removal.provided);
+        if named != held.file_id() || (recorded.is_some() && named != recorded) {
             return Ok(Fate::Kept("it is not the file that was recorded: it was replaced".to_owned()));
         }
         if removal.provided {

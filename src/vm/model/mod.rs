@@ -76,6 +76,7 @@ impl fmt::Display for FileRef {
 /// The record of an image file that belongs to the set.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct FileRecord {
     /// The file.
     #[serde(flatten)]
@@ -104,6 +105,7 @@ impl FileRecord {
 /// The fingerprint of a base, by which a change or replacement is detected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct Fingerprint {
     /// The file's length in bytes.
     pub len: u64,
@@ -116,15 +118,32 @@ pub struct Fingerprint {
     pub stamp: Option<FileStamp>,
 }
 
+impl Fingerprint {
+    /// Creates a fingerprint without inode and times.
+    #[must_use]
+    pub fn new(len: u64, header: u32, l1: u32) -> Self {
+        Self { len, header, l1, stamp: None }
+    }
+}
+
 /// A file beneath a volume's first file: a template that others may share. It is never written or removed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct Base {
     /// The file.
     #[serde(flatten)]
     pub file: FileRef,
     /// The fingerprint at adoption, or when it was last accepted.
     pub fingerprint: Fingerprint,
+}
+
+impl Base {
+    /// Creates the record of a base.
+    #[must_use]
+    pub fn new(file: FileRef, fingerprint: Fingerprint) -> Self {
+        Self { file, fingerprint }
+    }
 }
 
 /// The geometry of a volume's overlays.
@@ -146,6 +165,7 @@ impl Default for OverlayShape {
 /// A virtual disk of the VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct Volume {
     /// The name, unique in the VM, such as `vda`.
     pub name: String,
@@ -174,6 +194,7 @@ impl Volume {
 /// The state of all volumes at one instant.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct Snapshot {
     /// The number.
     pub id: SnapshotId,

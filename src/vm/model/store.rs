@@ -1,27 +1,29 @@
-//! Where the model is kept.
+//! The seam for the medium that keeps the model.
 
 use std::fmt;
 
 use crate::vm::{Model, Result};
 
-/// Keeps a VM's model: a file ([`crate::vm::Catalogue`]), or the database of the program that uses this library.
+/// Keeps a VM's model: in a file ([`crate::vm::Catalogue`]), or in the database of the program that
+/// uses this library.
 pub trait Store: Send + Sync + fmt::Debug {
-    /// The model as it was last saved.
+    /// Returns the model that was saved last.
     ///
     /// # Errors
-    /// Whatever keeps it from being read, damage among it.
+    /// Any: the model cannot be read, or is damaged.
     fn load(&self) -> Result<Model>;
 
-    /// Replaces the model in one step: after a crash the old or the new one is loaded. Durable on return. After an error
-    /// either may be loaded.
+    /// Replaces the model atomically, durable on return: after a crash, [`Store::load`] returns the
+    /// old or the new one. After an error it may return either.
     ///
     /// # Errors
-    /// Whatever keeps it from being durable.
+    /// Any: the new model is not durable.
     fn save(&self, model: &Model) -> Result<()>;
 
-    /// Sees to it that what [`Store::load`] gives is durable, whatever became of the last [`Store::save`].
+    /// Makes the model that [`Store::load`] returns durable, also after a [`Store::save`] that
+    /// failed or was interrupted.
     ///
     /// # Errors
-    /// Whatever keeps it from being durable.
+    /// Any: the model is not durable.
     fn settle(&self) -> Result<()>;
 }

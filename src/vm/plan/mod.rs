@@ -66,6 +66,7 @@ impl fmt::Display for Purpose {
 /// An overlay to create.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct NewOverlay {
     /// The volume.
     pub volume: String,
@@ -82,11 +83,15 @@ pub struct NewOverlay {
     /// If set, the set's [`OverlayProvider`](super::OverlayProvider) creates the file.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub provided: bool,
+    /// The name in the request to the provider; empty without a provider.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub request: String,
 }
 
 /// The merge of two files of a volume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct MergeStep {
     /// The upper file.
     pub top: FileRef,
@@ -141,6 +146,7 @@ pub enum Step {
 /// A file to remove once no record names it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct Removal {
     /// The path.
     pub path: String,
@@ -155,6 +161,7 @@ pub struct Removal {
 /// A file that leaves the set and is not removed. Its fate is the caller's decision.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct Release {
     /// The path.
     pub path: String,
@@ -165,6 +172,7 @@ pub struct Release {
 /// The files that leave the set by a part of a plan.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct Leaving {
     /// The files to remove.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -185,6 +193,7 @@ impl Leaving {
 /// The work on one volume, independent of the other volumes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct VolumeWork {
     /// The volume.
     pub volume: String,
@@ -213,6 +222,7 @@ impl VolumeWork {
 /// A part of an operation that ends with one update of the catalogue.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct Stage {
     /// The changes of the model before any file changes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -236,6 +246,7 @@ pub struct Stage {
 /// A change of a volume's virtual size.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct SizeChange {
     /// The volume.
     pub volume: String,
@@ -248,6 +259,7 @@ pub struct SizeChange {
 /// The estimated cost of merging one volume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct Cost {
     /// The direction of the plan.
     pub direction: Direction,

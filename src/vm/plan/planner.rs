@@ -127,10 +127,10 @@ impl Planner<'_> {
         })
     }
 
-    /// Returns the path of a volume's new overlay, and whether a provider creates it.
-    fn overlay_path(&self, volume: &Volume, number: u64) -> (String, bool) {
+    /// Returns the path of a volume's new overlay, and the name in the request if a provider creates it.
+    fn overlay_path(&self, volume: &Volume, number: u64) -> (String, Option<String>) {
         if let Some(given) = self.options.overlays.get(&volume.name) {
-            return (given.path.clone(), given.provided);
+            return (given.path.clone(), given.provided.clone());
         }
         let name = overlay_name(&self.model.vm, &volume.name, number, &self.options.token);
         let directory = match &volume.overlay_dir {
@@ -141,7 +141,7 @@ impl Planner<'_> {
                 path.rfind('/').map_or_else(String::new, |at| path[..=at].to_owned())
             }
         };
-        (format!("{directory}{name}"), false)
+        (format!("{directory}{name}"), None)
     }
 
     /// Returns new overlays on these files, and the edits that make them the active files.
@@ -152,7 +152,8 @@ impl Planner<'_> {
         let mut number = self.model.next_file;
         let (mut create, mut edits) = (Vec::new(), Vec::new());
         for (volume, record) in on {
-            let (path, provided) = self.overlay_path(volume, number);
+            let (path, request) = self.overlay_path(volume, number);
+            let provided = request.is_some();
             let file = FileRef { path, format: Format::Qcow2 };
             let active = FileRecord { provided, ..FileRecord::new(file.clone(), record.virtual_size) };
             edits.push(Edit::SetActive { volume: volume.name.clone(), record: active });
@@ -164,6 +165,7 @@ impl Planner<'_> {
                 shape: volume.overlay,
                 like: volume.active.file.path.clone(),
                 provided,
+                request: request.unwrap_or_default(),
             });
             number += 1;
         }

@@ -328,6 +328,14 @@ pub enum Refusal {
         /// The number available.
         have: u64,
     },
+    /// A file that the operation discards is missing or damaged.
+    #[error("{path}, which the operation discards, cannot be read: {problem}. Confirm that it is lost (discard-lost)")]
+    Lost {
+        /// The file.
+        path: String,
+        /// The reason.
+        problem: String,
+    },
     /// No deletion is under way that could be called off.
     #[error("no interrupted deletion can be cancelled: {why}")]
     NotCancellable {
@@ -342,4 +350,18 @@ pub enum Refusal {
         /// The recorded bases.
         bases: Vec<String>,
     },
+}
+
+impl Refusal {
+    /// Replaces the recorded path in a refusal of the planner by the one that the caller knows.
+    pub(in crate::vm) fn with_path(mut self, shown: impl Fn(&str) -> String) -> Self {
+        match &mut self {
+            Self::Unwritable { path, .. }
+            | Self::Protected { path }
+            | Self::Dependents { path, .. }
+            | Self::InUse { path, .. } => *path = shown(path),
+            _ => {}
+        }
+        self
+    }
 }

@@ -100,15 +100,15 @@ pub struct FileFacts {
 pub struct OverlayPath {
     /// The path, absolute or relative to the catalogue's directory.
     pub path: String,
-    /// If set, an [`OverlayProvider`](crate::vm::OverlayProvider) creates and removes the file.
-    pub provided: bool,
+    /// If set, an [`OverlayProvider`](crate::vm::OverlayProvider) creates and removes the file: the name in the request.
+    pub provided: Option<String>,
 }
 
 impl OverlayPath {
     /// Creates the path of an overlay that the library creates and removes.
     #[must_use]
     pub fn new(path: impl Into<String>) -> Self {
-        Self { path: path.into(), provided: false }
+        Self { path: path.into(), provided: None }
     }
 }
 

@@ -6,7 +6,7 @@ use super::Checks;
 use crate::chain::{Chain, Format};
 use crate::format::{IncompatibleFeatures, Version};
 use crate::merge::{self, Direction, MergePlan};
-use crate::storage;
+use crate::storage::{self, FileId};
 use crate::vm::files::Links;
 use crate::vm::model::FileRef;
 use crate::vm::plan::request::MergePreference;
@@ -101,9 +101,9 @@ impl Checks<'_> {
     }
 
     /// Refuses merges that cannot succeed: images that may not be written, devices that are too small, and lack of space.
-    /// Volumes on one file system share its space.
+    /// Volumes on one file system share its space; a container of fixed size has its own.
     pub(super) fn check_merges(&self, plan: &Plan, estimates: &BTreeMap<String, Estimate>) -> Result<()> {
-        let mut needs: BTreeMap<Option<u64>, (u64, u64, String)> = BTreeMap::new();
+        let mut needs: BTreeMap<Option<FileId>, (u64, u64, String)> = BTreeMap::new();
         for (volume, step) in plan.merges() {
             if self.is_live(step) {
                 self.check_live(step)?;
@@ -114,8 +114,11 @@ impl Checks<'_> {
             let way = estimate.way(step.direction);
             let Some(free) = way.space_free else { continue };
             let path = self.files.path(&step.survivor().path);
-            let device = self.files.held().storage(&path).and_then(|storage| storage.file_id()).map(|id| id.device);
-            let entry = needs.entry(device).or_insert((0, u64::MAX, path.display().to_string()));
+            let medium = self.files.held().storage(&path).and_then(|storage| {
+                let id = storage.file_id()?;
+                Some(if storage.is_fixed_size() { id } else { FileId { inode: 0, ..id } })
+            });
+            let entry = needs.entry(medium).or_insert((0, u64::MAX, path.display().to_string()));
             entry.0 += way.space_needed;
             entry.1 = entry.1.min(free);
         }
@@ -134,7 +137,9 @@ impl Checks<'_> {
     }
 
     fn check_survivor(&self, step: &MergeStep) -> Result<()> {
-        self.check_writable_image(step.survivor())?;
+        let other = if step.direction == Direction::Pull { &step.base } else { &step.top };
+        self.check_image(step.survivor(), true)?;
+        self.check_image(other, false)?;
         if step.direction == Direction::Pull {
             return Ok(());
         }
@@ -161,14 +166,14 @@ impl Checks<'_> {
         Ok(())
     }
 
-    /// Refuses to write an image that is marked corrupt or was not closed.
-    fn check_writable_image(&self, file: &FileRef) -> Result<()> {
+    /// Refuses to read or write an image that is marked corrupt, and to write one that was not closed.
+    fn check_image(&self, file: &FileRef, write: bool) -> Result<()> {
         let layer = self.files.look_layer(file)?;
         let Some(image) = layer.node.as_qcow2() else { return Ok(()) };
         let features = image.header().header.incompatible_features;
         let problem = if features.has(IncompatibleFeatures::CORRUPT) {
             "it is marked corrupt"
-        } else if features.has(IncompatibleFeatures::DIRTY) {
+        } else if write && features.has(IncompatibleFeatures::DIRTY) {
             "it was not closed, and its refcounts are not up to date"
         } else {
             return Ok(());
@@ -196,34 +201,34 @@ impl Checks<'_> {
             match (facts.unwritable, facts.in_use) {
                 (Some(reason), _) => return Err(Refusal::Unwritable { path, reason }.into()),
                 (None, Some(held)) => return Err(Refusal::InUse { path, held }.into()),
-                (None, None) => self.check_writable_image(file)?,
+                (None, None) => self.check_image(file, true)?,
             }
         }
         Ok(())
     }
 
     /// Refuses an operation for which the process may not open enough files.
-    pub(super) fn check_descriptors(&self, plan: &Plan, files: usize) -> Result<()> {
+    pub(super) fn check_descriptors(plan: &Plan, files: usize) -> Result<()> {
         let Some(have) = storage::descriptors_left() else { return Ok(()) };
-        let need = files as u64 + self.chain_descriptors(plan) + RESERVED_DESCRIPTORS;
+        let need = files as u64 + chain_descriptors(plan) + RESERVED_DESCRIPTORS;
         if need > have { Err(Refusal::Descriptors { need, have }.into()) } else { Ok(()) }
-    }
-
-    /// Returns the descriptors that the work on one volume needs besides the locked files.
-    fn chain_descriptors(&self, plan: &Plan) -> u64 {
-        let deepest = plan.merges().map(|(_, step)| step.below.len() as u64).max().unwrap_or_default();
-        deepest + 4
     }
 
     /// Returns the number of volumes that can be worked on at once with the descriptors that are left.
     pub(super) fn jobs(&self, plan: &Plan) -> Result<usize> {
         let wanted = self.set.jobs;
         let Some(left) = storage::descriptors_left() else { return Ok(wanted) };
-        let each = self.chain_descriptors(plan);
+        let each = chain_descriptors(plan);
         let possible = left.saturating_sub(RESERVED_DESCRIPTORS) / each;
         if possible == 0 {
             return Err(Refusal::Descriptors { need: each + RESERVED_DESCRIPTORS, have: left }.into());
         }
         Ok(wanted.min(usize::try_from(possible).unwrap_or(usize::MAX)))
     }
+}
+
+/// Returns the descriptors that the work on one volume needs besides the locked files.
+fn chain_descriptors(plan: &Plan) -> u64 {
+    let deepest = plan.merges().map(|(_, step)| step.below.len() as u64).max().unwrap_or_default();
+    deepest + 4
 }

@@ -35,12 +35,9 @@ impl Checks<'_> {
             if self.is_active(path) || examined.contains(path) || self.is_open_in_vm(path) {
                 continue;
             }
-            match self.files.refuse_writer(path) {
-                Err(Error::Refused(Refusal::InUse { .. })) => {
-                    return Err(self.wrong_file(&volume.name, path).into());
-                }
-                // A file that is not concerned may be missing or unreadable: `verify` reports it.
-                _ => {}
+            // A file that is not concerned may be missing or unreadable: `verify` reports it.
+            if let Err(Error::Refused(Refusal::InUse { .. })) = self.files.refuse_writer(path) {
+                return Err(self.wrong_file(&volume.name, path).into());
             }
         }
         Ok(())
@@ -70,6 +67,22 @@ impl Checks<'_> {
         }
     }
 
+    /// Refuses a new merge on a disk that has a block job: the hypervisor runs one at a time.
+    pub(super) fn refuse_jobs(&self, plan: &Plan) -> Result<()> {
+        for path in plan.merges().map(|(_, step)| &step.base.path) {
+            let Some((disk, _)) = self.domain.disk_with(&self.files, path) else { continue };
+            if let Some(job) = self.set.executor.job_on(disk)? {
+                return Err(Refusal::Obstacle {
+                    path: self.files.shown(path),
+                    problem: format!("a block job ({job}) runs on disk {disk} of the VM"),
+                    remedy: "wait until it has ended, or abort it".to_owned(),
+                }
+                .into());
+            }
+        }
+        Ok(())
+    }
+
     /// Reads the sizes of the active files, and locks those that the operation freezes or discards.
     pub(super) fn inspect_active_files(&mut self) -> Result<()> {
         let concerned = match self.request {
@@ -85,8 +98,8 @@ impl Checks<'_> {
                     let active = &mut self.model.volumes[index].active;
                     (active.virtual_size, active.bytes_on_disk) = (size, bytes);
                 }
-                Err(error) if self.may_be_lost(&error) => {
-                    self.lost.push(volume.active.file.path.clone());
+                Err(error) if matches!(self.request, Request::Revert { .. }) => {
+                    self.pass_over(&volume.active.file.path, error)?;
                 }
                 Err(error) => return Err(error),
             }
@@ -108,23 +121,33 @@ impl Checks<'_> {
         Ok((found.virtual_size, found.bytes_on_disk))
     }
 
-    /// Returns true if an error about a file that the operation discards may be passed over, as the caller said.
-    fn may_be_lost(&self, error: &Error) -> bool {
-        let discards = matches!(self.request, Request::Revert { .. } | Request::Delete { .. });
-        let held = matches!(error, Error::Refused(Refusal::InUse { .. }));
-        self.options.discard_lost && discards && !held
+    /// Notes a file as lost that the operation discards and that cannot be read, if the caller confirmed that.
+    fn pass_over(&mut self, path: &str, error: Error) -> Result<()> {
+        match error {
+            Error::Refused(_) => Err(error),
+            _ if self.options.discard_lost => {
+                self.lost.push(path.to_owned());
+                Ok(())
+            }
+            error => {
+                let problem = crate::vm::error::with_causes(&error);
+                Err(Refusal::Lost { path: self.files.shown(path), problem }.into())
+            }
+        }
     }
 
     /// Locks all files that the plan writes, relinks or removes, and gathers the facts that decide on their fate.
     pub(super) fn inspect_files(&mut self, plan: &Plan) -> Result<()> {
         let concerned = concerned(plan);
-        self.check_descriptors(plan, concerned.len())?;
+        Self::check_descriptors(plan, concerned.len())?;
         let mut identities: BTreeMap<FileId, String> = BTreeMap::new();
-        for (path, provided) in concerned {
+        for path in concerned {
+            // A base is in no removal yet, but is removed after a pull.
+            let provided = self.model.records().any(|(_, _, record)| record.provided && record.file.path == path);
             let facts = match self.inspect_file(&path, provided) {
                 Ok(facts) => facts,
-                Err(error) if self.may_be_lost(&error) && self.is_discarded(plan, &path) => {
-                    self.lost.push(path.clone());
+                Err(error) if is_discarded(plan, &path) => {
+                    self.pass_over(&path, error)?;
                     FileFacts::default()
                 }
                 Err(error) => return Err(error),
@@ -140,14 +163,16 @@ impl Checks<'_> {
         Ok(())
     }
 
-    fn is_discarded(&self, plan: &Plan, path: &str) -> bool {
-        plan.stages.iter().any(|stage| stage.leaving.remove.iter().any(|removal| removal.path == path))
-    }
-
     fn inspect_file(&self, path: &str, provided: bool) -> Result<FileFacts> {
         let mut facts = FileFacts::default();
-        match self.files.file_system().entry(&self.files.path(path))? {
-            EntryKind::Link => facts.unremovable = Some("its path is a symbolic link now".to_owned()),
+        let file_system = self.files.file_system();
+        let file = self.files.path(path);
+        let mut entry = file_system.entry(&file)?;
+        if entry == EntryKind::Link && file_system.entry(&file_system.resolve(&file)?.path)? == EntryKind::BlockDevice {
+            entry = EntryKind::BlockDevice;
+        }
+        match entry {
+            EntryKind::Link if !provided => facts.unremovable = Some("its path is a symbolic link now".to_owned()),
             EntryKind::BlockDevice if !provided => facts.unremovable = Some("it is a block device".to_owned()),
             EntryKind::Other => facts.unremovable = Some("it is not a regular file".to_owned()),
             _ if provided && self.set.provider.is_none() => {
@@ -227,28 +252,23 @@ impl Checks<'_> {
     }
 }
 
-/// Returns the files that a plan writes, relinks or removes, without the overlays that it creates; and for each if a
-/// provider manages it.
-fn concerned(plan: &Plan) -> BTreeMap<String, bool> {
-    let mut files = BTreeMap::new();
-    for work in plan.works() {
-        for step in &work.steps {
-            match step {
-                Step::Merge(merge) => {
-                    files.entry(merge.top.path.clone()).or_insert(false);
-                    files.entry(merge.base.path.clone()).or_insert(false);
-                }
-                Step::Relink { file, .. } | Step::Resize { file, .. } => {
-                    files.entry(file.path.clone()).or_insert(false);
-                }
-            }
+/// Returns the files that a plan writes, relinks or removes, without the overlays that it creates.
+fn concerned(plan: &Plan) -> BTreeSet<String> {
+    let mut files = BTreeSet::new();
+    for step in plan.works().flat_map(|work| &work.steps) {
+        match step {
+            Step::Merge(merge) => files.extend([&merge.top, &merge.base].map(|file| file.path.clone())),
+            Step::Relink { file, .. } | Step::Resize { file, .. } => files.extend([file.path.clone()]),
         }
     }
-    for removal in plan.removals() {
-        files.insert(removal.path.clone(), removal.provided);
-    }
+    files.extend(plan.removals().map(|removal| removal.path.clone()));
     for overlay in plan.created() {
         files.remove(&overlay.file.path);
     }
     files
+}
+
+/// Returns true if a stage of a plan discards a file, other than as the leftover of a merge.
+fn is_discarded(plan: &Plan, path: &str) -> bool {
+    plan.stages.iter().any(|stage| stage.leaving.remove.iter().any(|removal| removal.path == path))
 }

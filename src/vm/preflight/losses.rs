@@ -14,8 +14,10 @@ impl Checks<'_> {
     pub(super) fn check_losses(&self, plan: &mut Plan) -> Result<()> {
         let removed: Vec<String> = plan.removals().map(|removal| removal.path.clone()).collect();
         for path in removed.iter().filter(|path| !self.lost.contains(path)) {
-            if let Some(file) = self.file_ref(path) {
-                self.check_removal(&file)?;
+            let Some(file) = self.file_ref(path) else { continue };
+            match self.check_removal(&file) {
+                Err(error) if self.options.discard_lost && error.refusal().is_none() => {}
+                checked => checked?,
             }
         }
         for step in plan.merges_mut() {

@@ -18,16 +18,22 @@ impl Checks<'_> {
     /// Asks the provider, if there is one, for the paths of new overlays.
     pub(super) fn choose_overlays(&self, options: &mut PlanOptions) -> Result<()> {
         let Some(provider) = &self.set.provider else { return Ok(()) };
-        if !matches!(self.request, Request::Create { .. } | Request::Revert { .. }) {
-            return Ok(());
-        }
+        let to = match self.request {
+            Request::Create { .. } => None,
+            Request::Revert { name, .. } => self.model.find(name),
+            _ => return Ok(()),
+        };
         for volume in self.model.all_volumes() {
+            let size = match (self.request, to) {
+                (Request::Revert { .. }, to) => to.and_then(|to| to.files.get(&volume.name)),
+                _ => self.model.volume(&volume.name).map(|volume| &volume.active),
+            };
+            let Some(size) = size.map(|record| record.virtual_size) else { continue };
             let name = overlay_name(&self.model.vm, &volume.name, self.model.next_file, &options.token);
             let name = name.strip_suffix(".qcow2").unwrap_or(&name);
-            let size = volume.active.virtual_size;
             let request = overlay_request(&self.model.vm, &volume.name, name, size, volume.overlay)?;
             let path = self.files.record(&provider.path(&request)?)?;
-            options.overlays.insert(volume.name.clone(), OverlayPath { path, provided: true });
+            options.overlays.insert(volume.name.clone(), OverlayPath { path, provided: Some(name.to_owned()) });
         }
         Ok(())
     }
@@ -87,7 +93,8 @@ impl Checks<'_> {
         if named || self.lost.contains(&overlay.like) {
             return Ok(false);
         }
-        let entry = self.files.file_system().entry(&self.files.path(&overlay.like))?;
-        Ok(entry == EntryKind::BlockDevice)
+        let file_system = self.files.file_system();
+        let file = file_system.resolve(&self.files.path(&overlay.like))?.path;
+        Ok(file_system.entry(&file)? == EntryKind::BlockDevice)
     }
 }

@@ -1,4 +1,5 @@
-//! Which ranges of a volume differ between two moments, from metadata alone: what an incremental backup has to copy.
+//! The ranges of a volume that differ between two points in time, from metadata alone: the input of
+//! an incremental backup.
 
 use crate::chain::{self, Chain, ChainExtent, ChainExtents};
 use crate::image::ExtentKind;
@@ -6,15 +7,15 @@ use crate::vm::Result;
 use crate::vm::model::{FileRef, Model, Volume};
 use crate::vm::set::{SnapshotSet, file_of, find_attached, find_ready, find_volume};
 
-/// A moment of a volume.
+/// A point in time of a volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Point<'a> {
-    /// Before there was anything: all that is not zero has changed since.
+    /// The time before the volume existed: every range that is not zero has changed since.
     Nothing,
     /// A snapshot.
     Snapshot(&'a str),
-    /// Now. A VM that writes the volume must be off.
+    /// The present. A VM that writes the volume must be stopped.
     Active,
 }
 
@@ -24,52 +25,53 @@ impl<'a> From<&'a str> for Point<'a> {
     }
 }
 
-/// A range that may differ. What is not in any range does not.
+/// A range that may differ. A byte outside all ranges is the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct ChangedRange {
-    /// Where it starts, in bytes.
+    /// The guest offset in bytes.
     pub offset: u64,
-    /// Its length in bytes.
+    /// The length in bytes.
     pub len: u64,
-    /// Whether the later moment is known to read as zeroes there.
+    /// If set, the range is known to read as zeroes at the later point.
     pub zero: bool,
 }
 
 impl ChangedRange {
-    /// The first byte behind it.
+    /// Returns the guest offset of the end, exclusive.
     #[must_use]
     pub const fn end(&self) -> u64 {
         self.offset.saturating_add(self.len)
     }
 }
 
-/// Two moments of a volume, held open: nobody can change them meanwhile.
+/// Two points in time of a volume, held open and locked for reading.
 #[derive(Debug)]
 pub struct Changes {
-    /// The earlier moment and how many of its layers the later one does not have.
+    /// The earlier point, and the number of its layers that the later one lacks.
     from: Option<(Chain, usize)>,
-    /// The later moment.
+    /// The later point.
     to: Chain,
-    /// How many of its layers the earlier one does not have.
+    /// The number of its layers that the earlier one lacks.
     to_layers: usize,
 }
 
 impl Changes {
-    /// The later moment, to read the changes from.
+    /// Returns the later point, to read the changes from.
     #[must_use]
     pub fn to(&self) -> &Chain {
         &self.to
     }
 
-    /// The earlier moment, if it is none before everything.
+    /// Returns the earlier point; `None` for [`Point::Nothing`].
     #[must_use]
     pub fn from(&self) -> Option<&Chain> {
         self.from.as_ref().map(|(chain, _)| chain)
     }
 
-    /// The ranges that may differ, in order, disjoint, within the later moment's size. Lazily, and without looking at data:
-    /// the cost follows the metadata of the layers that the two do not share.
+    /// Returns the ranges that may differ: in order, disjoint, within the size of the later point.
+    /// They are computed lazily and without reading data. The cost follows the metadata of the
+    /// layers that the two points do not share.
     pub fn ranges(&self) -> impl Iterator<Item = Result<ChangedRange>> + '_ {
         let whole = 0..self.to.virtual_size();
         let from = self.from.as_ref();
@@ -88,7 +90,7 @@ impl Changes {
     }
 }
 
-/// Extents followed from front to back.
+/// A walk over extents in order of their offsets.
 struct Walk<'a> {
     extents: Option<ChainExtents<'a>>,
     current: Option<ChainExtent>,
@@ -99,7 +101,8 @@ impl<'a> Walk<'a> {
         Self { extents, current: None }
     }
 
-    /// What is decided at a position, and up to where; nothing past the end. Positions never go back.
+    /// Returns the kind of the extent at an offset, and the end of that extent. Past the last
+    /// extent the kind is `None`. Offsets must not decrease.
     fn at(&mut self, position: u64) -> chain::Result<(Option<ExtentKind>, u64)> {
         while self.current.is_none_or(|current| current.end() <= position) {
             match self.extents.as_mut().and_then(Iterator::next).transpose()? {
@@ -111,9 +114,9 @@ impl<'a> Walk<'a> {
     }
 }
 
-/// All that is looked at, in lockstep.
+/// The walks over both points, in lockstep: their own layers, and all layers.
 struct Walks<'a> {
-    /// Whether there was nothing before: then what reads as zeroes is no change.
+    /// If set, the earlier point is [`Point::Nothing`]: a range that reads as zeroes is no change.
     since_nothing: bool,
     size_before: u64,
     size: u64,
@@ -126,7 +129,7 @@ struct Walks<'a> {
 }
 
 impl Walks<'_> {
-    /// The next piece, changed or not.
+    /// Returns the next range of uniform extents, and true if it may differ.
     fn piece(&mut self) -> chain::Result<(ChangedRange, bool)> {
         let (to_own, a) = self.to_own.at(self.at)?;
         let (to, b) = self.to.at(self.at)?;
@@ -181,7 +184,7 @@ impl Iterator for Walks<'_> {
 }
 
 impl SnapshotSet {
-    /// The files of a moment; none for the one before everything.
+    /// Returns the files of a point; `None` for [`Point::Nothing`].
     fn files_at(model: &Model, volume: &Volume, point: Point<'_>) -> Result<Option<Vec<FileRef>>> {
         Ok(match point {
             Point::Nothing => None,
@@ -194,10 +197,12 @@ impl SnapshotSet {
         })
     }
 
-    /// What of a volume differs between two moments. Neither need be an ancestor of the other.
+    /// Compares two points in time of a volume. Neither must be an ancestor of the other.
     ///
     /// # Errors
-    /// As [`SnapshotSet::open`]; nothing is no later moment ([`crate::vm::Refusal::UnknownSnapshot`]).
+    /// - [`Refusal::UnknownSnapshot`](crate::vm::Refusal::UnknownSnapshot): a snapshot does not
+    ///   exist, or `to` is [`Point::Nothing`].
+    /// - Those of [`SnapshotSet::open`].
     ///
     /// ```no_run
     /// use qcow2_chain::vm::{Point, SnapshotSet};

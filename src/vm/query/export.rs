@@ -1,4 +1,4 @@
-//! What changed between two moments, as a file of its own.
+//! The export of changes between two points in time to a new file.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -13,19 +13,21 @@ use crate::vm::query::changed::{ChangedRange, Changes};
 use crate::vm::set::SnapshotSet;
 use crate::vm::{Error, Result};
 
-/// How much is copied at once; a multiple of every cluster size.
+/// The bytes copied at once: a multiple of every cluster size.
 const BUFFER: u64 = 2 << 20;
 
-/// How changes are exported.
+/// Options of [`SnapshotSet::export`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ExportOptions {
-    /// The format of the delta. In a qcow2 file only what changed is allocated, zeroes as zeroes: over an image of the earlier
-    /// moment it is the later one. A raw file is as large as the later moment, with holes; the report tells what of it counts.
+    /// The format of the delta. A qcow2 file allocates the changed ranges only, with zeroes as zero
+    /// clusters: over an image of the earlier point it reads as the later one. A raw file has the
+    /// size of the later point, with holes; [`Exported::ranges`] has the valid ranges. Default:
+    /// qcow2.
     pub format: Format,
-    /// The cluster size of a qcow2 delta, as a power of two: changes are rounded to it.
+    /// The cluster size of a qcow2 delta, to which ranges are rounded. Default: 64 KiB.
     pub cluster_bits: ClusterBits,
-    /// What a qcow2 delta stands on: the name, and its format; nothing by default. The file is not looked at.
+    /// The backing file of a qcow2 delta: name and format. The file is not opened. Default: none.
     pub backing: Option<(String, Format)>,
 }
 
@@ -36,21 +38,21 @@ impl Default for ExportOptions {
 }
 
 impl ExportOptions {
-    /// The same in another format.
+    /// Sets the format. Default: qcow2.
     #[must_use]
     pub fn with_format(mut self, format: Format) -> Self {
         self.format = format;
         self
     }
 
-    /// The same with clusters of another size.
+    /// Sets the cluster size of a qcow2 delta. Default: 64 KiB.
     #[must_use]
     pub fn with_cluster_bits(mut self, cluster_bits: ClusterBits) -> Self {
         self.cluster_bits = cluster_bits;
         self
     }
 
-    /// The same, standing on an image of the earlier moment.
+    /// Sets the backing file of a qcow2 delta, an image of the earlier point. Default: none.
     #[must_use]
     pub fn with_backing(mut self, name: impl Into<String>, format: Format) -> Self {
         self.backing = Some((name.into(), format));
@@ -58,22 +60,22 @@ impl ExportOptions {
     }
 }
 
-/// What was exported.
+/// The result of an export.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub struct Exported {
     /// The virtual size in bytes.
     pub size: u64,
-    /// Bytes of data that were copied.
+    /// The bytes of data copied.
     pub data: u64,
-    /// Bytes that are zero.
+    /// The bytes that are zero.
     pub zeroes: u64,
-    /// The ranges that count; all others are as at the earlier moment.
+    /// The valid ranges. All others are as at the earlier point.
     pub ranges: Vec<ChangedRange>,
 }
 
-/// Whole clusters are written: nothing beneath is needed but past the end.
+/// The backing of the delta: whole clusters are written, so that it is read only past the end.
 struct Zeroes;
 
 impl Backing for Zeroes {
@@ -101,7 +103,7 @@ impl Target {
         Ok(Self::Qcow2(Image::create(storage, &create)?))
     }
 
-    /// Ranges are rounded to this.
+    /// Returns the unit in bytes to which ranges are rounded.
     fn unit(&self) -> u64 {
         match self {
             Self::Qcow2(image) => image.geometry().cluster_size(),
@@ -118,10 +120,10 @@ impl Target {
         Ok(())
     }
 
-    /// Says of whole units that they are zero; a new raw file says so by itself.
+    /// Makes whole units zero. A new raw file is zero already.
     fn zero(&self, offset: u64, len: u64) -> Result<()> {
         if let Self::Qcow2(image) = self {
-            // Also where nothing lies beneath: what is not allocated has not changed.
+            // Also without a backing file: a range that is not allocated counts as unchanged.
             image.zero_range(GuestOffset::new(offset), len, Space::Hide, &Zeroes)?;
         }
         Ok(())
@@ -136,13 +138,13 @@ impl Target {
     }
 }
 
-/// An export that is under way.
+/// The state of an export.
 struct Export<'a> {
     changes: &'a Changes,
     target: &'a Target,
     progress: &'a dyn Progress,
     exported: Exported,
-    /// Up to here everything is exported.
+    /// The guest offset up to which the export is complete.
     done: u64,
     buffer: Vec<u8>,
 }
@@ -158,7 +160,8 @@ impl Export<'_> {
         if !range.zero {
             return self.copy(start, end);
         }
-        // Whole units of zeroes are zero; at the edges other things lie in the same unit.
+        // Units that are zero as a whole become zero; units at the edges have other data too and
+        // are copied.
         let first = range.offset.next_multiple_of(unit).clamp(start, end);
         let last = if range.end() == size { size } else { range.end() - range.end() % unit };
         let last = last.max(first);
@@ -205,11 +208,13 @@ impl Export<'_> {
 }
 
 impl SnapshotSet {
-    /// Writes what changed to a new file, durable on return.
+    /// Writes the changed ranges to a new file, durable on return.
     ///
     /// # Errors
-    /// [`Error::Storage`] where the file exists or cannot be written; [`Error::Cancelled`]; what reading the changes gives.
     /// After an error the file is removed.
+    /// - [`Error::Storage`]: the file exists, or cannot be written.
+    /// - [`Error::Cancelled`].
+    /// - Any error of reading the changes.
     pub fn export(
         &self,
         changes: &Changes,

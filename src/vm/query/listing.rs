@@ -1,4 +1,4 @@
-//! What there is, for people and programs.
+//! The listing of volumes and snapshots.
 
 use std::collections::BTreeMap;
 
@@ -14,8 +14,8 @@ use crate::vm::model::{Model, Snapshot, SnapshotId, State};
 pub struct Listing {
     /// The VM's name.
     pub vm: String,
-    /// The snapshot that the active files stand on. Where that is hidden and hidden ones are not listed: the listed one that
-    /// it stands on.
+    /// The snapshot whose files back the active files. If it is not listed: the next listed
+    /// snapshot towards the root.
     pub current: Option<String>,
     /// The volumes.
     pub volumes: Vec<ListedVolume>,
@@ -28,11 +28,11 @@ pub struct Listing {
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub struct ListedVolume {
-    /// Its name.
+    /// The name.
     pub name: String,
-    /// The path of the file that the VM writes.
+    /// The path of the active file.
     pub active: String,
-    /// Its virtual size in bytes.
+    /// The virtual size in bytes.
     pub virtual_size: u64,
 }
 
@@ -41,29 +41,29 @@ pub struct ListedVolume {
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub struct ListedSnapshot {
-    /// Its name.
+    /// The name.
     pub name: String,
-    /// What may be done with it.
+    /// The state, which decides on the possible operations.
     pub state: State,
-    /// The snapshot that it stands on; hidden ones that are not listed are passed over.
+    /// The parent. If it is not listed: the next listed snapshot towards the root.
     pub parent: Option<String>,
-    /// Whether it is the current one.
+    /// If set, the snapshot is the current one.
     pub current: bool,
-    /// What its maker said of it.
+    /// The description given at creation.
     pub description: String,
-    /// When it was made, in seconds since 1970.
+    /// The creation time in seconds since 1970.
     pub created: u64,
-    /// The path of its file of each volume.
+    /// The path of the snapshot's file, by volume name.
     pub files: BTreeMap<String, String>,
 }
 
 impl Listing {
-    /// Lists a model, with the hidden snapshots or without.
+    /// Lists a model, hidden snapshots included if `hidden` is set.
     #[must_use]
     pub fn of(model: &Model, files: &VolumeFiles, hidden: bool) -> Self {
         let path = |recorded: &str| files.path(recorded).display().to_string();
         let listed = |snapshot: &&Snapshot| hidden || snapshot.state != State::Hidden;
-        // The next listed one from here downwards.
+        // The next listed snapshot towards the root, this one included.
         let next = |from: Option<SnapshotId>| {
             let mut at = from;
             while let Some(snapshot) = at.and_then(|id| model.snapshot(id)) {

@@ -13,6 +13,7 @@ use crate::storage::{Access, LockMode};
 use crate::vm::execute::executor::Domain;
 use crate::vm::execute::progress::Progress;
 use crate::vm::execute::recover::{Pending, Recovery};
+use crate::vm::execute::report::as_text;
 use crate::vm::files::Links;
 use crate::vm::model::catalogue::directory_of;
 use crate::vm::model::{FileRecord, FileRef, Model, State, Volume};
@@ -61,6 +62,7 @@ pub struct Problem {
     /// The kind.
     pub kind: ProblemKind,
     /// The file, if the problem concerns one.
+    #[serde(serialize_with = "as_text::optional")]
     pub file: Option<PathBuf>,
     /// The description.
     pub what: String,
@@ -296,17 +298,18 @@ impl SnapshotSet {
                 let what = format!("{} clusters are allocated and unused", report.leaks);
                 found.add(ProblemKind::Leaks, Some(path), what);
             }
-            Ok(_) => {}
             // A missing or unreadable file is reported with its record.
-            Err(_) => {}
+            Ok(_) | Err(_) => {}
         }
     }
 
     /// Finds files beside the recorded ones that are named like overlays of this VM and depend on its files. An overlay of
     /// another VM with the same name depends on other files.
     fn find_orphans(&self, model: &Model, found: &mut Verification) {
-        let recorded: BTreeSet<PathBuf> =
+        let mut recorded: BTreeSet<PathBuf> =
             model.records().map(|(_, _, record)| self.files.path(&record.file.path)).collect();
+        // The released file of a detached volume is the caller's.
+        recorded.extend(model.detached.iter().map(|volume| self.files.path(&volume.active.file.path)));
         let mut directories: BTreeSet<PathBuf> = recorded.iter().map(|path| directory_of(path).to_owned()).collect();
         let named = model.all_volumes().filter_map(|volume| volume.overlay_dir.as_ref());
         directories.extend(named.map(|directory| self.files.path(directory)));
@@ -319,7 +322,12 @@ impl SnapshotSet {
                 }
             };
             for path in paths {
-                if is_overlay_name(model, &path) && !recorded.contains(&path) && self.is_of_set(model, &path) {
+                let is_recorded = || recorded.iter().any(|known| self.files.leads_to(known, &path));
+                if is_overlay_name(model, &path)
+                    && !recorded.contains(&path)
+                    && !is_recorded()
+                    && self.is_of_set(model, &path)
+                {
                     found.add(ProblemKind::Orphan, Some(path), "no record names this file");
                 }
             }

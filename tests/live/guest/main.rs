@@ -1,17 +1,20 @@
-//! Runs in the guest: mounts the data disks, writes records to them in turn, and does what the host says.
+//! The program in the guest: mounts the data disks, writes records to them in turn, and executes
+//! commands of the host.
 //!
-//! `live-guest CONTROL RECORDS`: two virtio serial ports. On CONTROL each line from the host gets one line back, `ok ...` or
-//! `error ...`. RECORDS goes to a file on the host: `!` and `ready`, a line each, then `SERIAL NUMBER` for each record that was
-//! fsynced.
+//! `live-guest CONTROL RECORDS`: two virtio serial ports. Each line from the host on CONTROL is
+//! answered with one line, `ok ...` or `error ...`. RECORDS goes to a file on the host: the lines
+//! `!` and `ready`, then `SERIAL NUMBER` for each fsynced record.
 //!
-//! - `mount`: mounts the disks that are not mounted yet, each under `/data/SERIAL`; answers with all serials
+//! - `mount`: mounts the disks that are not mounted yet, each under `/data/SERIAL`; answers with
+//!   all serials
 //! - `start NUMBER`: writes records from this number on, over all mounted disks in turn
 //! - `stop`: answers with the number of the next record
 //! - `verify`: reads every record back; answers with `SERIAL=COUNT` for each disk
-//! - `fill SERIAL MIB`: a file of that many MiB that do not compress, fsynced, instead of the last one
-//! - `size SERIAL`: the disk's size in bytes, as the guest sees it
-//! - `agent STOP` or `agent CONT`: sends the guest agent that signal
-//! - `poweroff`
+//! - `fill SERIAL MIB`: replaces the file `fill` by one of that number of MiB of random data,
+//!   fsynced
+//! - `size SERIAL`: answers with the disk's size in bytes, as the guest sees it
+//! - `agent STOP` or `agent CONT`: sends this signal to the guest agent
+//! - `poweroff`: unmounts the disks and powers off
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -36,7 +39,7 @@ struct Writer {
 struct Guest {
     /// Serial numbers of the mounted disks, in order.
     disks: BTreeMap<String, PathBuf>,
-    /// Their places below `/sys/block`.
+    /// Their directories below `/sys/block`.
     devices: BTreeMap<String, PathBuf>,
     records: Arc<Mutex<File>>,
     writer: Option<Writer>,
@@ -55,11 +58,12 @@ fn main() {
     if let Err(error) = guest.mount() {
         println!("mount: {error}");
     }
-    // When the power was cut a line may have been cut off: it must not become another record, nor swallow this one.
+    // A power cut may have left an incomplete line: it must not become a record, or a part of this
+    // line.
     write!(guest.records.lock().unwrap(), "!\nready\n").expect("the record port");
     loop {
         let line = read_line(&mut control);
-        let answer = match guest.obey(&line) {
+        let answer = match guest.execute(&line) {
             Ok(text) => format!("ok {text}\n"),
             Err(text) => format!("error {}\n", text.replace('\n', " ")),
         };
@@ -67,7 +71,7 @@ fn main() {
     }
 }
 
-/// A line from the host. A read gives nothing while the host has not connected.
+/// Reads a line from the host. A read returns 0 bytes until the host has connected.
 fn read_line(control: &mut File) -> String {
     let mut line = Vec::new();
     let mut byte = [0];
@@ -86,7 +90,7 @@ fn busybox(arguments: &[&str]) -> Result<(), String> {
 }
 
 impl Guest {
-    fn obey(&mut self, line: &str) -> Answer {
+    fn execute(&mut self, line: &str) -> Answer {
         let words: Vec<&str> = line.split_whitespace().collect();
         match words[..] {
             ["mount"] => self.mount(),
@@ -151,7 +155,7 @@ impl Guest {
         for (serial, at) in &self.disks {
             let bytes = fs::read(at.join("records")).unwrap_or_default();
             for (index, bytes) in bytes.chunks(record::SIZE).enumerate() {
-                record::number(serial, bytes).ok_or_else(|| format!("{serial}: record at {index} is not whole"))?;
+                record::number(serial, bytes).ok_or_else(|| format!("{serial}: record at {index} is damaged"))?;
             }
             counts.push(format!("{serial}={}", bytes.len() / record::SIZE));
         }
@@ -161,7 +165,8 @@ impl Guest {
     fn fill(&self, serial: &str, mib: u64) -> Answer {
         let at = self.disks.get(serial).ok_or("no such disk")?;
         let mut file = File::create(at.join("fill")).map_err(text)?;
-        // Every record differs from the others, but making them byte by byte would take most of the time.
+        // All blocks differ, in their first bytes only: computing new records would take most of
+        // the time.
         let mut block: Vec<u8> = (0..256).flat_map(|number| record::record(serial, number)).collect();
         for number in 0..mib {
             block[..8].copy_from_slice(&number.to_le_bytes());
@@ -194,7 +199,8 @@ fn text(error: std::io::Error) -> String {
     error.to_string()
 }
 
-/// Writes records to the disks in turn until told to stop: appended to `records`, and over an older one in `slots`.
+/// Writes records to the disks in turn until `stop` is set: appends each to `records`, and replaces
+/// an older one in `slots`.
 fn write(disks: Vec<(String, PathBuf)>, records: &Mutex<File>, first: u64, stop: &AtomicBool) -> std::io::Result<u64> {
     let mut files = Vec::new();
     for (serial, at) in disks {

@@ -1,4 +1,5 @@
-//! The progress of several volumes at once: one bar per volume on a terminal, otherwise one line for all.
+//! The progress of several volumes at once: one bar per volume on a terminal, otherwise one line
+//! for all.
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal as _, stdout};

@@ -1,4 +1,4 @@
-//! `vm changed`: what an incremental backup has to copy.
+//! `vm changed`: the ranges that an incremental backup copies.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -10,29 +10,29 @@ use super::outcome::{explain, json};
 use crate::failure::Outcome;
 use crate::output::emit;
 
-/// Tell in which ranges a volume may differ between two snapshots
+/// List the ranges of a volume that may differ between two snapshots
 ///
-/// From metadata alone: what is not told does not differ. Each line is a range: where it starts and its length in bytes, and
-/// `zero` where TO reads as zeroes.
+/// Only metadata is read; a byte outside all ranges is the same in both. Each line is a range: its
+/// offset and its length in bytes, and `zero` if TO reads as zeroes there.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     /// The VM's catalogue
     catalogue: PathBuf,
-    /// The earlier snapshot; - for none: all that TO holds
+    /// The earlier snapshot; - for none: all data of TO
     from: String,
-    /// The later snapshot; - for the volume as it is now
+    /// The later snapshot; - for the present
     to: String,
     /// The volume
     volume: String,
-    /// Tell it as JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
-/// What is told as JSON.
+/// The JSON form of the output.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
-struct Told<'a> {
+struct Output<'a> {
     volume: &'a str,
     from: Option<&'a str>,
     to: Option<&'a str>,
@@ -51,13 +51,13 @@ pub(crate) fn run(args: &Args) -> Outcome {
     if args.json {
         let ranges = changes.ranges().collect::<Result<Vec<_>, _>>().map_err(explain)?;
         let virtual_size = changes.to().virtual_size();
-        return json(&Told { volume: &args.volume, from: from.as_deref(), to: to.as_deref(), virtual_size, ranges });
+        return json(&Output { volume: &args.volume, from: from.as_deref(), to: to.as_deref(), virtual_size, ranges });
     }
     let mut text = String::new();
     for range in changes.ranges() {
         let range = range.map_err(explain)?;
         let _ = writeln!(text, "{} {}{}", range.offset, range.len, if range.zero { " zero" } else { "" });
-        // A large disk may have many.
+        // Bounds the memory, as a large disk may have many ranges.
         if text.len() > 1 << 16 {
             emit(&std::mem::take(&mut text))?;
         }

@@ -1,5 +1,6 @@
-//! The tree of snapshots as a drawing. What the VM reads is the line down the left side, from the oldest file to those that it
-//! writes, so that a long chain does not creep to the right; the other branches stand beside it.
+//! The tree of snapshots as a drawing. The line on the left is the chain that the VM reads, from
+//! the oldest file to the active ones, so that a long chain is not indented further and further;
+//! other branches are to the right of it.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -11,7 +12,7 @@ use super::table::{Table, counted, one_line};
 use crate::size;
 use crate::zone::local_time;
 
-/// Draws all that a model knows.
+/// Draws the bases, snapshots and active files of a model.
 pub(super) fn draw(model: &Model, files: &VolumeFiles) -> String {
     let mut drawing = Drawing { model, files, trunk: BTreeSet::new(), out: String::new() };
     let mut next = model.current;
@@ -30,7 +31,7 @@ pub(super) fn draw(model: &Model, files: &VolumeFiles) -> String {
 struct Drawing<'a> {
     model: &'a Model,
     files: &'a VolumeFiles,
-    /// The snapshots that the active files stand on.
+    /// The snapshots whose files back the active files, directly or through others.
     trunk: BTreeSet<SnapshotId>,
     out: String,
 }
@@ -62,7 +63,8 @@ impl<'a> Drawing<'a> {
         }
     }
 
-    /// What stands on a snapshot, or on the bases alone; last what the active files stand on, or else the youngest.
+    /// Returns the dependents of a snapshot, or of the bases: those that lead to the active files
+    /// last, else the youngest last.
     fn on(&self, parent: Option<SnapshotId>) -> Vec<Dependent> {
         let children = self.model.snapshots.values().filter(|snapshot| snapshot.parent == parent);
         let volumes = (self.model.current == parent).then_some(Dependent::Volumes);
@@ -74,7 +76,7 @@ impl<'a> Drawing<'a> {
         all
     }
 
-    /// Draws what stands on one thing: the last of it straight below, the others beside.
+    /// Draws the dependents of one item: the last one straight below, the others to the right.
     fn branch(&mut self, mut items: Vec<Dependent>, prefix: &str) {
         while let Some(last) = items.pop() {
             for item in items {
@@ -87,7 +89,8 @@ impl<'a> Drawing<'a> {
         }
     }
 
-    /// Draws one thing, whose first line has another beginning than the others, and returns what stands on it.
+    /// Draws one item and returns its dependents. `first` is the prefix of its first line, `prefix`
+    /// that of the others.
     fn node(&mut self, item: Dependent, first: &str, prefix: &str) -> Vec<Dependent> {
         let snapshot = match item {
             Dependent::Snapshot(id) => self.model.snapshot(id),
@@ -163,7 +166,7 @@ impl<'a> Drawing<'a> {
         }
     }
 
-    /// What a file occupies now.
+    /// Returns the space that a file occupies at present.
     fn on_disk(&self, path: &str) -> String {
         let opened = self.files.file_system().open(&self.files.path(path), &Access::read().with_lock(LockMode::None));
         match opened.and_then(|file| file.allocated_len()) {

@@ -23,7 +23,8 @@ pub(super) struct HypervisorArgs {
     /// The time limit for one volume's merge in the running VM, in seconds; 0 for no limit
     #[arg(long, value_name = "SECONDS", default_value_t = 0, requires = "connect")]
     timeout: u64,
-    /// The treatment of a merge that takes longer: keep its job running, so that the same command takes it over; or abort it
+    /// The treatment of a merge that takes longer: keep its job running, so that the same command
+    /// takes it over; or abort it
     #[arg(long, value_enum, default_value = "keep", requires = "connect")]
     on_timeout: OnTimeout,
     /// The time limit for an answer of the guest agent, in seconds

@@ -1,4 +1,4 @@
-//! `vm list`: volumes and snapshots, for people and programs.
+//! `vm list`: lists volumes and snapshots.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -18,7 +18,7 @@ use crate::zone::local_time;
 pub(crate) struct Args {
     /// The VM's catalogue
     catalogue: PathBuf,
-    /// The hidden snapshots as well: deleted ones, whose files are still needed
+    /// List hidden snapshots too: deleted ones whose files are still needed
     #[arg(long)]
     all: bool,
     /// The form of the output
@@ -29,17 +29,17 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// What programs read: these members and no others.
+/// The JSON form of the listing. Its members are a stable interface.
 #[derive(Serialize)]
-struct Told<'a> {
+struct Output<'a> {
     vm: &'a str,
     current: Option<&'a str>,
     volumes: &'a [ListedVolume],
-    snapshots: Vec<ToldSnapshot<'a>>,
+    snapshots: Vec<OutputSnapshot<'a>>,
 }
 
 #[derive(Serialize)]
-struct ToldSnapshot<'a> {
+struct OutputSnapshot<'a> {
     name: &'a str,
     state: State,
     parent: Option<&'a str>,
@@ -47,7 +47,7 @@ struct ToldSnapshot<'a> {
     files: &'a BTreeMap<String, String>,
 }
 
-impl<'a> ToldSnapshot<'a> {
+impl<'a> OutputSnapshot<'a> {
     fn of(listed: &'a ListedSnapshot) -> Self {
         let ListedSnapshot { name, state, current, files, .. } = listed;
         Self { name, state: *state, parent: listed.parent.as_deref(), current: *current, files }
@@ -60,8 +60,8 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let listing = set.list(args.all).map_err(explain)?;
     if args.json || args.output == Form::Json {
         let Listing { vm, volumes, .. } = &listing;
-        let snapshots = listing.snapshots.iter().map(ToldSnapshot::of).collect();
-        return json(&Told { vm, current: listing.current.as_deref(), volumes, snapshots });
+        let snapshots = listing.snapshots.iter().map(OutputSnapshot::of).collect();
+        return json(&Output { vm, current: listing.current.as_deref(), volumes, snapshots });
     }
     emit(&text(&listing))?;
     Ok(0)

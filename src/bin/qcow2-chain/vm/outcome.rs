@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::failure::{Failure, Outcome};
 use crate::open;
-use crate::output::{emit, say};
+use crate::output::{emit, emit_after};
 
 /// The form of a verb's output.
 #[derive(clap::Args, Debug)]
@@ -32,8 +32,8 @@ impl OutputArgs {
         for change in &report.resized {
             let _ = write!(text, "\n  {}: {} bytes, was {}", change.volume, change.new, change.old);
         }
-        for change in &report.moved {
-            let _ = write!(text, "\n  {}: the active file is {}", change.volume, change.new.display());
+        for (volume, path) in &report.paths {
+            let _ = write!(text, "\n  {volume}: the active file is {}", path.display());
         }
         for path in &report.removed {
             let _ = write!(text, "\n  removed {}", path.display());
@@ -49,10 +49,14 @@ impl OutputArgs {
 
     /// Prints a text, or a value as JSON.
     pub(super) fn value(&self, text: &str, value: &impl Serialize) -> Outcome {
-        if self.json {
-            return json(value);
-        }
-        say(self.quiet, text)?;
+        let text = if self.json {
+            serde_json::to_string_pretty(value).map_err(Failure::from)?
+        } else if self.quiet {
+            return Ok(0);
+        } else {
+            text.to_owned()
+        };
+        emit_after(&(text + "\n"))?;
         Ok(0)
     }
 }
@@ -119,6 +123,7 @@ fn hint(refusal: &Refusal) -> Option<&'static str> {
         Refusal::WrongFile { .. } => "Use vm path CATALOGUE VOLUME to print the active file",
         Refusal::Depth { .. } => "Delete a snapshot first",
         Refusal::WouldLose { .. } => "Use --drop NAME, once for each of them",
+        Refusal::Lost { .. } => "Use --discard-lost to confirm that",
         Refusal::LacksVolumes { .. } => "Use --detach-missing to confirm that",
         Refusal::Dependents { .. } => "Use --no-dependents to pass over images that are of no interest",
         Refusal::BlockDevice { .. } => "Use --volume NAME=FILE,overlay_dir=DIR",

@@ -1,4 +1,4 @@
-//! `vm path`: where a volume's file is.
+//! `vm path`: prints the path of a volume's file.
 
 use std::path::PathBuf;
 
@@ -6,16 +6,16 @@ use qcow2_chain::vm::SnapshotSet;
 
 use super::outcome::explain;
 use crate::failure::Outcome;
-use crate::output::emit;
+use crate::output::emit_bytes;
 
-/// Print the path of the file that the VM writes for a volume, or of a snapshot's file
+/// Print the path of a volume's active file, or of a snapshot's file
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     /// The VM's catalogue
     catalogue: PathBuf,
     /// The volume
     volume: String,
-    /// The file of this snapshot
+    /// Print the path of this snapshot's file
     #[arg(long, value_name = "NAME")]
     snapshot: Option<String>,
 }
@@ -27,6 +27,8 @@ pub(crate) fn run(args: &Args) -> Outcome {
         Some(snapshot) => set.snapshot_path(snapshot, &args.volume),
         None => set.active_path(&args.volume),
     };
-    emit(&format!("{}\n", path.map_err(explain)?.display()))?;
+    let mut line = path.map_err(explain)?.into_os_string();
+    line.push("\n");
+    emit_bytes(line.as_encoded_bytes())?;
     Ok(0)
 }

@@ -1,26 +1,26 @@
-//! Columns of text.
+//! Text in aligned columns.
 
 use std::fmt;
 
-/// Rows whose cells stand beneath one another.
+/// A table whose columns are aligned.
 #[derive(Debug)]
 pub(super) struct Table {
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    /// With a first row that names the columns; none where there are no names.
+    /// Creates a table with a first row of column names, or without one if there are no names.
     pub(super) fn new(names: &[&str]) -> Self {
         let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
         Self { rows: if names.is_empty() { Vec::new() } else { vec![names] } }
     }
 
-    /// One more row.
+    /// Adds a row.
     pub(super) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
         self.rows.push(cells.into_iter().collect());
     }
 
-    /// The rows as lines, without spaces at their ends.
+    /// Returns the rows as lines, without trailing spaces.
     pub(super) fn lines(&self) -> Vec<String> {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or_default();
         let width =
@@ -40,12 +40,12 @@ impl fmt::Display for Table {
     }
 }
 
-/// Text that keeps to its line, whoever wrote it.
+/// Replaces control characters by spaces, so that text of any origin is safe to print on one line.
 pub(super) fn one_line(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-/// `1 volume`, `2 volumes`.
-pub(super) fn counted(count: usize, what: &str) -> String {
-    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+/// Returns a count with its noun: `1 volume`, `2 volumes`.
+pub(super) fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }

@@ -1,4 +1,4 @@
-//! `vm tree`: snapshots and files, drawn.
+//! `vm tree`: draws snapshots and files.
 
 use std::path::PathBuf;
 
@@ -9,10 +9,11 @@ use super::outcome::explain;
 use crate::failure::Outcome;
 use crate::output::emit;
 
-/// Draw the snapshots, their files, and what stands on what
+/// Draw snapshots, files and their backing order
 ///
-/// The line down the left side is what the VM reads, from its oldest file to those that it writes; other branches are
-/// indented. ○ is a snapshot, ● the current one, ◌ a hidden one, ◐ one whose deletion was interrupted.
+/// The line on the left is the chain that the VM reads, from its oldest file to the active ones;
+/// other branches are indented. ○ is a snapshot, ● the current one, ◌ a hidden one, ◐ one whose
+/// deletion was interrupted.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     /// The VM's catalogue

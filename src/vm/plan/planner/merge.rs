@@ -112,13 +112,12 @@ impl Planner<'_> {
             }
             Direction::Commit => facts.unremovable,
         };
+        let mut leaving = Leaving::default();
         match kept {
-            Some(reason) => Leaving { release: vec![Release { path, reason }], ..Leaving::default() },
-            None => {
-                let removal = Removal { path, identity: facts.identity, provided: record.provided };
-                Leaving { remove: vec![removal], ..Leaving::default() }
-            }
+            Some(reason) => leaving.release.push(Release { path, reason }),
+            None => leaving.remove.push(Removal { path, identity: facts.identity, provided: record.provided }),
         }
+        leaving
     }
 
     /// Chooses the direction, or refuses if neither is possible.
