@@ -1,5 +1,5 @@
-//! `vm delete` on real files, killed at random moments. Between the kill and the recovery a VM can start; the recovery ends in
-//! before or after.
+//! `vm delete` on files of the host, killed at random instants. Before recovery the VM can be started; after it, all is as
+//! before the deletion or as after it.
 
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
@@ -18,7 +18,7 @@ use crate::support::{ram, say};
 
 const SIGKILL: i32 = 9;
 
-/// The advanced deletion up to the step that removes a leaf and merges the hidden snapshot beneath it.
+/// Creates a VM in which the deletion of a leaf also merges the hidden snapshot beneath it.
 fn tree(dir: &Path, rng: &mut Rng) -> Lab {
     let shape = LabShape { volumes: 2, size: 1 << 20, cluster_bits: 9, extended_l2: false, raw: true };
     let mut lab = Lab::new(Arc::new(HostFileSystem), dir, shape, rng);
@@ -42,7 +42,7 @@ fn program(verb: &str, catalogue: &Path, more: &[&str]) -> Command {
     command
 }
 
-/// Runs the program and kills it after a while; whether it died of that.
+/// Runs the program and kills it after some time. Returns true if the signal ended it.
 fn killed(mut command: Command, after: Duration) -> bool {
     let mut child = command.spawn().unwrap();
     std::thread::sleep(after);
@@ -52,7 +52,7 @@ fn killed(mut command: Command, after: Duration) -> bool {
     status.signal() == Some(SIGKILL)
 }
 
-/// The same expectations of a copy of the files.
+/// Copies the files, and returns a lab with the same expectations of the copy.
 fn copy(lab: &Lab, from: &Path, to: &Path) -> Lab {
     for entry in std::fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
@@ -64,7 +64,7 @@ fn copy(lab: &Lab, from: &Path, to: &Path) -> Lab {
     copy
 }
 
-/// Every path in the catalogue exists, volumes read as ever, and QEMU opens them.
+/// Asserts that every path in the catalogue exists, the volumes have their content, and QEMU opens them.
 fn can_start(qemu: Qemu, lab: &Lab, what: &str) {
     lab.can_start(&lab.now).unwrap_or_else(|wrong| panic!("{what}: {wrong}"));
     for volume in lab.now.keys() {
@@ -75,7 +75,7 @@ fn can_start(qemu: Qemu, lab: &Lab, what: &str) {
 }
 
 #[test]
-fn a_deletion_that_is_killed_lets_the_vm_start_and_recovers() {
+fn killed_deletion_vm_starts_and_recovers() {
     let Some(qemu) = Qemu::find() else { return };
     let kills = count("QCOW2_CHAIN_KILLS", 20);
     let mut rng = Rng::new(seed());
@@ -83,7 +83,7 @@ fn a_deletion_that_is_killed_lets_the_vm_start_and_recovers() {
     let origin = ram::dir();
     let lab = tree(origin.path(), &mut rng);
     let before = lab.model();
-    // How long it takes when nobody disturbs it, and what it comes to.
+    // The duration and the outcome without a kill.
     let dir = ram::dir();
     let undisturbed = copy(&lab, origin.path(), dir.path());
     let started = Instant::now();

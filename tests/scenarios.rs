@@ -1,5 +1,5 @@
-//! The rows of the acceptance table that need no running VM, each a test of its own name. Files are numbered in order of their
-//! creation, `f1<-f0` is f1 over f0; a snapshot is ready (R), hidden (H) or being merged (M), and current (*).
+//! The rows of the acceptance table that need no running VM, one test for each. Files are numbered in the order of their
+//! creation. `f1<-f0` means that f1 is backed by f0. A snapshot is ready (R), hidden (H) or merging (M), and current (*).
 
 use std::sync::Arc;
 
@@ -88,9 +88,9 @@ fn resize(scene: &mut Scene, kib: u64) {
     for volume in scene.volumes() {
         let old = scene.lab.now[&volume].len() as u64;
         let report = scene.act(&format!("resize {volume} {kib}"));
-        let told: Vec<_> =
+        let changes: Vec<_> =
             report.resized.iter().map(|change| (change.volume.clone(), change.old, change.new)).collect();
-        assert_eq!(told, [(volume, old, kib << 10)]);
+        assert_eq!(changes, [(volume, old, kib << 10)]);
     }
 }
 
@@ -168,9 +168,9 @@ fn e1_a_revert_reports_one_size_change() {
         let old = scene.lab.now["vda"].len() as u64;
         scene.act("resize vda 200");
         let report = scene.step("revert s1", "s1(R*)=f0; f2<-f0");
-        let told: Vec<_> =
+        let changes: Vec<_> =
             report.resized.iter().map(|change| (change.volume.as_str(), change.old, change.new)).collect();
-        assert_eq!(told, [("vda", 200 << 10, old)]);
+        assert_eq!(changes, [("vda", 200 << 10, old)]);
     });
 }
 
@@ -182,8 +182,9 @@ fn e2_the_change_is_of_the_volume_that_was_resized() {
     let old = scene.lab.now["vdb"].len() as u64;
     scene.act("resize vdb 200");
     let report = scene.step("revert s1", "s1(R*)=f0; f2<-f0");
-    let told: Vec<_> = report.resized.iter().map(|change| (change.volume.as_str(), change.old, change.new)).collect();
-    assert_eq!(told, [("vdb", 200 << 10, old)]);
+    let changes: Vec<_> =
+        report.resized.iter().map(|change| (change.volume.as_str(), change.old, change.new)).collect();
+    assert_eq!(changes, [("vdb", 200 << 10, old)]);
     scene.end();
 }
 
@@ -223,7 +224,7 @@ fn mv1_ten_volumes() {
     scene.end();
 }
 
-/// Copies a VM's files into a new directory and opens the set there on these names.
+/// Copies a VM's files into a new directory, and loads the set there in this file system.
 fn copy_of(scene: &Scene, names: Arc<dyn FileSystem>) -> (tempfile::TempDir, SnapshotSet) {
     let dir = ram::dir();
     for entry in std::fs::read_dir(scene.dir()).unwrap() {
@@ -234,7 +235,7 @@ fn copy_of(scene: &Scene, names: Arc<dyn FileSystem>) -> (tempfile::TempDir, Sna
     (dir, set)
 }
 
-/// The names of the system, failing as `faults` say.
+/// Returns the file system of the host with these faults.
 fn failing(faults: &Arc<Faults>) -> Arc<dyn FileSystem> {
     Arc::new(FaultyFileSystem::new(Arc::new(HostFileSystem), faults))
 }
@@ -302,14 +303,14 @@ fn x5_the_second_of_three_volumes_fails() {
     for call in opened..healthy.calls() {
         let faults = Faults::new(Fault::Io.at(call));
         let (dir, set) = copy_of(&scene, failing(&faults));
-        // Some failures are got over: what could not be looked at was not needed.
+        // Some calls may fail: their result is not needed.
         let Err(error) = set.with_jobs(1).delete("s1", &Default::default(), &()) else { continue };
         let Error::Incomplete { volume, done, left, .. } = &error else { continue };
         if volume != "vdb" {
             continue;
         }
         seen += 1;
-        // Where it was the journal that failed, the third one fails as well.
+        // If the journal failed, the third volume fails as well.
         alone += u64::from(left == &["vdb"]);
         assert!(done.contains(&"vda".to_owned()) && left.contains(&"vdb".to_owned()), "{error}");
         let left = left.clone();
@@ -318,7 +319,7 @@ fn x5_the_second_of_three_volumes_fails() {
         lab.set = SnapshotSet::load(&lab.catalogue).unwrap();
         let model = lab.model();
         assert_eq!(model.find("s1").unwrap().state, State::Merging);
-        // It may have failed with its record made, and a name still to be taken away.
+        // It may have failed after its record, when its file was removed.
         let unmerged = &model.find("s1").unwrap().files;
         assert!(unmerged.keys().all(|volume| left.contains(volume)), "call {call}: the others are recorded");
         let now = lab.now.clone();

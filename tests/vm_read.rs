@@ -1,4 +1,4 @@
-//! Reading a VM's snapshots: what changed between two, as ranges and as files; and whether verification finds what is wrong.
+//! Reading a VM's snapshots: changed ranges and exported deltas, verification, refusals, reports and resumed deletions.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -38,7 +38,7 @@ fn tree(rng: &mut Rng) -> Lab {
 }
 
 #[test]
-fn whatever_differs_lies_in_a_changed_range_and_a_delta_makes_the_later_of_the_earlier() {
+fn changed_ranges_and_deltas_rebuild_later_content() {
     cases("changes", count("QCOW2_CHAIN_VM_CASES", 60), |rng| {
         let lab = tree(rng);
         let names: Vec<String> = lab.taken.keys().cloned().collect();
@@ -101,7 +101,7 @@ fn export_makes(lab: &Lab, a: Point<'_>, b: Point<'_>, before: &[u8], after: &[u
 }
 
 #[test]
-fn a_small_change_is_a_small_range() {
+fn small_write_is_small_changed_range() {
     let mut rng = Rng::new(seed());
     let mut lab = lab(&mut rng);
     lab.create("s1");
@@ -118,7 +118,7 @@ fn a_small_change_is_a_small_range() {
 }
 
 #[test]
-fn a_cancelled_export_leaves_no_file() {
+fn cancelled_export_leaves_no_file() {
     struct Stop;
     impl Progress for Stop {
         fn step(&self, _step: &VolumeStep<'_>) {}
@@ -140,7 +140,7 @@ fn kinds(lab: &Lab, deep: bool) -> Vec<ProblemKind> {
 }
 
 #[test]
-fn verification_finds_what_is_wrong() {
+fn verify_reports_each_kind_of_problem() {
     let mut rng = Rng::new(seed());
     let mut lab = tree(&mut rng);
     lab.create("one more");
@@ -152,10 +152,10 @@ fn verification_finds_what_is_wrong() {
         assert_eq!(digest.crc32, crc32fast::hash(&content[&digest.volume]), "{digest:?}");
     }
 
-    lab.names.create_new(Path::new("/vm/vm-vda.999.qcow2")).unwrap();
-    lab.names.create_new(Path::new("/vm/other-vda.1.qcow2")).unwrap();
+    lab.names.create_new(Path::new("/vm/vm-vda.999-5eed.qcow2")).unwrap();
+    lab.names.create_new(Path::new("/vm/other-vda.1-5eed.qcow2")).unwrap();
     assert_eq!(kinds(&lab, false), [ProblemKind::Orphan]);
-    lab.names.unlink(Path::new("/vm/vm-vda.999.qcow2")).unwrap();
+    lab.names.unlink(Path::new("/vm/vm-vda.999-5eed.qcow2")).unwrap();
 
     let active = lab.set.active_path("vda").unwrap();
     let image =
@@ -184,7 +184,7 @@ fn verification_finds_what_is_wrong() {
 }
 
 #[test]
-fn a_replaced_base_is_noticed() {
+fn changed_base_is_refused_until_accepted() {
     let names: Arc<dyn FileSystem> = Arc::new(MemoryFileSystem::new());
     let options = CreateOptions::new(8192);
     let base = Image::create(names.create_new(Path::new("/vm/template")).unwrap(), &options).unwrap();
@@ -214,10 +214,16 @@ fn a_replaced_base_is_noticed() {
     }
     let kinds: Vec<_> = set.verify(&VerifyOptions::default(), &()).unwrap().problems.iter().map(|p| p.kind).collect();
     assert_eq!(kinds, [ProblemKind::BaseChanged]);
+    let refused = set.accept_base("/vm/disk").unwrap_err();
+    assert!(matches!(refused.refusal(), Some(Refusal::NotABase { .. })), "{refused}");
+    set.accept_base("/vm/template").unwrap();
+    assert_eq!(set.verify(&VerifyOptions::default(), &()).unwrap().problems, []);
+    set.create("s2", &SnapshotOptions::default()).unwrap();
+    assert_eq!(read(&set.open_active("vda").unwrap()).unwrap(), vec![1; 8192]);
 }
 
 #[test]
-fn an_existing_chain_becomes_snapshots() {
+fn adopted_chain_becomes_snapshots() {
     let mut rng = Rng::new(seed());
     let mut lab = lab(&mut rng);
     for name in ["s1", "s2"] {
@@ -235,7 +241,7 @@ fn an_existing_chain_becomes_snapshots() {
 }
 
 #[test]
-fn every_refusal_changes_nothing() {
+fn refused_operation_changes_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let mut rng = Rng::new(seed());
     let mut lab = on_disk(directory.path(), &mut rng);
@@ -258,7 +264,7 @@ fn every_refusal_changes_nothing() {
     assert!(matches!(refused(create("a\nb")), Refusal::NameControl { .. }));
     let shallow = lab.set.create("deep", &SnapshotOptions::default().with_max_depth(2)).map(|_| ());
     assert!(matches!(refused(shallow), Refusal::Depth { depth: 3, max: 2, .. }));
-    // A hidden snapshot is not to be found.
+    // A hidden snapshot has no name.
     assert!(matches!(refused(lab.set.revert("s1", &merge, &()).map(|_| ())), Refusal::UnknownSnapshot { .. }));
     assert!(matches!(refused(lab.set.delete("s1", &merge, &()).map(|_| ())), Refusal::UnknownSnapshot { .. }));
     assert!(matches!(refused(lab.set.open("s2", "vdz").map(|_| ())), Refusal::UnknownVolume { .. }));
@@ -286,10 +292,10 @@ fn every_refusal_changes_nothing() {
     assert!(create("s3").is_ok());
 }
 
-/// Noticed before anything is begun: a snapshot that cannot be merged does not become one that must be.
+/// The refusal precedes the first record: a snapshot that cannot be merged does not become `merging`.
 #[test]
 #[cfg(unix)]
-fn a_read_only_file_is_no_target_of_a_merge() {
+fn commit_into_read_only_base_is_refused_default_pulls() {
     use std::os::unix::fs::PermissionsExt;
     let directory = tempfile::tempdir().unwrap();
     let mut rng = Rng::new(seed());
@@ -302,17 +308,23 @@ fn a_read_only_file_is_no_target_of_a_merge() {
     mode(0o444);
     let commit = MergeOptions::default().with_direction(qcow2_chain::merge::Direction::Commit);
     match lab.set.delete("s1", &commit, &()) {
-        Err(Error::Refused(Refusal::Unwritable { path, .. })) => assert_eq!(path, base.display().to_string()),
+        Err(Error::Refused(Refusal::Unwritable { path, .. })) => assert!(base.ends_with(&path), "{path}"),
         other => panic!("{other:?}"),
     }
     assert_eq!(lab.model(), model);
     assert!(lab.set.pending().unwrap().is_none());
-    mode(0o644);
-    lab.delete("s1");
+    let before = std::fs::read(&base).unwrap();
+    let report = lab.set.delete("s1", &MergeOptions::default(), &()).unwrap();
+    lab.taken.remove("s1");
+    assert_eq!(report.merged["vda"].direction, Direction::Commit);
+    assert_eq!(report.merged["vdb"].direction, Direction::Pull);
+    assert_eq!(report.released.iter().map(|file| &file.path).collect::<Vec<_>>(), [&base]);
+    assert!(std::fs::read(&base).unwrap() == before, "neither written nor removed");
+    lab.outside.push(base);
     lab.check().unwrap();
 }
 
-/// Stops after so many steps.
+/// Cancels after a number of progress steps.
 struct StopAfter(AtomicU64);
 
 impl Progress for StopAfter {
@@ -326,7 +338,7 @@ impl Progress for StopAfter {
 }
 
 #[test]
-fn a_cancelled_deletion_is_resumed() {
+fn cancelled_deletion_is_resumed() {
     for direction in [Direction::Commit, Direction::Pull] {
         let mut rng = Rng::new(seed());
         let mut lab = lab(&mut rng);
@@ -338,7 +350,7 @@ fn a_cancelled_deletion_is_resumed() {
         assert!(error.is_cancelled(), "{error}");
         assert_eq!(lab.model().find("s1").unwrap().state, State::Merging);
         lab.can_start(&lab.now).unwrap();
-        // The VM runs meanwhile, and nothing else is done to its snapshots.
+        // The VM may run meanwhile. Other operations are refused.
         let refused = lab.set.create("s2", &SnapshotOptions::default()).unwrap_err();
         assert!(matches!(refused.refusal(), Some(Refusal::Unfinished { .. })), "{refused}");
         let refused = lab.set.open("s1", "vda").unwrap_err();
@@ -350,7 +362,7 @@ fn a_cancelled_deletion_is_resumed() {
 }
 
 #[test]
-fn a_failing_volume_leaves_the_others_done_and_is_resumed() {
+fn failed_volume_leaves_others_done_and_is_resumed() {
     let mut rng = Rng::new(seed());
     let names = Arc::new(MemoryFileSystem::new());
     let shape = LabShape { volumes: 3, ..LabShape::default() };
@@ -387,7 +399,7 @@ fn a_failing_volume_leaves_the_others_done_and_is_resumed() {
     lab.check().unwrap();
 }
 
-/// Names of which one file finds no room.
+/// A file system on which one file finds no space.
 #[derive(Debug)]
 struct OneBroken(Arc<dyn FileSystem>, &'static str);
 
@@ -427,25 +439,7 @@ impl FileSystem for OneBroken {
 }
 
 #[test]
-fn a_merge_works_where_a_file_has_one_name_only() {
-    // `OneBroken` has no `link`: the merged file is renamed.
-    let mut rng = Rng::new(seed());
-    let mut lab = lab(&mut rng);
-    lab.write_all(&mut rng);
-    lab.create("s1");
-    lab.write_all(&mut rng);
-    let mut lab = lab.on(Arc::new(OneBroken(lab.names.clone(), "no such file"))).unwrap();
-    let report = lab.set.delete("s1", &MergeOptions::default().with_direction(Direction::Pull), &()).unwrap();
-    assert_eq!(
-        report.moved.iter().map(|moved| moved.new.clone()).collect::<Vec<_>>(),
-        [Path::new("/vm/vda.img"), Path::new("/vm/vdb.img")]
-    );
-    lab.taken.remove("s1");
-    lab.check().unwrap();
-}
-
-#[test]
-fn a_merging_snapshot_without_a_journal_is_deleted_on() {
+fn merging_snapshot_without_journal_is_deleted() {
     let mut rng = Rng::new(seed());
     let mut lab = lab(&mut rng);
     for name in ["s1", "s2"] {
@@ -461,7 +455,7 @@ fn a_merging_snapshot_without_a_journal_is_deleted_on() {
 }
 
 #[test]
-fn reports_tell_what_changed() {
+fn reports_list_changes() {
     let mut rng = Rng::new(seed());
     let mut lab = lab(&mut rng);
     let report = lab.set.create("s1", &SnapshotOptions::default().with_description("the first")).unwrap();
@@ -494,7 +488,7 @@ fn reports_tell_what_changed() {
 }
 
 #[test]
-fn reconciling_tells_of_a_hypervisor_that_writes_something_else() {
+fn reconcile_reports_disk_on_other_file() {
     let mut rng = Rng::new(seed());
     let lab = lab(&mut rng);
     let mut domain = Domain::default();
@@ -508,7 +502,7 @@ fn reconciling_tells_of_a_hypervisor_that_writes_something_else() {
 }
 
 #[test]
-fn a_damaged_catalogue_is_noticed_and_people_can_read_it() {
+fn damaged_catalogue_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let mut rng = Rng::new(seed());
     let mut lab = on_disk(directory.path(), &mut rng);
@@ -519,9 +513,9 @@ fn a_damaged_catalogue_is_noticed_and_people_can_read_it() {
         "{text}"
     );
     for (from, to, why) in [
-        ("\"s1\"", "\"s2\"", "its sum is"),
-        ("\"version\": 1", "\"version\": 2", "version 2"),
-        ("vm catalogue", "shopping list", "no catalogue"),
+        ("\"s1\"", "\"s2\"", "the checksum is"),
+        ("\"version\": 2", "\"version\": 3", "the version of the catalogue is 3"),
+        ("vm catalogue", "shopping list", "is not a catalogue"),
     ] {
         std::fs::write(&lab.catalogue, text.replacen(from, to, 1)).unwrap();
         let error = SnapshotSet::load(&lab.catalogue).unwrap_err();
@@ -532,7 +526,7 @@ fn a_damaged_catalogue_is_noticed_and_people_can_read_it() {
 }
 
 #[test]
-fn the_volumes_can_be_read_while_others_read_them() {
+fn snapshot_that_is_read_is_pulled_from_and_released() {
     let directory = tempfile::tempdir().unwrap();
     let mut rng = Rng::new(seed());
     let mut lab = on_disk(directory.path(), &mut rng);
@@ -540,39 +534,17 @@ fn the_volumes_can_be_read_while_others_read_them() {
     let one = lab.set.open("s1", "vda").unwrap();
     let other = lab.set.open("s1", "vda").unwrap();
     assert_eq!(read(&one).unwrap(), read(&other).unwrap());
-    // Whoever reads a snapshot keeps it from being merged away.
-    let refused = lab.set.delete("s1", &MergeOptions::default(), &()).unwrap_err();
+    // A file that another program reads is neither written nor removed.
+    let commit = MergeOptions::default().with_direction(Direction::Commit);
+    let refused = lab.set.delete("s1", &commit, &()).unwrap_err();
     assert!(matches!(refused.refusal(), Some(Refusal::InUse { .. })), "{refused}");
+    let report = lab.set.delete("s1", &MergeOptions::default(), &()).unwrap();
+    let base = directory.path().join("vda.img");
+    assert_eq!(report.released.iter().map(|file| &file.path).collect::<Vec<_>>(), [&base]);
+    assert_eq!(read(&one).unwrap(), lab.taken.remove("s1").unwrap()["vda"]);
     drop((one, other));
-    lab.delete("s1");
+    lab.outside.push(base);
     let unlocked = Access::read().with_lock(LockMode::None);
     assert!(lab.names.open(&lab.set.active_path("vda").unwrap(), &unlocked).is_ok());
     lab.check().unwrap();
-}
-
-#[test]
-fn a_snapshot_costs_the_same_however_many_there_are() {
-    let mut rng = Rng::new(seed());
-    let mut lab = lab(&mut rng);
-    lab.create("first");
-    let mut calls = Vec::new();
-    for round in 0..2 {
-        let mut counts = Vec::new();
-        for what in ["create", "revert"] {
-            let faults = Faults::new(Fault::Io.at(u64::MAX));
-            let counted = lab.on(Arc::new(FaultyFileSystem::new(lab.names.clone(), &faults))).unwrap();
-            if what == "create" {
-                counted.set.create(&format!("counted {round}"), &SnapshotOptions::default()).unwrap();
-            } else {
-                counted.set.revert("first", &MergeOptions::default(), &()).unwrap();
-            }
-            counts.push(faults.calls());
-        }
-        calls.push(counts);
-        for number in 0..40 {
-            lab.set.create(&format!("{round}-{number}"), &SnapshotOptions::default()).unwrap();
-        }
-        lab.set.revert("first", &MergeOptions::default(), &()).unwrap();
-    }
-    assert_eq!(calls[0], calls[1], "calls to the storage with few snapshots and with many");
 }

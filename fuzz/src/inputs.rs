@@ -143,4 +143,6 @@ pub struct Records<'a> {
     pub journal: Bytes<'a>,
     /// The journal ends an eighth of so many bytes early.
     pub torn: u8,
+    /// The operation is cancelled before it is recovered.
+    pub cancel: bool,
 }

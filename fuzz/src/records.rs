@@ -1,15 +1,14 @@
-//! Hostile catalogues and journals: sound ones, some values of which are changed before their sums are made anew. With wrong
-//! sums hardly any of them would ever be looked at.
+//! Hostile catalogues and journals: sound ones with some values changed and their checksums computed again. With wrong
+//! checksums hardly any of them would be decoded.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
 use arbitrary::Arbitrary;
 use qcow2_chain::format::{ClusterBits, GuestOffset};
 use qcow2_chain::image::{CreateOptions, Image};
 use qcow2_chain::merge::Direction;
-use qcow2_chain::storage::{MemoryFileSystem, MemoryStorage, FileSystem};
+use qcow2_chain::storage::{FileSystem, MemoryFileSystem};
 use qcow2_chain::vm::{
     AdoptOptions, Catalogue, Journal, MergeOptions, Model, Plan, Record, Request, SnapshotOptions, SnapshotSet,
     VolumeSpec,
@@ -17,24 +16,24 @@ use qcow2_chain::vm::{
 use serde::Deserialize;
 use serde_json::Value;
 
-/// Where the catalogue of the VM is.
+/// The path of the VM's catalogue.
 pub const CATALOGUE: &str = "/vm/catalogue.json";
-/// Where its journal is.
+/// The path of its journal.
 pub const JOURNAL: &str = "/vm/catalogue.json.journal";
-/// Names that records get: some that mean something, and some that should mean nothing.
+/// Values for strings of records: names of the VM, and others.
 const STRINGS: [&str; 10] =
-    ["vda", "vdb", "vda.qcow2", "vm-vda.1.qcow2", "/vm/vdb.qcow2", "../../../up", "", "s1", "qcow2", "raw"];
-/// No document has more values than are found in this many steps.
+    ["vda", "vdb", "vda.qcow2", "vm-vda.1-5eed.qcow2", "/vm/vdb.qcow2", "../../../up", "", "s1", "qcow2", "raw"];
+/// The limit of the values of a document.
 const MAX_NODES: usize = 10_000;
 
-/// One value of a document changed.
+/// A change of one value of a document.
 #[derive(Clone, Copy, Debug, Arbitrary)]
 pub struct Change {
     node: u16,
     to: To,
 }
 
-/// What a value becomes.
+/// The new value.
 #[derive(Clone, Copy, Debug, Arbitrary)]
 enum To {
     Number(u64),
@@ -43,24 +42,24 @@ enum To {
     OneLess,
     Null,
     Text(u8),
-    /// What stands somewhere else in the document.
+    /// Another value of the document.
     CopyOf(u16),
-    /// It is not there at all.
+    /// The value is removed.
     Nothing,
-    /// It is there twice.
+    /// The value is repeated, in a list.
     Twice,
     Empty,
 }
 
-/// What became of a VM before its records were changed.
-#[derive(Clone, Debug)]
+/// A VM, and the journal of an operation on it.
+#[derive(Debug)]
 pub struct World {
-    files: BTreeMap<PathBuf, Vec<u8>>,
+    files: MemoryFileSystem,
     catalogue: Value,
     journal: Vec<Value>,
 }
 
-/// A VM with two disks and a tree of snapshots, and each kind of operation on it, begun.
+/// A VM with two disks and a tree of snapshots, with the journal of each kind of operation.
 static WORLDS: LazyLock<Vec<World>> = LazyLock::new(|| {
     let delete = |name: &str| Some(Request::Delete { name: name.into() });
     let create =
@@ -70,7 +69,7 @@ static WORLDS: LazyLock<Vec<World>> = LazyLock::new(|| {
     let begun = [
         (None, &commit),
         (Some(create), &commit),
-        (Some(Request::Revert { name: "s1".into() }), &commit),
+        (Some(Request::Revert { name: "s1".into(), detach_missing: false }), &commit),
         (delete("s3"), &commit),
         (delete("s3"), &pull),
         (delete("s2"), &commit),
@@ -101,43 +100,42 @@ fn world(request: Option<&Request>, options: &MergeOptions) -> World {
     let mut journal = Vec::new();
     if let Some(request) = request {
         let plan: Plan = set.plan(request, options).expect("planned");
-        drop(Journal::begin(&names, Path::new(JOURNAL), &plan).expect("begun"));
+        drop(Journal::begin(&names, Path::new(JOURNAL), Path::new(CATALOGUE), &plan).expect("begun"));
         let bytes = shared.get(JOURNAL).expect("a journal").to_vec();
         journal.push(serde_json::from_slice(&bytes[9..]).expect("a journal is JSON"));
         names.unlink(Path::new(JOURNAL)).expect("removed");
+        if plan.stages.iter().any(|stage| !stage.create.is_empty()) {
+            journal.push(serde_json::to_value(Record::Created { stage: 0 }).expect("a record is JSON"));
+        }
         for (stage, work) in
             plan.stages.iter().enumerate().flat_map(|(at, stage)| stage.work.iter().map(move |w| (at, w)))
         {
+            let changing = Record::Changing { stage, volume: work.volume.clone(), step: 0 };
             let done = Record::Done { stage, volume: work.volume.clone(), step: 0, switched: false };
-            journal.push(serde_json::to_value(done).expect("a record is JSON"));
+            journal.extend([changing, done].map(|record| serde_json::to_value(record).expect("a record is JSON")));
         }
     }
     let catalogue = serde_json::from_slice(&shared.get(CATALOGUE).expect("a catalogue").to_vec()).expect("it is JSON");
-    let paths = names.list(Path::new("/vm")).expect("listed");
-    let files = paths.into_iter().map(|path| (path.clone(), shared.get(&path).expect("a file").to_vec())).collect();
-    World { files, catalogue, journal }
+    names.unlink(Path::new(CATALOGUE)).expect("removed");
+    World { files: shared.copy(), catalogue, journal }
 }
 
-/// The worlds that there are.
+/// Returns all worlds.
 pub fn worlds() -> &'static [World] {
     &WORLDS
 }
 
 impl World {
-    /// Its files, without catalogue and journal.
+    /// Returns a copy of its files, without catalogue and journal. The files keep their identities, which the plan has.
     pub fn names(&self) -> Arc<MemoryFileSystem> {
-        let names = MemoryFileSystem::new();
-        for (path, bytes) in self.files.iter().filter(|(path, _)| !path.starts_with(CATALOGUE)) {
-            names.insert(path, Arc::new(MemoryStorage::with_bytes(path.display().to_string(), bytes)));
-        }
-        Arc::new(names)
+        Arc::new(self.files.copy())
     }
 
-    /// Its catalogue after these changes, its sum right wherever it can still be made.
+    /// Returns its catalogue after these changes, with a correct checksum if one can be computed.
     pub fn catalogue(&self, changes: &[Change]) -> Vec<u8> {
         let mut document = self.catalogue.clone();
         changes.iter().for_each(|change| change.apply(&mut document));
-        // The text without a model, or with values that no model can have, says what it says.
+        // A text without a valid model is passed on as it is.
         let model = document.get("model").and_then(|model| Model::deserialize(model).ok());
         match model.and_then(|model| Catalogue::encode(&model).ok()) {
             Some(text) => text,
@@ -145,7 +143,7 @@ impl World {
         }
     }
 
-    /// Its journal after these changes: so many of its records, each with a right sum.
+    /// Returns the first records of its journal after these changes, each with a correct checksum.
     pub fn journal(&self, changes: &[Change], records: usize) -> Vec<u8> {
         let mut document = Value::Array(self.journal.iter().take(records).cloned().collect());
         changes.iter().for_each(|change| change.apply(&mut document));
@@ -157,7 +155,7 @@ impl World {
     }
 }
 
-/// Where all values of a document are.
+/// Returns the paths of all values of a document.
 fn nodes(value: &Value) -> Vec<String> {
     let mut found = vec![String::new()];
     let mut next = 0;
@@ -195,7 +193,7 @@ impl Change {
             To::Empty => Value::Object(serde_json::Map::new()),
             To::Nothing | To::Twice => return self.apply_to_parent(document, path, old),
         };
-        // A document that holds itself again and again would grow without end.
+        // Repeated copies of the document into itself would grow without end.
         if nodes.len() < MAX_NODES
             && let Some(value) = document.pointer_mut(path)
         {

@@ -180,7 +180,8 @@ pub(crate) fn search_directories(
         return Ok(Vec::new());
     }
     let directories = list(file_system, directories, max_files)?;
-    let directories: Vec<_> = directories.into_iter().map(|listed| listed.read(file_system)).collect::<Result<_>>()?;
+    let read = |listed: Listed| listed.read(file_system, own);
+    let directories: Vec<_> = directories.into_iter().map(read).collect::<Result<_>>()?;
     Comparison { file_system, sought, directories: &directories, parents: HashMap::new() }.dependents(own)
 }
 
@@ -301,9 +302,18 @@ struct Found {
 type Header = Option<(Option<FileId>, HeaderNames)>;
 
 impl Listed {
-    fn read(self, file_system: &dyn FileSystem) -> Result<Directory> {
-        let headers = self.headers(file_system)?;
+    /// Reads the headers of all files but those in `own`.
+    fn read(mut self, file_system: &dyn FileSystem, own: &[Identity]) -> Result<Directory> {
         let (mut opened, mut images) = (HashMap::new(), Vec::new());
+        let known: HashMap<&Path, FileId> =
+            own.iter().filter_map(|own| Some((own.path.as_path(), own.file?))).collect();
+        self.files.retain(|listed| {
+            let Some(name) = listed.path.file_name().filter(|_| !listed.link) else { return true };
+            let Some(file) = known.get(self.identity.path.join(name).as_path()) else { return true };
+            opened.insert(name.to_owned(), *file);
+            false
+        });
+        let headers = self.headers(file_system)?;
         for (listed, header) in self.files.into_iter().zip(headers) {
             let Some((file, names)) = header else { continue };
             opened.extend(listed.path.file_name().map(OsStr::to_owned).zip(file));

@@ -129,15 +129,15 @@ impl Checks<'_> {
         planned.map_err(|refusal| refusal.with_path(|path| self.files.shown(path)).into())
     }
 
-    /// Compares the bases with their fingerprints, and the first header of each concerned chain with the records. The other
-    /// headers are compared when the files are opened, so that the cost of a snapshot does not grow with the depth.
+    /// Compares the bases with their fingerprints, and the header of each file to revert to with the records. The headers
+    /// of the active files were compared when these were inspected, the others are when the files are opened, so that the
+    /// cost of a snapshot does not grow with the depth.
     fn check_heads(&self, plan: &Plan) -> Result<()> {
         for volume in &self.model.volumes {
             if self.lost.contains(&volume.active.file.path) {
                 continue;
             }
             volume.bases.iter().try_for_each(|base| self.files.check_base(base))?;
-            self.check_head(&self.model.active_chain(volume))?;
         }
         if let Purpose::Revert { name } = &plan.purpose {
             let snapshot = find_ready(&self.model, name)?;

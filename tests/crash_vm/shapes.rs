@@ -8,7 +8,7 @@ use qcow2_chain::chain::{Format, Policy};
 use qcow2_chain::format::{ClusterBits, GuestOffset};
 use qcow2_chain::image::{CreateOptions, Image};
 use qcow2_chain::merge::Direction;
-use qcow2_chain::storage::{Access, FileSystem, MemoryFileSystem};
+use qcow2_chain::storage::{Access, MemoryFileSystem};
 use qcow2_chain::vm::{self, AdoptOptions, FileRecord, FileRef, MergeOptions, Progress, State, VolumeSpec, VolumeStep};
 
 use crate::support::lab::Lab;

@@ -1,4 +1,4 @@
-//! Catalogues and journals with right sums that ask for what cannot be.
+//! Catalogues and journals with correct checksums and impossible content.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use qcow2_chain::vm::{
 const CATALOGUE: &str = "/vm/catalogue.json";
 const JOURNAL: &str = "/vm/catalogue.json.journal";
 
-/// A VM of one disk with one snapshot.
+/// Returns a VM of one disk with one snapshot.
 fn vm() -> (Arc<MemoryFileSystem>, SnapshotSet) {
     let shared = Arc::new(MemoryFileSystem::new());
     let names: Arc<dyn FileSystem> = shared.clone();
@@ -29,28 +29,28 @@ fn vm() -> (Arc<MemoryFileSystem>, SnapshotSet) {
     (shared, set)
 }
 
-/// The plan that deletes the snapshot.
+/// Returns the plan that deletes the snapshot.
 fn deletion(set: &SnapshotSet) -> Plan {
     let options = MergeOptions::default().with_direction(Direction::Commit);
     set.plan(&Request::Delete { name: "s1".into() }, &options).expect("planned")
 }
 
-/// Recovery fails for this reason, however often it is tried, and what could be read can still be read.
+/// Checks that recovery fails for this reason each time, and that the set can still be read.
 #[track_caller]
 fn refused(names: &Arc<MemoryFileSystem>, set: &SnapshotSet, plan: &Plan, why: &str) {
     let shared: Arc<dyn FileSystem> = names.clone();
+    let _ = shared.unlink(Path::new(JOURNAL));
     drop(Journal::begin(&shared, Path::new(JOURNAL), Path::new(CATALOGUE), plan).expect("begun"));
     let said = [(); 2].map(|()| set.recover(&()).expect_err("there is nothing to recover to").to_string());
     assert!(said[0].contains(why), "{}", said[0]);
     assert_eq!(said[0], said[1]);
     set.list(true).expect("listed");
-    // That there is something unfinished cannot be told of a journal that says nothing.
     let _ = set.verify(&VerifyOptions::default(), &());
     set.model().expect("loaded");
 }
 
 #[test]
-fn a_plan_without_stages() {
+fn journal_plan_without_stages_is_refused() {
     let (names, set) = vm();
     let mut plan = deletion(&set);
     plan.stages.clear();
@@ -59,9 +59,9 @@ fn a_plan_without_stages() {
     assert!(matches!(set.create("s2", &SnapshotOptions::default()), Err(Error::Journal { .. })));
 }
 
-/// What would be saved could not be loaded again.
+/// Recovery must not save a catalogue that cannot be loaded.
 #[test]
-fn a_plan_that_ends_in_contradictions() {
+fn journal_plan_with_contradictory_outcome_is_refused() {
     let (names, set) = vm();
     let mut plan = deletion(&set);
     plan.stages[0].begin = vec![Edit::SetCurrent { id: Some(SnapshotId(77)) }];
@@ -69,7 +69,7 @@ fn a_plan_that_ends_in_contradictions() {
 }
 
 #[test]
-fn numbers_that_have_no_next_one() {
+fn catalogue_with_exhausted_numbers_is_refused() {
     let (names, set) = vm();
     let sound = set.model().expect("loaded");
     let damages: [fn(&mut Model); 3] = [
@@ -81,9 +81,9 @@ fn numbers_that_have_no_next_one() {
         let mut model = sound.clone();
         damage(&mut model);
         let error = Catalogue::encode(&model).expect_err("it has no next number").to_string();
-        assert!(error.contains("they end before"), "{error}");
+        assert!(error.contains("the limit is"), "{error}");
     }
-    // A catalogue that says so is not read; its sum is right.
+    // A catalogue with such a number and a correct checksum is not read.
     let mut text = Catalogue::encode(&sound).expect("encoded");
     let at = |text: &[u8], what: &str| text.windows(what.len()).position(|window| window == what.as_bytes());
     let number = format!("\"next-file\": {}", sound.next_file);
@@ -96,18 +96,18 @@ fn numbers_that_have_no_next_one() {
     text.splice(start..start + 8, sum.into_bytes());
     names.insert(CATALOGUE, Arc::new(MemoryStorage::with_bytes("catalogue", &text)));
     let error = set.create("s2", &SnapshotOptions::default()).expect_err("it is not read").to_string();
-    assert!(error.contains("they end before"), "{error}");
+    assert!(error.contains("the limit is"), "{error}");
 }
 
-/// CRC-32 as in zip files, bit by bit.
+/// Returns the CRC-32 of zip files, computed bit by bit.
 fn crc32(bytes: &[u8]) -> u32 {
     let step = |crc: u32, _| if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 };
     !bytes.iter().fold(u32::MAX, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), step))
 }
 
-/// A record before the plan, a plan of a later version, and lines that are none.
+/// A record before the plan, a plan of another version, and damage before a complete record.
 #[test]
-fn journals_that_no_crash_leaves() {
+fn journal_that_no_crash_leaves_is_refused_and_kept() {
     let (names, set) = vm();
     let plan = deletion(&set);
     let shared: Arc<dyn FileSystem> = names.clone();
@@ -116,12 +116,12 @@ fn journals_that_no_crash_leaves() {
         [format!("{:08x} ", crc32(&json)).as_bytes(), &json, b"\n"].concat()
     };
     let done = line(&Record::Done { stage: usize::MAX, volume: "vda".into(), step: usize::MAX, switched: false });
-    let first = line(&Record::Plan { version: 1, plan: plan.clone() });
-    let later = line(&Record::Plan { version: 2, plan });
+    let first = line(&Record::Plan { version: 2, plan: plan.clone() });
+    let later = line(&Record::Plan { version: 3, plan: plan.clone() });
     let cases = [
-        (done.clone(), "its first record is no plan"),
-        (later, "version 2"),
-        ([&first[..], b"torn\n", &done].concat(), "a damaged record"),
+        (done.clone(), "its first record is not a plan"),
+        (later, "the version of the journal is 3"),
+        ([&first[..], b"torn\n", &done].concat(), "is damaged"),
     ];
     for (bytes, why) in cases {
         names.insert(JOURNAL, Arc::new(MemoryStorage::with_bytes("journal", &bytes)));
@@ -130,7 +130,19 @@ fn journals_that_no_crash_leaves() {
         let journal = shared.open(Path::new(JOURNAL), &Access::read()).expect("it stays for people to look at");
         assert_eq!(journal.len().expect("measured"), bytes.len() as u64);
     }
-    // A record of a step that the plan does not have says nothing.
+    // A journal of another set is refused, even if its plan would fit.
+    let mut foreign = plan.clone();
+    foreign.set = vm().1.model().expect("loaded").set;
+    refused(&names, &set, &foreign, "the journal does not belong to this catalogue: its set is");
+    shared.unlink(Path::new(JOURNAL)).expect("removed");
+    // So is one of another operation than the last and the next.
+    for id in [0, plan.id + 1, u64::MAX] {
+        let mut other = plan.clone();
+        other.id = id;
+        refused(&names, &set, &other, &format!("it has operation {id}"));
+        shared.unlink(Path::new(JOURNAL)).expect("removed");
+    }
+    // A record of a step that the plan does not have has no effect.
     names.insert(JOURNAL, Arc::new(MemoryStorage::with_bytes("journal", [first, done].concat())));
     set.recover(&()).expect("completed");
     assert!(set.list(true).expect("listed").snapshots.is_empty());

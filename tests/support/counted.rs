@@ -1,11 +1,18 @@
 //! A file system in memory that counts calls, and bytes read and written. The catalogue, the
-//! journal and the lock (`*.json*`) are counted apart from the images.
+//! journal and the lock (`*.json*`) are counted apart from the images. Opens, listings and reads are
+//! counted by file too.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use qcow2_chain::storage::{Access, Attributes, EntryKind, FileSystem, MemoryFileSystem, Resolved, Result, Storage};
+use qcow2_chain::storage::{
+    Access, Attributes, EntryKind, FileSystem, ListedFile, MemoryFileSystem, Resolved, Result, Storage,
+};
+
+/// The unit of [`Traffic::reads`], in bytes.
+pub const SECTOR: u64 = 512;
 
 /// Calls and bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,11 +28,24 @@ pub struct Passed {
     pub records: Work,
 }
 
+/// The calls by path.
+#[derive(Clone, Debug, Default)]
+pub struct Traffic {
+    /// How often each file was opened.
+    pub opens: BTreeMap<PathBuf, u64>,
+    /// How often each directory was listed.
+    pub lists: BTreeMap<PathBuf, u64>,
+    /// How often each sector of each file was read.
+    pub reads: BTreeMap<(PathBuf, u64), u64>,
+}
+
 /// A file system that counts.
 #[derive(Debug, Default)]
 pub struct CountedFileSystem {
-    inner: MemoryFileSystem,
+    /// The files.
+    pub inner: MemoryFileSystem,
     passed: Arc<Mutex<Passed>>,
+    traffic: Arc<Mutex<Traffic>>,
 }
 
 impl CountedFileSystem {
@@ -34,13 +54,19 @@ impl CountedFileSystem {
         std::mem::take(&mut self.passed.lock().unwrap())
     }
 
+    /// Returns the calls by path since the last call.
+    pub fn take_traffic(&self) -> Traffic {
+        std::mem::take(&mut self.traffic.lock().unwrap())
+    }
+
     fn count(&self, path: &Path) {
         note(&self.passed, is_record(&path.to_string_lossy()), 0);
     }
 
     fn counted(&self, path: &Path, inner: Arc<dyn Storage>) -> Arc<dyn Storage> {
         let record = is_record(&path.to_string_lossy());
-        Arc::new(Counted { inner, record, passed: Arc::clone(&self.passed) })
+        let (passed, traffic) = (Arc::clone(&self.passed), Arc::clone(&self.traffic));
+        Arc::new(Counted { inner, record, path: path.to_owned(), passed, traffic })
     }
 }
 
@@ -58,6 +84,7 @@ fn note(passed: &Mutex<Passed>, record: bool, bytes: usize) {
 impl FileSystem for CountedFileSystem {
     fn open(&self, path: &Path, access: &Access) -> Result<Arc<dyn Storage>> {
         self.count(path);
+        *self.traffic.lock().unwrap().opens.entry(path.to_owned()).or_default() += 1;
         Ok(self.counted(path, self.inner.open(path, access)?))
     }
     fn create_new(&self, path: &Path) -> Result<Arc<dyn Storage>> {
@@ -86,7 +113,13 @@ impl FileSystem for CountedFileSystem {
     }
     fn list(&self, directory: &Path) -> Result<Vec<PathBuf>> {
         self.count(directory);
+        *self.traffic.lock().unwrap().lists.entry(directory.to_owned()).or_default() += 1;
         self.inner.list(directory)
+    }
+    fn list_openable(&self, directory: &Path) -> Result<Vec<ListedFile>> {
+        self.count(directory);
+        *self.traffic.lock().unwrap().lists.entry(directory.to_owned()).or_default() += 1;
+        self.inner.list_openable(directory)
     }
     fn exists(&self, path: &Path) -> Result<bool> {
         self.count(path);
@@ -110,7 +143,9 @@ impl FileSystem for CountedFileSystem {
 struct Counted {
     inner: Arc<dyn Storage>,
     record: bool,
+    path: PathBuf,
     passed: Arc<Mutex<Passed>>,
+    traffic: Arc<Mutex<Traffic>>,
 }
 
 impl Counted {
@@ -125,6 +160,12 @@ impl Storage for Counted {
     }
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.note(buf.len());
+        let sectors = offset / SECTOR..(offset + buf.len() as u64).div_ceil(SECTOR);
+        let mut traffic = self.traffic.lock().unwrap();
+        for sector in sectors {
+            *traffic.reads.entry((self.path.clone(), sector)).or_default() += 1;
+        }
+        drop(traffic);
         self.inner.read_at(buf, offset)
     }
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {

@@ -1,4 +1,4 @@
-//! QEMU's word on a VM's files, beside the catalogue's.
+//! A comparison of a VM's catalogue with its files as QEMU reads them.
 
 use std::collections::HashMap;
 use std::fs::Metadata;
@@ -11,13 +11,14 @@ use serde_json::Value;
 
 use super::qemu::Qemu;
 
-/// What tells a file from what it was: inode, size, and the times of the last change of bytes and of the inode.
+/// The data by which a change of a file is detected: inode, size, and the times of the last changes.
 type Stamp = (u64, u64, [i64; 4]);
 
-/// A file beneath another: its format, and the size that is recorded of it.
+/// A backing file: its path, its format and its recorded size.
 type Below = (PathBuf, Format, Option<u64>);
 
-/// Judges the files of one VM again and again. A process of `qemu-img` is dear: what did not change since is not asked again.
+/// Judges the files of one VM, after each step. Files that did not change since are not judged again, as each judgement
+/// starts a process.
 #[derive(Debug)]
 pub struct Judge {
     qemu: Qemu,
@@ -30,8 +31,8 @@ impl Judge {
         Self { qemu, checked: HashMap::new(), described: HashMap::new() }
     }
 
-    /// Fails the test unless `qemu-img check` is content with every file, and `qemu-img info --backing-chain` tells of every
-    /// file on which nothing stands the chain, formats and sizes that the catalogue tells.
+    /// Asserts that `qemu-img check` finds no fault in any file, and that for each file without overlays `qemu-img info
+    /// --backing-chain` prints the chain, formats and sizes of the catalogue.
     pub fn judge(&mut self, set: &SnapshotSet) {
         let model = set.model().expect("the catalogue reads");
         for (_, _, record) in model.records().filter(|(_, _, record)| record.file.format == Format::Qcow2) {
@@ -53,7 +54,7 @@ impl Judge {
         }
     }
 
-    /// The sizes and formats of a chain, as QEMU follows it from header to header.
+    /// Asserts the sizes and formats of a chain, as QEMU follows it from header to header.
     fn describe(&self, path: &Path, format: Format, below: &[Below]) {
         let args = ["info", "--backing-chain", "--output=json", "-f", format.name()].map(std::ffi::OsStr::new);
         let text = self.qemu.img(&[&args[..], &[path.as_os_str()]].concat());
@@ -62,7 +63,7 @@ impl Judge {
         let name = |entry: &Value| PathBuf::from(entry["filename"].as_str().expect("a file has a name"));
         let found: Vec<PathBuf> = told.iter().skip(1).map(name).collect();
         let recorded: Vec<PathBuf> = below.iter().map(|(path, _, _)| path.clone()).collect();
-        assert_eq!(found, recorded, "what {} stands on", path.display());
+        assert_eq!(found, recorded, "the backing files of {}", path.display());
         for (entry, (path, format, size)) in told.iter().skip(1).zip(below) {
             assert_eq!(entry["format"].as_str(), Some(format.name()), "{}", path.display());
             if size.is_some() {
@@ -75,7 +76,7 @@ impl Judge {
         }
     }
 
-    /// Fails the test unless QEMU reads a volume as these bytes.
+    /// Asserts that QEMU reads this content from a volume.
     pub fn assert_content(&self, set: &SnapshotSet, volume: &str, content: &[u8]) {
         let model = set.model().expect("the catalogue reads");
         let format = model.volume(volume).expect("a volume").active.file.format;
@@ -94,7 +95,7 @@ fn stamp(path: &Path) -> Stamp {
     std::fs::metadata(path).map(of).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// The files on which nothing stands, each with its format and with what it stands on: path, format and recorded size.
+/// Returns the files without overlays, each with its format and its backing files.
 fn leaves(set: &SnapshotSet, model: &Model) -> Vec<(PathBuf, Format, Vec<Below>)> {
     let size = |path: &str| {
         model.records().find(|(_, _, record)| record.file.path == path).map(|(_, _, record)| record.virtual_size)
@@ -105,8 +106,8 @@ fn leaves(set: &SnapshotSet, model: &Model) -> Vec<(PathBuf, Format, Vec<Below>)
         let below = below.iter().map(|file| (set.files().path(&file.path), file.format, size(&file.path))).collect();
         all.push((set.files().path(&record.file.path), record.file.format, below));
     }
-    let stood_on: Vec<PathBuf> =
+    let backing: Vec<PathBuf> =
         all.iter().filter_map(|(_, _, below): &(_, _, Vec<Below>)| Some(below.first()?.0.clone())).collect();
-    all.retain(|(path, _, _)| !stood_on.contains(path));
+    all.retain(|(path, _, _)| !backing.contains(path));
     all
 }

@@ -1,4 +1,4 @@
-//! Scenarios in the words of the acceptance table: steps like `create s1`, states like `s1(R*)=f0; f1<-f0`.
+//! Scenarios in the notation of the acceptance table: steps such as `create s1`, states such as `s1(R*)=f0; f1<-f0`.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,10 +14,10 @@ use super::ram;
 use super::rng::{Rng, seed};
 use super::states::state;
 
-/// One step: the row of the table that it belongs to, what is done, and what there is then.
+/// One step: its row of the table, the operation, and the state afterwards.
 pub type Step = (&'static str, &'static str, &'static str);
 
-/// A VM on files of the system.
+/// A VM on files of the host.
 pub struct Scene {
     pub lab: Lab,
     pub judge: Judge,
@@ -27,7 +27,7 @@ pub struct Scene {
     _dir: tempfile::TempDir,
 }
 
-/// With one volume and with three, standard and extended L2 entries, raw first files among them.
+/// One volume and three, standard and extended L2 entries, raw and qcow2 first files.
 pub const SHAPES: [LabShape; 4] = [
     LabShape { volumes: 1, size: 96 << 10, cluster_bits: 12, extended_l2: false, raw: false },
     LabShape { volumes: 1, size: 96 << 10, cluster_bits: 14, extended_l2: true, raw: true },
@@ -45,7 +45,7 @@ pub fn on_all_shapes(scenario: impl Fn(&mut Scene)) {
     }
 }
 
-/// Runs a script up to the end of a row. The steps before it only have to lead there: they are judged in their own row's test.
+/// Runs a script up to the end of a row, and verifies the files after each step of that row.
 pub fn row(script: &[Step], row: &str) {
     assert!(script.iter().any(|step| step.0 == row), "no row {row}");
     on_all_shapes(|scene| {
@@ -78,7 +78,7 @@ impl Scene {
         self.lab.now.keys().cloned().collect()
     }
 
-    /// The guest writes to all volumes, then something is done.
+    /// Writes to all volumes as the guest, then does the operation.
     pub fn act(&mut self, what: &str) -> Report {
         self.lab.write_all(&mut self.rng);
         let words: Vec<&str> = what.split(' ').collect();
@@ -97,7 +97,7 @@ impl Scene {
         report
     }
 
-    /// What is expected from now on.
+    /// Changes the expectations to those after an operation.
     fn note(&mut self, words: &[&str]) {
         let name = words[1].to_owned();
         match words[0] {
@@ -120,7 +120,7 @@ impl Scene {
         }
     }
 
-    /// Does something, and holds everything against what must be then, the same on all volumes.
+    /// Does an operation, and asserts that all volumes have this state and that all files are sound.
     pub fn step(&mut self, what: &str, state: &str) -> Report {
         let report = self.act(what);
         assert_eq!(self.states(), vec![state; self.files.len()], "{what}");
@@ -128,20 +128,20 @@ impl Scene {
         report
     }
 
-    /// Contents, records, headers and directory by this crate, and files by QEMU.
+    /// Asserts contents, records, headers and directory by this crate, and files by QEMU.
     pub fn verify(&mut self, what: &str) {
         self.lab.check().unwrap_or_else(|wrong| panic!("{what}: {wrong}"));
         self.judge.judge(&self.lab.set);
     }
 
-    /// At the end of a scenario QEMU reads the volumes.
+    /// Asserts, at the end of a scenario, that QEMU reads the expected contents.
     pub fn end(&self) {
         for (volume, content) in &self.lab.now {
             self.judge.assert_content(&self.lab.set, volume, content);
         }
     }
 
-    /// The state of each volume in the words of the table.
+    /// Returns the state of each volume in the notation of the table.
     pub fn states(&self) -> Vec<String> {
         let model = self.lab.model();
         model.volumes.iter().map(|volume| state(&model, volume, &self.files[&volume.name])).collect()

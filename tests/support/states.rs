@@ -1,10 +1,10 @@
-//! What a catalogue says of a volume, in the words of the acceptance table: `s1(R*)=f0; f1<-f0`.
+//! The records of a volume in the notation of the acceptance table: `s1(R*)=f0; f1<-f0`.
 
 use std::fmt::Write as _;
 
 use qcow2_chain::vm::{FileRef, Model, State, Volume};
 
-/// The state of a volume whose files have these paths, in order of creation: f0, f1, ...
+/// Returns the state of a volume whose files have these paths, in the order of their creation: f0, f1, ...
 pub fn state(model: &Model, volume: &Volume, files: &[String]) -> String {
     let number = |path: &str| {
         let known = files.iter().position(|known| known == path);

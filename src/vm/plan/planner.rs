@@ -3,7 +3,7 @@
 use crate::chain::Format;
 
 use crate::vm::model::edit::Edit;
-use crate::vm::model::{Dependent, FileRecord, FileRef, MAX_NAME, Model, Snapshot, SnapshotId, State, Volume};
+use crate::vm::model::{FileRecord, FileRef, MAX_NAME, Model, Snapshot, SnapshotId, State, Volume};
 
 use super::refusal::Refusal;
 use super::request::{FileFacts, PlanOptions, Request};
@@ -294,9 +294,26 @@ impl Planner<'_> {
             return Ok(());
         };
         if let [dep] = after.deps(hidden.id).as_slice() {
-            plan.stages.push(self.merge(&after, hidden, *dep)?);
+            let options = self.with_released(plan);
+            let planner = Planner { model: self.model, options: &options };
+            plan.stages.push(planner.merge(&after, hidden, *dep)?);
         }
         Ok(())
+    }
+
+    /// Returns the options with the files that a plan releases as dependents outside the set, which they become.
+    fn with_released(&self, plan: &Plan) -> PlanOptions {
+        let mut options = self.options.clone();
+        for release in plan.releases() {
+            let Some((volume, on, _)) = self.model.records().find(|(_, _, record)| record.file.path == release.path)
+            else {
+                continue;
+            };
+            if let Some(backing) = self.model.files_from(on, volume).first() {
+                options.facts.entry(backing.path.clone()).or_default().dependents.push(release.path.clone());
+            }
+        }
+        options
     }
 
     fn resize(&self, volume: &str, size: u64, shrink: bool) -> Result<Plan, Refusal> {
@@ -338,11 +355,4 @@ impl Planner<'_> {
         }
         Ok(plan)
     }
-}
-
-/// Returns the files of a volume that are backed by a snapshot's file: those of hidden snapshots and the active one
-/// included.
-fn files_on(model: &Model, id: SnapshotId, volume: &str) -> Vec<FileRef> {
-    let deps = model.deps(id).into_iter();
-    deps.filter_map(|dep: Dependent| Some(model.record_of(dep, volume)?.file.clone())).collect()
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::Checks;
 use crate::chain::find_dependents;
 use crate::storage::{self, Access, EntryKind, FileId, LockMode};
-use crate::vm::files::{Hold, facts};
+use crate::vm::files::{Hold, Links, facts};
 use crate::vm::model::Volume;
 use crate::vm::plan::request::{FileFacts, Request};
 use crate::vm::plan::{Plan, Step};
@@ -115,7 +115,9 @@ impl Checks<'_> {
         {
             return Err(Refusal::InUse { path: self.files.shown(&file.path), held }.into());
         }
-        let found = facts(&self.files.look_layer(file)?)?;
+        let layer = self.files.look_layer(file)?;
+        self.files.check_link(&layer, file, &self.model.files_from(self.model.current, volume), Links::Exact)?;
+        let found = facts(&layer)?;
         Ok((found.virtual_size, found.bytes_on_disk))
     }
 

@@ -3,12 +3,12 @@
 use crate::merge::Direction;
 
 use crate::vm::model::edit::Edit;
-use crate::vm::model::{Dependent, FileRecord, FileRef, Model, Snapshot, State, Volume};
+use crate::vm::model::{Dependent, FileRecord, Model, Snapshot, State, Volume};
 use crate::vm::plan::refusal::Refusal;
 use crate::vm::plan::request::MergePreference;
 use crate::vm::plan::{Leaving, MergeStep, Release, Removal, Stage, Step, VolumeWork};
 
-use super::{Planner, files_on};
+use super::Planner;
 
 impl Planner<'_> {
     /// Returns the stage that merges a snapshot with its only dependent. A volume that the snapshot lacks has nothing to
@@ -41,10 +41,15 @@ impl Planner<'_> {
         })
     }
 
-    /// Returns the work on a volume of which the dependent has no file: the snapshot's file leaves the set.
+    /// Returns the work on a volume of which the dependent has no file: the snapshot's file leaves the set. It is released
+    /// if images outside the set depend on it, such as the file of the volume when it was detached.
     fn drop_volume_file(&self, merged: &Snapshot, volume: &Volume, base: &FileRecord) -> Result<VolumeWork, Refusal> {
         let mut leaving = Leaving::default();
-        self.discard(base, &mut leaving)?;
+        if self.facts(&base.file.path).dependents.is_empty() {
+            self.discard(base, &mut leaving)?;
+        } else {
+            leaving = self.leftover(base, Direction::Commit);
+        }
         let edits = vec![Edit::DropFile { id: merged.id, volume: volume.name.clone() }];
         Ok(VolumeWork { volume: volume.name.clone(), steps: Vec::new(), edits, leaving })
     }
@@ -60,7 +65,8 @@ impl Planner<'_> {
     ) -> Result<VolumeWork, Refusal> {
         let is_open = self.options.running
             && model.volume(&volume.name).is_some_and(|volume| model.active_chain(volume).contains(&top.file));
-        let direction = self.direction(&volume.name, base, top, is_open)?;
+        let relinked = records_on(model, dep, &volume.name);
+        let direction = self.direction(&volume.name, base, top, &relinked, is_open)?;
         let commit = direction == Direction::Commit;
         let survivor = FileRecord {
             virtual_size: top.virtual_size,
@@ -75,9 +81,12 @@ impl Planner<'_> {
             active: dep == Dependent::Volumes,
             drop_internal: false,
         })];
-        if let (true, Dependent::Snapshot(id)) = (commit, dep) {
-            let relink = |file: FileRef| Step::Relink { file, from: top.file.clone(), to: base.file.clone() };
-            steps.extend(files_on(model, id, &volume.name).into_iter().map(relink));
+        if commit {
+            let relink = |record: &&FileRecord| {
+                let file = record.file.clone();
+                Step::Relink { file, from: top.file.clone(), to: base.file.clone() }
+            };
+            steps.extend(relinked.iter().map(relink));
         }
         let leaving = self.leftover(if commit { top } else { base }, direction);
         let moved = match dep {
@@ -117,6 +126,7 @@ impl Planner<'_> {
         volume: &str,
         base: &FileRecord,
         top: &FileRecord,
+        relinked: &[&FileRecord],
         is_open: bool,
     ) -> Result<Direction, Refusal> {
         self.refuse_shared_top(top)?;
@@ -130,6 +140,7 @@ impl Planner<'_> {
                 why => why,
             });
         }
+        let commit = commit.and_then(|()| relinked.iter().try_for_each(|record| self.refuse_relink(record)));
         let pull = self.refuse_pull(top);
         let preference = self.options.directions.get(volume).copied().unwrap_or_default();
         match preference {
@@ -175,6 +186,18 @@ impl Planner<'_> {
         }
     }
 
+    /// Refuses to relink a file whose header may not be written. A pull relinks none.
+    fn refuse_relink(&self, record: &FileRecord) -> Result<(), Refusal> {
+        let path = record.file.path.clone();
+        let facts = self.facts(&path);
+        match (facts.unwritable, facts.in_use) {
+            _ if record.protected => Err(Refusal::Protected { path }),
+            (Some(reason), _) => Err(Refusal::Unwritable { path, reason }),
+            (None, Some(held)) => Err(Refusal::InUse { path, held }),
+            (None, None) => Ok(()),
+        }
+    }
+
     fn refuse_pull(&self, top: &FileRecord) -> Result<(), Refusal> {
         let path = top.file.path.clone();
         match self.facts(&path).unwritable {
@@ -185,4 +208,11 @@ impl Planner<'_> {
             None => Ok(()),
         }
     }
+}
+
+/// Returns the records of the files that are backed by a dependent's file: those of hidden snapshots and the active one
+/// included.
+fn records_on<'a>(model: &'a Model, dep: Dependent, volume: &str) -> Vec<&'a FileRecord> {
+    let Dependent::Snapshot(id) = dep else { return Vec::new() };
+    model.deps(id).into_iter().filter_map(|above| model.record_of(above, volume)).collect()
 }
