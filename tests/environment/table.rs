@@ -79,7 +79,7 @@ impl Table {
             "copy",
             "other VM",
             "clone",
-            "cancel",
+            // A cancellation succeeds only if the kill before it came at the right moment: `vm_faults::cancel` has one for certain.
             "attach",
             "detach",
             "discard lost",
