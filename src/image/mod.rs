@@ -348,6 +348,20 @@ impl Image {
         look(&self.state.read().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Loads L2 tables into the cache, as many as fit, so that several walks of the extents read each of them once.
+    pub(crate) fn load_l2_tables(&self) -> Result<()> {
+        let span = self.geometry.l1_entry_span();
+        self.shared(|state| {
+            let mut next = state.next_l1(0);
+            for _ in 0..state.l2_capacity() {
+                let Some(index) = next else { break };
+                state.l2_table(GuestOffset::new(span.saturating_mul(index as u64)))?;
+                next = state.next_l1(index + 1);
+            }
+            Ok(())
+        })
+    }
+
     /// Returns the offset of the first L2 table that is past the end of the file, in the order of the L1 table: the file
     /// is truncated, and what the table maps would read as zeroes.
     pub(crate) fn missing_l2_table(&self) -> Result<Option<crate::format::HostOffset>> {

@@ -131,6 +131,11 @@ impl State {
         }
     }
 
+    /// Returns the number of L2 tables that the cache has room for.
+    pub(super) fn l2_capacity(&self) -> usize {
+        as_len(self.limits.cache_bytes >> self.geometry.cluster_bits().get())
+    }
+
     /// The first L1 index at or behind `index` that names an L2 table.
     pub(super) fn next_l1(&self, index: usize) -> Option<usize> {
         let rest = self.l1.get(index..)?;

@@ -96,16 +96,31 @@ impl<'a> Ends<'a> {
         Ok(Self { chain, ends })
     }
 
-    /// Refuses an extent of data past the end of its file.
-    fn check(&self, extent: &ChainExtent) -> Result<()> {
-        let (ExtentKind::Data { host }, Some(layer)) = (extent.kind, extent.layer) else { return Ok(()) };
+    /// Refuses an extent of a layer that has data past the end of its file.
+    fn check(&self, layer: Option<usize>, kind: ExtentKind, len: u64) -> Result<()> {
+        let (ExtentKind::Data { host }, Some(layer)) = (kind, layer) else { return Ok(()) };
         let Some(end) = self.ends.get(layer).copied() else { return Ok(()) };
-        if host.get().saturating_add(extent.len) <= end {
+        if host.get().saturating_add(len) <= end {
             return Ok(());
         }
         let layer = &self.chain.layers()[layer];
         Err(truncated(layer, "data", host.get(), layer.node.storage().len()?))
     }
+}
+
+/// Walks the tables of each of the upper `layers` by itself, and refuses damaged entries and truncated files.
+pub(super) fn examine(chain: &Chain, layers: usize) -> Result<()> {
+    let ends = Ends::of(chain, layers)?;
+    for (index, layer) in chain.layers().iter().enumerate().take(layers) {
+        if let Some(image) = layer.node.as_qcow2() {
+            image.load_l2_tables()?;
+        }
+        for extent in layer.node.extents(0..layer.node.virtual_size()) {
+            let extent = extent?;
+            ends.check(Some(index), extent.kind, extent.len)?;
+        }
+    }
+    Ok(())
 }
 
 fn truncated(layer: &Layer, what: &str, at: u64, len: u64) -> Error {
@@ -129,7 +144,7 @@ pub(super) fn weigh(
     let ends = Ends::of(chain, base)?;
     for extent in chain.extents_of(0..base, 0..chain.virtual_size()) {
         let extent = extent?;
-        ends.check(&extent)?;
+        ends.check(extent.layer, extent.kind, extent.len)?;
         let data = match extent.kind {
             ExtentKind::Unallocated => continue,
             _ if !wanted(&extent) => continue,

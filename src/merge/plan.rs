@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use crate::chain::{Bytes, Chain, Layer};
 use crate::format::IncompatibleFeatures;
 
-use super::absorb::{Work, weigh};
+use super::absorb::{Work, examine, weigh};
 use super::pull::wanted;
 use super::refuse::{snapshots_of, valid_bitmaps};
 use super::target::Target;
@@ -107,6 +107,8 @@ pub fn plan(chain: &Chain, base: usize) -> Result<MergePlan> {
     for layer in upper {
         layer.node.data_access()?;
     }
+    // Also what an upper layer hides: the merge meets it when it replaces the mapping.
+    examine(chain, base + 1)?;
     let commit = commit_way(chain, base)?;
     let pull = pull_way(chain, base)?;
     let weight = |way: &Way| (!way.obstacles.is_empty(), way.data, way.zeroes);

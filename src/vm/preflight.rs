@@ -119,7 +119,7 @@ impl Checks<'_> {
             }
         }
         self.refuse_open_in_vm(&plan)?;
-        self.check_losses(&mut plan)?;
+        self.check_losses(&mut plan, &estimates)?;
         self.check_merges(&plan, &estimates)?;
         Ok(plan)
     }

@@ -63,7 +63,15 @@ impl Caller {
             command.uid(user).gid(group);
         }
         let begun = Instant::now();
-        let mut child = command.spawn().unwrap_or_else(|error| panic!("{}: {error}", self.binary.display()));
+        // A process that another thread forks holds the new copy of the program open for an instant.
+        let mut spawned = command.spawn();
+        while spawned.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::ExecutableFileBusy)
+            && begun.elapsed() < Duration::from_secs(10)
+        {
+            std::thread::sleep(Duration::from_millis(10));
+            spawned = command.spawn();
+        }
+        let mut child = spawned.unwrap_or_else(|error| panic!("{}: {error}", self.binary.display()));
         let status = wait(&mut child, begun, kill_after, args);
         let (bytes, errors) = (read(&mut stdout), read(&mut stderr));
         let [stdout, stderr] = [&bytes, &errors].map(|bytes| String::from_utf8_lossy(bytes).into_owned());

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::Checks;
-use crate::chain::{Chain, Format};
+use crate::chain::{Chain, Format, Layer};
 use crate::format::{IncompatibleFeatures, Version};
 use crate::merge::{self, Direction, MergePlan};
 use crate::storage::{self, FileId};
@@ -18,10 +18,28 @@ const RESERVED_DESCRIPTORS: u64 = 16;
 
 /// The estimate of one volume's merge.
 pub(super) enum Estimate {
-    /// The library merges: both directions.
-    Offline(Box<MergePlan>),
+    /// The library merges: both directions, and top and base, open for reading.
+    Offline(Box<MergePlan>, Vec<Layer>),
     /// The hypervisor merges: at most these bytes of data.
     Live(u64),
+}
+
+/// The estimates by volume.
+pub(super) type Estimates = BTreeMap<String, Estimate>;
+
+/// A layer that the preflight examines: of an estimate, or opened for this.
+pub(super) enum Examined<'a> {
+    Of(&'a Layer),
+    Opened(Box<Layer>),
+}
+
+impl Examined<'_> {
+    pub(super) fn layer(&self) -> &Layer {
+        match self {
+            Self::Of(layer) => layer,
+            Self::Opened(layer) => layer,
+        }
+    }
 }
 
 impl Estimate {
@@ -32,7 +50,7 @@ impl Estimate {
             Self::Live(data) => {
                 Cost { direction, data: *data, space_needed: *data, space_free: None, other_direction_data: None }
             }
-            Self::Offline(estimate) => {
+            Self::Offline(estimate, _) => {
                 let (way, other) = match direction {
                     Direction::Commit => (&estimate.commit, &estimate.pull),
                     Direction::Pull => (&estimate.pull, &estimate.commit),
@@ -57,7 +75,7 @@ fn in_use(path: &str) -> Error {
 
 impl Checks<'_> {
     /// Estimates the merges of a plan. Each table is walked once, for both directions.
-    pub(super) fn estimate(&self, plan: &Plan) -> Result<BTreeMap<String, Estimate>> {
+    pub(super) fn estimate(&self, plan: &Plan) -> Result<Estimates> {
         let mut estimates = BTreeMap::new();
         for (volume, step) in plan.merges() {
             let estimate = if self.is_live(step) {
@@ -65,7 +83,10 @@ impl Checks<'_> {
                 Estimate::Live(self.files.look(&step.top)?.bytes_on_disk.unwrap_or_default())
             } else {
                 let chain = self.chain_of(step)?;
-                Estimate::Offline(Box::new(merge::plan(&chain, 1)?))
+                let plan = Box::new(merge::plan(&chain, 1)?);
+                let mut layers = chain.into_layers();
+                layers.truncate(2);
+                Estimate::Offline(plan, layers)
             };
             estimates.insert(volume.to_owned(), estimate);
         }
@@ -88,10 +109,23 @@ impl Checks<'_> {
         })
     }
 
+    /// Returns a file as a layer. Those of estimates are not read again.
+    pub(super) fn examined<'e>(&self, file: &FileRef, estimates: &'e Estimates) -> Result<Examined<'e>> {
+        let path = self.files.path(&file.path);
+        let mut layers = estimates.values().flat_map(|estimate| match estimate {
+            Estimate::Offline(_, layers) => layers.as_slice(),
+            Estimate::Live(_) => &[],
+        });
+        match layers.find(|layer| layer.path == path) {
+            Some(layer) => Ok(Examined::Of(layer)),
+            None => Ok(Examined::Opened(Box::new(self.files.look_layer(file)?))),
+        }
+    }
+
     /// Resolves the preferred direction for each volume.
-    pub(super) fn preferences(&self, estimates: &BTreeMap<String, Estimate>) -> Vec<(String, MergePreference)> {
+    pub(super) fn preferences(&self, estimates: &Estimates) -> Vec<(String, MergePreference)> {
         let resolve = |estimate: &Estimate| match (self.options.direction, estimate) {
-            (MergePreference::Auto, Estimate::Offline(estimate)) if estimate.cheapest == Direction::Pull => {
+            (MergePreference::Auto, Estimate::Offline(estimate, _)) if estimate.cheapest == Direction::Pull => {
                 MergePreference::PullElseCommit
             }
             (MergePreference::Auto, _) => MergePreference::CommitElsePull,
@@ -102,15 +136,15 @@ impl Checks<'_> {
 
     /// Refuses merges that cannot succeed: images that may not be written, devices that are too small, and lack of space.
     /// Volumes on one file system share its space; a container of fixed size has its own.
-    pub(super) fn check_merges(&self, plan: &Plan, estimates: &BTreeMap<String, Estimate>) -> Result<()> {
+    pub(super) fn check_merges(&self, plan: &Plan, estimates: &Estimates) -> Result<()> {
         let mut needs: BTreeMap<Option<FileId>, (u64, u64, String)> = BTreeMap::new();
         for (volume, step) in plan.merges() {
             if self.is_live(step) {
                 self.check_live(step)?;
                 continue;
             }
-            self.check_survivor(step)?;
-            let Some(Estimate::Offline(estimate)) = estimates.get(volume) else { continue };
+            self.check_survivor(step, estimates)?;
+            let Some(Estimate::Offline(estimate, _)) = estimates.get(volume) else { continue };
             let way = estimate.way(step.direction);
             let Some(free) = way.space_free else { continue };
             let path = self.files.path(&step.survivor().path);
@@ -125,7 +159,7 @@ impl Checks<'_> {
         if let Some((need, have, file)) = needs.into_values().find(|(need, have, _)| need > have) {
             return Err(Error::NoSpace { file, need, have });
         }
-        self.check_relinks(plan)
+        self.check_relinks(plan, estimates)
     }
 
     fn check_live(&self, step: &MergeStep) -> Result<()> {
@@ -136,15 +170,16 @@ impl Checks<'_> {
         Ok(())
     }
 
-    fn check_survivor(&self, step: &MergeStep) -> Result<()> {
+    fn check_survivor(&self, step: &MergeStep, estimates: &Estimates) -> Result<()> {
         let other = if step.direction == Direction::Pull { &step.base } else { &step.top };
-        self.check_image(step.survivor(), true)?;
-        self.check_image(other, false)?;
+        self.check_image(step.survivor(), true, estimates)?;
+        self.check_image(other, false, estimates)?;
         if step.direction == Direction::Pull {
             return Ok(());
         }
-        let (base, top) = (self.files.look_layer(&step.base)?, self.files.look(&step.top)?);
-        let (size, have) = (top.virtual_size, base.node.virtual_size());
+        let (base, top) = (self.examined(&step.base, estimates)?, self.examined(&step.top, estimates)?);
+        let (size, have) = (top.layer().node.virtual_size(), base.layer().node.virtual_size());
+        let base = base.layer();
         if step.base.format == Format::Raw && base.node.storage().is_fixed_size() && have < size {
             return Err(Refusal::DeviceTooSmall { path: self.files.shown(&step.base.path), need: size, have }.into());
         }
@@ -167,8 +202,9 @@ impl Checks<'_> {
     }
 
     /// Refuses to read or write an image that is marked corrupt, and to write one that was not closed.
-    fn check_image(&self, file: &FileRef, write: bool) -> Result<()> {
-        let layer = self.files.look_layer(file)?;
+    fn check_image(&self, file: &FileRef, write: bool, estimates: &Estimates) -> Result<()> {
+        let layer = self.examined(file, estimates)?;
+        let layer = layer.layer();
         let Some(image) = layer.node.as_qcow2() else { return Ok(()) };
         let features = image.header().header.incompatible_features;
         let problem = if features.has(IncompatibleFeatures::CORRUPT) {
@@ -184,7 +220,7 @@ impl Checks<'_> {
     }
 
     /// Refuses files to relink whose header names neither the old nor the new backing file, or may not be written.
-    fn check_relinks(&self, plan: &Plan) -> Result<()> {
+    fn check_relinks(&self, plan: &Plan, estimates: &Estimates) -> Result<()> {
         let new: Vec<&str> = plan.created().map(|overlay| overlay.file.path.as_str()).collect();
         for step in plan.works().flat_map(|work| &work.steps) {
             let Step::Relink { file, from, to } = step else { continue };
@@ -201,7 +237,7 @@ impl Checks<'_> {
             match (facts.unwritable, facts.in_use) {
                 (Some(reason), _) => return Err(Refusal::Unwritable { path, reason }.into()),
                 (None, Some(held)) => return Err(Refusal::InUse { path, held }.into()),
-                (None, None) => self.check_image(file, true)?,
+                (None, None) => self.check_image(file, true, estimates)?,
             }
         }
         Ok(())

@@ -1,6 +1,7 @@
 //! Internal snapshots and bitmaps that an operation would destroy or invalidate.
 
 use super::Checks;
+use super::estimates::Estimates;
 use crate::chain::Layer;
 use crate::format::{AutoclearFeatures, BitmapDirectoryEntry};
 use crate::image::Image;
@@ -11,11 +12,11 @@ use crate::vm::{Refusal, Result};
 
 impl Checks<'_> {
     /// Refuses a plan that would lose internal snapshots or bitmaps that the caller did not name.
-    pub(super) fn check_losses(&self, plan: &mut Plan) -> Result<()> {
+    pub(super) fn check_losses(&self, plan: &mut Plan, estimates: &Estimates) -> Result<()> {
         let removed: Vec<String> = plan.removals().map(|removal| removal.path.clone()).collect();
         for path in removed.iter().filter(|path| !self.lost.contains(path)) {
             let Some(file) = self.file_ref(path) else { continue };
-            match self.check_removal(&file) {
+            match self.check_removal(&file, estimates) {
                 Err(error) if self.options.discard_lost && error.refusal().is_none() => {}
                 checked => checked?,
             }
@@ -25,22 +26,21 @@ impl Checks<'_> {
                 // The hypervisor keeps the bitmaps of the base; the top was checked as a file to remove.
                 continue;
             }
-            let top = self.files.look_layer(&step.top)?;
-            let names = internal_snapshots(&top)?;
+            let names = internal_snapshots(self.examined(&step.top, estimates)?.layer())?;
             // They show the layer beneath where they hold nothing themselves.
             self.refuse_loss(&step.top, "change", "internal snapshots", names.clone())?;
             step.drop_internal = !names.is_empty();
             let survivor = if step.direction == Direction::Commit { &step.base } else { &step.top };
-            let layer = self.files.look_layer(survivor)?;
-            self.refuse_loss(survivor, "invalidate", "bitmaps", bitmaps(&layer, true)?)?;
+            let names = bitmaps(self.examined(survivor, estimates)?.layer(), true)?;
+            self.refuse_loss(survivor, "invalidate", "bitmaps", names)?;
         }
         Ok(())
     }
 
-    fn check_removal(&self, file: &FileRef) -> Result<()> {
-        let layer = self.files.look_layer(file)?;
-        self.refuse_loss(file, "destroy", "internal snapshots", internal_snapshots(&layer)?)?;
-        self.refuse_loss(file, "destroy", "bitmaps", bitmaps(&layer, false)?)
+    fn check_removal(&self, file: &FileRef, estimates: &Estimates) -> Result<()> {
+        let layer = self.examined(file, estimates)?;
+        self.refuse_loss(file, "destroy", "internal snapshots", internal_snapshots(layer.layer())?)?;
+        self.refuse_loss(file, "destroy", "bitmaps", bitmaps(layer.layer(), false)?)
     }
 
     fn refuse_loss(&self, file: &FileRef, loss: &'static str, kind: &'static str, names: Vec<String>) -> Result<()> {
