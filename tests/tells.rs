@@ -334,7 +334,7 @@ fn protected_base_is_pulled_from_and_released() {
     );
     let released: Vec<_> = report.released.iter().map(|file| (file.path.as_path(), file.reason.as_str())).collect();
     assert_eq!(released, [(&*protected, "it is protected")]);
-    assert_eq!(report.removed, [other.clone()]);
+    assert_eq!(report.removed, std::slice::from_ref(&other));
     for volume in ["vda", "vdb"] {
         assert_eq!(read(&set.open_active(volume).unwrap()).unwrap(), vec![3; 8192]);
     }
@@ -420,7 +420,10 @@ fn errors_convert_to_io_error_kinds() {
     let timed_out = || Error::TimedOut { disk: "vda".into(), after: std::time::Duration::from_secs(2), running: true };
     assert!(timed_out().is_timed_out() && incomplete(timed_out()).is_timed_out());
     assert!(!Error::Cancelled.is_timed_out() && !timed_out().is_cancelled());
-    assert_eq!(timed_out().to_string(), "disk vda: timed out after 2 s; its job goes on in the hypervisor");
+    assert_eq!(
+        timed_out().to_string(),
+        "disk vda: the merge timed out after 2 s; its block job continues, and the same deletion takes it over"
+    );
     for cancelled in [merge::Error::Cancelled.into(), image::Error::Cancelled.into(), chain::Error::Cancelled.into()] {
         assert!(incomplete(cancelled).is_cancelled());
     }

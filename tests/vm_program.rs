@@ -119,16 +119,15 @@ fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
 fn list_json_has_exactly_these_members() {
     let Some(qemu) = Qemu::find() else { return };
     let dir = tree(qemu);
-    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     let snapshot = |name: &str, state: &str, parent: Option<&str>, current: bool| {
-        let [vda, vdb] = recorded(dir.path(), name).map(|file| at(&file));
+        let [vda, vdb] = recorded(dir.path(), name);
         let files = json!({"vda": vda, "vdb": vdb});
         json!({"name": name, "state": state, "parent": parent, "current": current, "files": files})
     };
     let s1 = snapshot("s1", "ready", None, false);
     let s2 = snapshot("s2", "hidden", Some("s1"), false);
     let on_s2 = |parent| [snapshot("s3", "ready", Some(parent), false), snapshot("s4", "ready", Some(parent), true)];
-    let [vda, vdb] = ["vda", "vdb"].map(|volume| at(&active(dir.path(), volume)));
+    let [vda, vdb] = ["vda", "vdb"].map(|volume| active(dir.path(), volume));
     let volumes = json!([
         {"name": "vda", "active": vda, "virtual-size": 8 << 20},
         {"name": "vdb", "active": vdb, "virtual-size": 1 << 20},
@@ -210,7 +209,7 @@ fn dry_run_changes_nothing_report_lists_changes() {
     assert_eq!(as_json(dir.path(), &["recover", "web.json", "--json"])["state"], "clean");
     assert_eq!(ok(dir.path(), &["recover", "web.json", "--dry-run"]), "No operation was interrupted.\n");
     let path = ok(dir.path(), &["path", "web.json", "vda", "--snapshot", "s1"]);
-    assert_eq!(Path::new(path.trim_end()), dir.path().join("vda.qcow2"));
+    assert_eq!(path, "vda.qcow2\n");
 }
 
 #[test]
@@ -344,8 +343,7 @@ fn verify_reports_leaks_missing_files_and_orphans() {
     assert_eq!(run.status.code(), Some(2));
     let told: Value = serde_json::from_slice(&run.stdout).unwrap();
     let problems: Vec<_> = told["problems"].as_array().unwrap().iter().map(|p| (&p["kind"], &p["file"])).collect();
-    let at = |name: &str| json!(dir.path().join(name).to_str().unwrap());
-    let expected = [(&json!("missing"), &at(&vdb)), (&json!("orphan"), &at("web-vdb.99-5eed.qcow2"))];
+    let expected = [(&json!("missing"), &json!(vdb)), (&json!("orphan"), &json!("web-vdb.99-5eed.qcow2"))];
     assert_eq!(problems, expected);
 }
 

@@ -548,3 +548,31 @@ fn snapshot_that_is_read_is_pulled_from_and_released() {
     assert!(lab.names.open(&lab.set.active_path("vda").unwrap(), &unlocked).is_ok());
     lab.check().unwrap();
 }
+
+/// The file of a volume that a revert detaches is backed by the file of a hidden snapshot, which the same revert merges.
+#[test]
+fn revert_detaching_volume_releases_its_backing_file() {
+    let mut rng = Rng::new(seed());
+    let mut lab = lab(&mut rng);
+    lab.create("s1");
+    let base = lab.set.snapshot_path("s1", "vdb").unwrap();
+    let first = lab.set.detach("vdb").unwrap().path;
+    lab.now.remove("vdb");
+    lab.create("s2");
+    lab.revert("s1");
+    lab.write_all(&mut rng);
+    let (detached, content) = (lab.set.active_path("vdb").unwrap(), lab.now["vdb"].clone());
+    lab.set.delete("s1", &MergeOptions::default(), &()).unwrap();
+    lab.taken.remove("s1");
+    let options = MergeOptions::default().with_detach_missing(true);
+    let report = lab.set.revert("s2", &options, &()).unwrap();
+    lab.now = lab.taken["s2"].clone();
+    let released: Vec<_> = report.released.iter().map(|file| file.path.clone()).collect();
+    assert_eq!(released, [detached.clone(), base.clone()], "{report:?}");
+    let options = ChainOptions::default().with_policy(Policy::Any).with_format(Format::Qcow2);
+    let chain = Chain::open_in(&lab.names, &detached, &options).unwrap();
+    assert!(read(&chain).unwrap() == content, "the detached disk has its content");
+    lab.outside = vec![base, first, detached];
+    lab.outside.sort();
+    lab.check().unwrap();
+}

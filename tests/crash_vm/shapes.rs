@@ -170,8 +170,8 @@ impl Shape {
 
     /// Interrupts the deletion of `s1` at a random point before it changes any content.
     fn interrupt(self, lab: &mut Lab, files: &MemoryFileSystem, rng: &mut Rng) {
-        let mut cancellable = Vec::new();
-        for polls in 2.. {
+        let (mut cancellable, mut refused) = (Vec::new(), Vec::new());
+        for polls in 0.. {
             let copy = Arc::new(files.copy());
             let tried = lab.on(copy.clone()).expect("the VM loads");
             match tried.set.delete("s1", &self.options(), &CancelAt(AtomicU64::new(polls))) {
@@ -181,12 +181,13 @@ impl Shape {
             }
             if tried.set.pending().expect("pending").is_some() {
                 let left = copy.copy();
-                if tried.set.cancel().is_ok() {
-                    cancellable.push(left);
+                match tried.set.cancel() {
+                    Ok(_) => cancellable.push(left),
+                    Err(error) => refused.push((polls, error.to_string())),
                 }
             }
         }
-        assert!(!cancellable.is_empty(), "{self:?}: no interruption can be cancelled");
+        assert!(!cancellable.is_empty(), "{self:?}: no interruption can be cancelled: {refused:?}");
         let index = usize::try_from(rng.within(0..cancellable.len() as u64)).expect("an index");
         for path in cancellable[index].to_map().into_keys() {
             files.insert(&path, cancellable[index].get(&path).expect("a listed file"));
