@@ -12,6 +12,7 @@ use crate::failure::Outcome;
 use crate::planning::MergeArgs;
 
 /// Revert all volumes to a snapshot; data written since the last snapshot is discarded
+#[expect(clippy::struct_excessive_bools, reason = "the command line has as many switches")]
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     /// The VM's catalogue
