@@ -6,7 +6,7 @@ use crate::image::{ExtentKind, Needs};
 use super::copy::{Copier, Report};
 use super::progress::{Phase, Progress, Step};
 use super::target::Target;
-use super::{Error, Result};
+use super::{Error, Result, Way};
 
 /// A target that takes in what the upper layers of a chain hold, as far as it is wanted.
 pub(super) struct Absorb<'a, W> {
@@ -19,16 +19,25 @@ pub(super) struct Absorb<'a, W> {
 }
 
 impl<'a, W: Fn(&ChainExtent) -> bool> Absorb<'a, W> {
-    /// Finds out what there is to do. Refuses what does not fit.
+    /// Finds out what there is to do, unless an estimate has it. Refuses what does not fit.
     pub(super) fn survey(
         chain: &'a Chain,
         target: &'a Target<'a>,
         layers: usize,
         wanted: W,
+        estimate: Option<&Way>,
         progress: &dyn Progress,
     ) -> Result<Self> {
         progress.step(&Step { phase: Phase::Planning, done: 0, total: 0, file: target.file() });
-        let work = weigh(chain, target, layers, &wanted)?;
+        let work = match estimate {
+            Some(way) => Work {
+                total: way.data + way.zeroes,
+                data: way.data,
+                in_place: way.overwritten,
+                new_bytes: way.space_needed,
+            },
+            None => weigh(chain, target, layers, &wanted)?,
+        };
         target.check_room(work.new_bytes)?;
         Ok(Self { chain, target, layers, wanted, work })
     }

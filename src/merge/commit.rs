@@ -13,7 +13,7 @@ use super::copy::Report;
 use super::progress::{Phase, Progress};
 use super::refuse::{Bitmaps, refuse_dependents, refuse_stale_snapshots};
 use super::target::Target;
-use super::{Error, Result, reserve};
+use super::{Error, Result, Way, reserve};
 
 /// What becomes of the top after its content has reached the base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -47,6 +47,9 @@ pub struct CommitOptions {
     pub allow_stale_snapshots: bool,
     /// The most bytes of data to copy in a second; none does not limit.
     pub rate_limit: Option<u64>,
+    /// The estimate that [`plan`](super::plan()) made of the same layers. Nobody may have changed them since. If given, the
+    /// tables are not walked to make it again.
+    pub estimate: Option<Way>,
 }
 
 impl Default for CommitOptions {
@@ -58,6 +61,7 @@ impl Default for CommitOptions {
             dependents_in: Vec::new(),
             allow_stale_snapshots: false,
             rate_limit: None,
+            estimate: None,
         }
     }
 }
@@ -98,6 +102,13 @@ impl CommitOptions {
         self
     }
 
+    /// Sets the estimate of the same layers, so that it is not made again. Default: none.
+    #[must_use]
+    pub fn with_estimate(mut self, estimate: Option<Way>) -> Self {
+        self.estimate = estimate;
+        self
+    }
+
     /// The same with another limit of bytes in a second.
     #[must_use]
     pub fn with_rate_limit(mut self, limit: Option<u64>) -> Self {
@@ -121,7 +132,7 @@ pub fn commit(chain: &Chain, options: &CommitOptions, progress: &dyn Progress) -
     let names = refuse_unfit(chain, options)?;
     let target = Target::of(chain, options.base)?;
     let _reserved = reserve(&chain.layers()[..=options.base])?;
-    let merge = Absorb::survey(chain, &target, options.base, |_| true, progress)?;
+    let merge = Absorb::survey(chain, &target, options.base, |_| true, options.estimate.as_ref(), progress)?;
     let bitmaps = Bitmaps::of(&chain.layers()[..=options.base])?;
     if target.is_smaller_than(chain.virtual_size()) {
         progress.before_change()?;

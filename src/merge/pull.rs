@@ -10,7 +10,7 @@ use super::copy::Report;
 use super::progress::Progress;
 use super::refuse::{Bitmaps, refuse_stale_snapshots};
 use super::target::Target;
-use super::{Error, Result, reserve};
+use super::{Error, Result, Way, reserve};
 
 /// How to pull.
 #[derive(Clone, Debug, Default)]
@@ -26,6 +26,9 @@ pub struct PullOptions {
     pub allow_stale_snapshots: bool,
     /// The most bytes of data to copy in a second; none does not limit.
     pub rate_limit: Option<u64>,
+    /// The estimate that [`plan`](super::plan()) made of the same layers. Nobody may have changed them since. If given, the
+    /// tables are not walked to make it again.
+    pub estimate: Option<Way>,
 }
 
 impl PullOptions {
@@ -47,6 +50,13 @@ impl PullOptions {
     #[must_use]
     pub fn with_allow_stale_snapshots(mut self, allow: bool) -> Self {
         self.allow_stale_snapshots = allow;
+        self
+    }
+
+    /// Sets the estimate of the same layers, so that it is not made again. Default: none.
+    #[must_use]
+    pub fn with_estimate(mut self, estimate: Option<Way>) -> Self {
+        self.estimate = estimate;
         self
     }
 
@@ -85,7 +95,14 @@ pub fn pull(chain: &Chain, options: &PullOptions, progress: &dyn Progress) -> Re
         refuse_stale_snapshots(&chain.layers()[..1])?;
     }
     let _reserved = reserve(&chain.layers()[..base])?;
-    let merge = Absorb::survey(chain, &target, base, |extent| wanted(extent, base < depth), progress)?;
+    let merge = Absorb::survey(
+        chain,
+        &target,
+        base,
+        |extent| wanted(extent, base < depth),
+        options.estimate.as_ref(),
+        progress,
+    )?;
     let bitmaps = Bitmaps::of(&chain.layers()[..1])?;
     let mut report = merge.run(options.rate_limit, 0, progress)?; // barrier: all that the top takes in, before it stops looking beneath
 

@@ -24,7 +24,7 @@ use super::plan::planner::plan;
 use super::plan::request::{FileFacts, PlanOptions, Request};
 use super::plan::{Plan, Purpose};
 use super::set::{SnapshotSet, find_ready};
-use crate::merge::Direction;
+use crate::merge::{Direction, Way};
 
 /// An operation that was checked: no obstacle exists, and its files are locked.
 #[derive(Debug)]
@@ -39,6 +39,8 @@ pub(super) struct Preflight {
     pub(super) files: VolumeFiles,
     /// The number of volumes that can be worked on at once.
     pub(super) jobs: usize,
+    /// The estimates of the merges, by the recorded path of the survivor.
+    pub(super) estimates: BTreeMap<String, Way>,
 }
 
 /// The part of a preflight that is computed step by step.
@@ -70,12 +72,12 @@ impl Preflight {
             Checks { set, request, options, files, model, domain, lost: Vec::new(), facts: BTreeMap::new() };
         checks.refuse_wrong_disks()?;
         checks.inspect_active_files()?;
-        let plan = checks.plan()?;
+        let (plan, estimates) = checks.plan()?;
         checks.refuse_writers(&examined(&plan))?;
         checks.check_overlays(&plan)?;
         let jobs = checks.jobs(&plan)?;
         let Checks { model, files, .. } = checks;
-        Ok(Self { model, domain: known, plan, files, jobs })
+        Ok(Self { model, domain: known, plan, files, jobs, estimates })
     }
 }
 
@@ -93,7 +95,7 @@ impl Checks<'_> {
 
     /// Plans three times: to learn which files are concerned, with the facts about these, and with the directions that
     /// the estimates decide on.
-    fn plan(&mut self) -> Result<Plan> {
+    fn plan(&mut self) -> Result<(Plan, BTreeMap<String, Way>)> {
         let mut options = PlanOptions::default().with_running(self.domain.running).with_token(random_token());
         self.choose_overlays(&mut options)?;
         let first = self.planned(&options)?;
@@ -121,7 +123,11 @@ impl Checks<'_> {
         self.refuse_open_in_vm(&plan)?;
         self.check_losses(&mut plan, &estimates)?;
         self.check_merges(&plan, &estimates)?;
-        Ok(plan)
+        let ways = plan.merges().filter_map(|(volume, step)| {
+            Some((step.survivor().path.clone(), estimates.get(volume)?.way(step.direction)?.clone()))
+        });
+        let ways = ways.collect();
+        Ok((plan, ways))
     }
 
     fn planned(&self, options: &PlanOptions) -> Result<Plan> {

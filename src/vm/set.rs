@@ -1,5 +1,6 @@
 //! The snapshot set of a VM: the entry point for callers.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -26,6 +27,7 @@ use super::provider::OverlayProvider;
 use super::query::listing::Listing;
 use super::{Refusal, Result};
 use crate::chain::Chain;
+use crate::merge;
 use crate::storage::{Attributes, EntryKind, FileSystem, HostFileSystem};
 
 /// The snapshots of a VM over all of its volumes.
@@ -73,6 +75,7 @@ pub(super) struct Operation<'a> {
     pub(super) vm: &'a str,
     pub(super) recovering: bool,
     pub(super) attributes: Attributes,
+    pub(super) estimates: &'a BTreeMap<String, merge::Way>,
 }
 
 impl SnapshotSet {
@@ -432,6 +435,7 @@ impl SnapshotSet {
             vm: &preflight.model.vm,
             recovering: false,
             attributes: if options.ignore_attributes { Attributes::BestEffort } else { Attributes::Require },
+            estimates: &preflight.estimates,
         };
         let tools = self.tools(&operation, options, progress);
         Run::new(tools, &preflight.plan, preflight.model.clone()).start()
@@ -449,6 +453,7 @@ impl SnapshotSet {
             rate_limit: options.rate_limit,
             recovering: operation.recovering,
             attributes: operation.attributes,
+            estimates: operation.estimates,
             provider: self.provider.as_ref(),
             vm: operation.vm,
         };

@@ -103,6 +103,8 @@ pub struct ExecutionContext<'a> {
     pub attributes: Attributes,
     /// The provider of overlays, if the set has one.
     pub provider: Option<&'a Arc<dyn OverlayProvider>>,
+    /// The estimates of the preflight, by the recorded path of the survivor. The files are locked since.
+    pub estimates: &'a BTreeMap<String, merge::Way>,
     /// The VM's name, for requests to the provider.
     pub vm: &'a str,
 }

@@ -203,7 +203,8 @@ fn commit(step: &MergeStep, context: &ExecutionContext<'_>, progress: &dyn merge
     let options = CommitOptions::default()
         .with_shrink_base(true)
         .with_rate_limit(context.rate_limit)
-        .with_allow_stale_snapshots(step.drop_internal);
+        .with_allow_stale_snapshots(step.drop_internal)
+        .with_estimate(context.estimates.get(&step.survivor().path).cloned());
     let report = merge::commit(&chain, &options, progress)?;
     finish(&chain, 1, report, context)
 }
@@ -217,8 +218,10 @@ fn pull(step: &MergeStep, context: &ExecutionContext<'_>, progress: &dyn merge::
     }
     free_reserved(&step.top, context)?;
     let chain = files.chain(&chain_of(step), 1, Links::Exact)?;
-    let mut options =
-        PullOptions::default().with_rate_limit(context.rate_limit).with_allow_stale_snapshots(step.drop_internal);
+    let mut options = PullOptions::default()
+        .with_rate_limit(context.rate_limit)
+        .with_allow_stale_snapshots(step.drop_internal)
+        .with_estimate(context.estimates.get(&step.survivor().path).cloned());
     if let Some(onto) = step.below.first() {
         options = options.with_base(Some(2)).with_backing_file(files.backing_name(&step.top.path, &onto.path));
     }

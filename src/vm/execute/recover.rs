@@ -13,6 +13,8 @@
 //!
 //! A file that is missing or cannot be read proves nothing: the outcome is an error or uncertain.
 
+use std::collections::BTreeMap;
+
 use super::Run;
 use super::executor::Domain;
 use super::journal::{Found, Journal, clear};
@@ -132,6 +134,7 @@ impl SnapshotSet {
             vm: &model.vm,
             recovering: true,
             attributes: Attributes::BestEffort,
+            estimates: &BTreeMap::new(),
         };
         let run = Run::new(self.tools(&operation, options, progress), plan, model.clone());
         let outcome = run.resume(journal, switched)?;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::Checks;
 use crate::chain::{Chain, Format, Layer};
 use crate::format::{IncompatibleFeatures, Version};
-use crate::merge::{self, Direction, MergePlan};
+use crate::merge::{self, Direction, MergePlan, Way};
 use crate::storage::{self, FileId};
 use crate::vm::files::Links;
 use crate::vm::model::FileRef;
@@ -43,6 +43,14 @@ impl Examined<'_> {
 }
 
 impl Estimate {
+    /// Returns the estimate of a direction, if the library merges.
+    pub(super) fn way(&self, direction: Direction) -> Option<&Way> {
+        match self {
+            Self::Offline(estimate, _) => Some(estimate.way(direction)),
+            Self::Live(_) => None,
+        }
+    }
+
     /// Returns the volume and the cost of the direction that the plan has for it.
     pub(super) fn cost(&self, plan: &Plan, volume: &str) -> Option<(String, Cost)> {
         let direction = plan.merges().find(|(name, _)| *name == volume).map(|(_, step)| step.direction)?;
