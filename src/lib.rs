@@ -31,6 +31,7 @@ pub mod libvirt;
 #[cfg(feature = "vm")]
 pub mod live;
 pub mod merge;
+pub mod progress;
 pub mod storage;
 #[cfg(feature = "vm")]
 pub mod vm;

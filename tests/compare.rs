@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use qcow2_chain::chain::{Chain, CompareOptions, Comparison, Error, Layer, Node, compare, compare_with_progress};
+use qcow2_chain::chain::{Chain, CompareOptions, Comparison, Error, Layer, Node, compare};
 use qcow2_chain::format::{ClusterBits, GuestOffset};
 use qcow2_chain::image::{CreateOptions, Image, OpenOptions};
+use qcow2_chain::progress::{Progress, Step};
 use qcow2_chain::storage::fault::{Fault, Faults, FaultyStorage};
 use qcow2_chain::storage::{MemoryStorage, Storage};
 
@@ -88,14 +89,33 @@ fn what_cannot_be_read_is_an_error_and_never_the_same() {
 fn a_comparison_tells_how_far_it_is() {
     let (a, b) = (chain(image(5), false), chain(image(5), false));
     let (calls, furthest) = (AtomicU64::new(0), AtomicU64::new(0));
-    let watch = |at: u64| {
-        calls.fetch_add(1, Ordering::Relaxed);
-        furthest.fetch_max(at, Ordering::Relaxed);
-        false
-    };
-    let found = compare_with_progress(&a, &b, &CompareOptions::default(), &watch).unwrap();
+    let watch = Watch { calls: &calls, furthest: &furthest, stop: u64::MAX };
+    let found = compare(&a, &b, &CompareOptions::default(), &watch).unwrap();
     assert_eq!(found, Comparison::Same);
     assert!(calls.into_inner() > 5 && (SIZE / 2..SIZE).contains(&furthest.into_inner()));
-    let stopped = compare_with_progress(&a, &b, &CompareOptions::default(), &|at| at > SIZE / 4);
+    let stopped = compare(
+        &a,
+        &b,
+        &CompareOptions::default(),
+        &Watch { calls: &AtomicU64::new(0), furthest: &AtomicU64::new(0), stop: SIZE / 4 },
+    );
     assert!(matches!(stopped, Err(Error::Cancelled)), "{stopped:?}");
+}
+
+/// Counts the calls and cancels past an offset.
+struct Watch<'a> {
+    calls: &'a AtomicU64,
+    furthest: &'a AtomicU64,
+    stop: u64,
+}
+
+impl Progress for Watch<'_> {
+    fn step(&self, step: &Step<'_>) {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        self.furthest.fetch_max(step.done, Ordering::Relaxed);
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.furthest.load(Ordering::Relaxed) > self.stop
+    }
 }

@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 const FLOORS: &[(&str, &[&str])] = &[
     ("format", &[]),
     ("storage", &[]),
+    ("progress", &[]),
     ("image", &["format", "storage"]),
-    ("chain", &["format", "storage", "image"]),
-    ("merge", &["format", "storage", "image", "chain"]),
-    ("vm", &["format", "storage", "image", "chain", "merge"]),
-    ("live", &["format", "storage", "image", "chain", "merge", "vm"]),
-    ("libvirt", &["format", "storage", "image", "chain", "merge", "vm", "live"]),
+    ("chain", &["progress", "format", "storage", "image"]),
+    ("merge", &["progress", "format", "storage", "image", "chain"]),
+    ("vm", &["progress", "format", "storage", "image", "chain", "merge"]),
+    ("live", &["progress", "format", "storage", "image", "chain", "merge", "vm"]),
+    ("libvirt", &["progress", "format", "storage", "image", "chain", "merge", "vm", "live"]),
 ];
 
 /// The files that may hold unsafe code.

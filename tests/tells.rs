@@ -11,7 +11,7 @@ use qcow2_chain::merge::{self, AfterCommit, CommitOptions, Direction, Onto, Pull
 use qcow2_chain::storage::{Access, FileSystem, HostFileSystem, MemoryFileSystem};
 use qcow2_chain::vm::{
     AdoptOptions, Base, Error, Fingerprint, MergeOptions, MergePreference, Model, PlanOptions, ProblemKind, Progress,
-    Refusal, Request, SnapshotId, SnapshotOptions, SnapshotSet, State, VerifyOptions, VolumeSpec, VolumeStep, plan,
+    Refusal, Request, SnapshotId, SnapshotOptions, SnapshotSet, State, VerifyOptions, VolumeSpec, plan,
 };
 
 use crate::support::lab::{Lab, LabShape, read};
@@ -374,7 +374,7 @@ fn verify_reports_sizes_and_unreadable_images() {
 fn verify_deep_reports_leaks_and_corruption() {
     struct Stop;
     impl Progress for Stop {
-        fn step(&self, _step: &VolumeStep<'_>) {}
+        fn step(&self, _step: &qcow2_chain::progress::Step<'_>) {}
         fn is_cancelled(&self) -> bool {
             true
         }

@@ -12,7 +12,7 @@ use qcow2_chain::storage::fault::{Fault, Faults, FaultyFileSystem};
 use qcow2_chain::storage::{Access, FileSystem, HostFileSystem, LockMode, MemoryFileSystem};
 use qcow2_chain::vm::{
     AdoptOptions, Domain, Error, ExportOptions, MergeOptions, Point, ProblemKind, Progress, Recovery, Refusal, Request,
-    SnapshotOptions, SnapshotSet, State, VerifyOptions, VolumeSpec, VolumeStep,
+    SnapshotOptions, SnapshotSet, State, VerifyOptions, VolumeSpec,
 };
 
 use crate::support::lab::{Lab, LabShape, read};
@@ -121,7 +121,7 @@ fn small_write_is_small_changed_range() {
 fn cancelled_export_leaves_no_file() {
     struct Stop;
     impl Progress for Stop {
-        fn step(&self, _step: &VolumeStep<'_>) {}
+        fn step(&self, _step: &qcow2_chain::progress::Step<'_>) {}
         fn is_cancelled(&self) -> bool {
             true
         }
@@ -328,7 +328,7 @@ fn commit_into_read_only_base_is_refused_default_pulls() {
 struct StopAfter(AtomicU64);
 
 impl Progress for StopAfter {
-    fn step(&self, _step: &VolumeStep<'_>) {
+    fn step(&self, _step: &qcow2_chain::progress::Step<'_>) {
         let left = self.0.load(Ordering::SeqCst);
         self.0.store(left.saturating_sub(1), Ordering::SeqCst);
     }
@@ -475,7 +475,7 @@ fn reports_list_changes() {
     let steps = AtomicU64::new(0);
     struct Count<'a>(&'a AtomicU64);
     impl Progress for Count<'_> {
-        fn step(&self, step: &VolumeStep<'_>) {
+        fn step(&self, step: &qcow2_chain::progress::Step<'_>) {
             assert!(step.done <= step.total && step.all_done <= step.all_total && step.volume.starts_with("vd"));
             self.0.fetch_add(1, Ordering::SeqCst);
         }

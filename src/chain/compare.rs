@@ -4,6 +4,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::format::GuestOffset;
 use crate::image::ExtentKind;
+use crate::progress::{Phase, Progress, Step};
 
 use super::{Chain, ChainExtent, Error, Result, Walk};
 
@@ -57,34 +58,20 @@ static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Compares what the guest would see of two chains, on several threads. What both are known to read as zeroes is not read.
 ///
-/// `cancelled` is asked before every read.
+/// Before every read, `progress` receives the guest offset as the bytes done, and may cancel.
 ///
 /// # Errors
 /// [`Error::Cancelled`]; what reading either chain comes to.
-pub fn compare(
-    a: &Chain,
-    b: &Chain,
-    options: &CompareOptions,
-    cancelled: &(dyn Fn() -> bool + Sync),
-) -> Result<Comparison> {
-    compare_with_progress(a, b, options, &|_| cancelled())
-}
-
-/// As [`compare`]. Before every read, `watch` hears the guest offset and tells whether to stop; what lies before it is
-/// compared, or is just being so.
-///
-/// # Errors
-/// As [`compare`].
-pub fn compare_with_progress(
-    a: &Chain,
-    b: &Chain,
-    options: &CompareOptions,
-    watch: &(dyn Fn(u64) -> bool + Sync),
-) -> Result<Comparison> {
+pub fn compare(a: &Chain, b: &Chain, options: &CompareOptions, progress: &dyn Progress) -> Result<Comparison> {
     if options.strict && a.virtual_size() != b.virtual_size() {
         return Ok(Comparison::SizeDiffers);
     }
-    let work = Work { pieces: Mutex::new(Pieces::new(a, b, options)), found: Mutex::new(None), watch };
+    let work = Work {
+        pieces: Mutex::new(Pieces::new(a, b, options)),
+        found: Mutex::new(None),
+        progress,
+        size: a.virtual_size().max(b.virtual_size()),
+    };
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
     std::thread::scope(|scope| {
         for _ in 1..threads {
@@ -102,10 +89,18 @@ struct Work<'a> {
     pieces: Mutex<Pieces<'a>>,
     /// What ends the comparison, and where on the disk: the first counts.
     found: Mutex<Option<(u64, Result<Comparison>)>>,
-    watch: &'a (dyn Fn(u64) -> bool + Sync),
+    progress: &'a dyn Progress,
+    /// The larger virtual size, in bytes.
+    size: u64,
 }
 
 impl Work<'_> {
+    /// Reports that everything before a guest offset is compared, or is being compared. Returns true to stop.
+    fn stops_at(&self, offset: u64) -> bool {
+        self.progress.step(&Step::new(Phase::Comparing, offset, self.size, ""));
+        self.progress.is_cancelled()
+    }
+
     fn run(&self) {
         let (mut left, mut right) = (Vec::new(), Vec::new());
         loop {
@@ -116,7 +111,7 @@ impl Work<'_> {
                 Err(error) => (pieces.at, Err(error)),
                 Ok(Some(Next::Read(piece))) => {
                     drop(pieces);
-                    let difference = if (self.watch)(piece.at) {
+                    let difference = if self.stops_at(piece.at) {
                         Err(Error::Cancelled)
                     } else {
                         piece.first_difference(&mut left, &mut right)

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::format::GuestOffset;
+use crate::progress::Progress;
 
 use super::in_order::{in_order, threads};
 use super::{Chain, Error, Result, Walk};
@@ -40,7 +41,7 @@ pub fn differences(
     a: &Chain,
     b: &Chain,
     unit: u64,
-    cancelled: &(dyn Fn() -> bool + Sync),
+    progress: &dyn Progress,
     found: &mut dyn FnMut(Range<u64>) -> Result<()>,
 ) -> Result<()> {
     let unit = unit.next_power_of_two().max(512);
@@ -64,7 +65,7 @@ pub fn differences(
         Ok(None)
     };
     let look = |range: Range<u64>| {
-        if cancelled() {
+        if progress.is_cancelled() {
             return Err(Error::Cancelled);
         }
         let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);

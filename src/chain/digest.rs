@@ -1,6 +1,7 @@
 //! A digest of what the guest sees, from the extents: zeroes are counted, not read.
 
 use crate::format::GuestOffset;
+use crate::progress::Progress;
 
 use super::{Chain, Error, Result};
 
@@ -10,13 +11,13 @@ const BUFFER: u64 = 1 << 20;
 impl Chain {
     /// The CRC-32 of every byte of the disk, from the first to the virtual size. Two chains with equal content have equal
     /// digests, whatever layers hold it and however it is mapped. Cost follows the data: a run of zeroes costs the same
-    /// whatever its length. `cancelled` is asked between reads.
+    /// whatever its length. `progress` is asked between reads.
     ///
     /// A CRC finds accidents, not forgeries.
     ///
     /// # Errors
     /// As [`Chain::read_at`]; [`Error::Cancelled`].
-    pub fn digest(&self, cancelled: &dyn Fn() -> bool) -> Result<u32> {
+    pub fn digest(&self, progress: &dyn Progress) -> Result<u32> {
         let mut digest = crc32fast::Hasher::new();
         let mut buf = Vec::new();
         for extent in self.extents(0..self.virtual_size()) {
@@ -27,7 +28,7 @@ impl Chain {
             }
             let mut at = extent.guest.get();
             while at < extent.end() {
-                if cancelled() {
+                if progress.is_cancelled() {
                     return Err(Error::Cancelled);
                 }
                 let len = (extent.end() - at).min(BUFFER);

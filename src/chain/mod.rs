@@ -27,7 +27,7 @@ mod policy;
 mod read;
 mod reader;
 
-pub use compare::{CompareOptions, Comparison, compare, compare_with_progress};
+pub use compare::{CompareOptions, Comparison, compare};
 pub use dependents::{DependentSearch, ExternalDependent, find_dependents};
 pub(crate) use dependents::{Identity, Sought, search_directories};
 pub(crate) use describe::Bytes;

@@ -165,7 +165,7 @@ impl Watcher<'_> {
     }
 
     fn report(&self, job: Job) {
-        let step = Step { phase: Phase::Copying, done: job.done, total: job.total, file: self.file };
+        let step = Step::new(Phase::Copying, job.done, job.total, self.file);
         self.watch.step(&step);
     }
 

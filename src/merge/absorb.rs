@@ -4,9 +4,9 @@ use crate::chain::{Chain, ChainExtent, Layer};
 use crate::image::{ExtentKind, Needs};
 
 use super::copy::{Copier, Report};
-use super::progress::{Phase, Progress, Step};
 use super::target::Target;
 use super::{Error, Result, Way};
+use crate::progress::{Phase, Progress, Step};
 
 /// A target that takes in what the upper layers of a chain hold, as far as it is wanted.
 pub(super) struct Absorb<'a, W> {
@@ -28,7 +28,7 @@ impl<'a, W: Fn(&ChainExtent) -> bool> Absorb<'a, W> {
         estimate: Option<&Way>,
         progress: &dyn Progress,
     ) -> Result<Self> {
-        progress.step(&Step { phase: Phase::Planning, done: 0, total: 0, file: target.file() });
+        progress.step(&Step::new(Phase::Planning, 0, 0, target.file()));
         let work = match estimate {
             Some(way) => Work {
                 total: way.data + way.zeroes,
@@ -43,9 +43,18 @@ impl<'a, W: Fn(&ChainExtent) -> bool> Absorb<'a, W> {
     }
 
     /// Does it. All of it is durable on return. Of the layers, nobody will read the uppermost `spent` again.
-    pub(super) fn run(&self, rate_limit: Option<u64>, spent: usize, progress: &dyn Progress) -> Result<Report> {
+    pub(super) fn run(
+        &self,
+        rate_limit: Option<u64>,
+        spent: usize,
+        progress: &dyn Progress,
+        before_change: &dyn Fn() -> Result<()>,
+    ) -> Result<Report> {
         let (chain, target) = (self.chain, self.target);
-        let mut copier = Copier::new(chain, target, self.work.total, progress).with_rate(rate_limit).with_spent(spent);
+        let mut copier = Copier::new(chain, target, self.work.total, progress)
+            .with_rate(rate_limit)
+            .with_spent(spent)
+            .with_before_change(before_change);
         for extent in chain.extents_of(0..self.layers, 0..chain.virtual_size()) {
             let extent = extent?;
             if (self.wanted)(&extent) {
@@ -62,7 +71,7 @@ impl<'a, W: Fn(&ChainExtent) -> bool> Absorb<'a, W> {
 
     /// Tells that everything is copied, and what comes next.
     pub(super) fn tell(&self, phase: Phase, progress: &dyn Progress) {
-        progress.step(&Step { phase, done: self.work.total, total: self.work.total, file: self.target.file() });
+        progress.step(&Step::new(phase, self.work.total, self.work.total, self.target.file()));
     }
 }
 

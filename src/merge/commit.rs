@@ -10,10 +10,10 @@ use crate::storage::FileSystem;
 
 use super::absorb::Absorb;
 use super::copy::Report;
-use super::progress::{Phase, Progress};
 use super::refuse::{Bitmaps, refuse_dependents, refuse_stale_snapshots};
 use super::target::Target;
 use super::{Error, Result, Way, reserve};
+use crate::progress::{Phase, Progress};
 
 /// What becomes of the top after its content has reached the base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -129,20 +129,31 @@ impl CommitOptions {
 /// [`Error::StaleSnapshots`], [`Error::Dependents`], [`Error::NoSpace`]. Later: [`Error::Cancelled`], and what reading and
 /// writing the images give.
 pub fn commit(chain: &Chain, options: &CommitOptions, progress: &dyn Progress) -> Result<Report> {
+    commit_watched(chain, options, progress, &|| Ok(()))
+}
+
+/// Commits, and calls `before_change` once before the first change of the base's guest-visible content. If that fails, the
+/// base is unchanged.
+pub(crate) fn commit_watched(
+    chain: &Chain,
+    options: &CommitOptions,
+    progress: &dyn Progress,
+    before_change: &dyn Fn() -> Result<()>,
+) -> Result<Report> {
     let names = refuse_unfit(chain, options)?;
     let target = Target::of(chain, options.base)?;
     let _reserved = reserve(&chain.layers()[..=options.base])?;
     let merge = Absorb::survey(chain, &target, options.base, |_| true, options.estimate.as_ref(), progress)?;
     let bitmaps = Bitmaps::of(&chain.layers()[..=options.base])?;
     if target.is_smaller_than(chain.virtual_size()) {
-        progress.before_change()?;
+        before_change()?;
     }
     target.grow_to(chain.virtual_size())?;
     let spent = if options.after == AfterCommit::Keep { 0 } else { options.base };
-    let mut report = merge.run(options.rate_limit, spent, progress)?; // barriers: see there
+    let mut report = merge.run(options.rate_limit, spent, progress, before_change)?; // barriers: see there
     if options.shrink_base {
         if target.is_larger_than(chain.virtual_size()) {
-            progress.before_change()?;
+            before_change()?;
         }
         target.shrink_to(chain.virtual_size())?; // after all is durable: the top does not show what is cut off
     }

@@ -15,9 +15,9 @@ use crate::storage::{self, Storage};
 
 use super::absorb::weigh;
 use super::copy::{Copier, Report};
-use super::progress::{Phase, Progress, Step};
 use super::target::Target;
 use super::{Error, Result};
+use crate::progress::{Phase, Progress, Step};
 use header_last::HeaderLast;
 use plan::Plan;
 use store::Store;
@@ -155,7 +155,7 @@ pub fn convert(
     } else {
         pipe(source, &target, options, total, progress)?
     };
-    progress.step(&Step { phase: Phase::Publishing, done: total, total, file: target.file() });
+    progress.step(&Step::new(Phase::Publishing, total, total, target.file()));
     target.flush()?; // barrier: the whole image, before the header that makes it one
     if let Some(header) = header {
         header.write()?;

@@ -8,12 +8,12 @@ use crate::format::GuestOffset;
 use crate::image::{ExtentKind, Placement};
 use crate::storage;
 
-use super::progress::{Phase, Progress, Step};
 use super::rate::Rate;
 use super::target::Target;
 use super::transfer::{Carried, Gate, Run, Transfer};
 use super::writeback::Writeback;
 use super::{Error, Result};
+use crate::progress::{Phase, Progress, Step};
 
 /// What a merge did, in guest bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -84,6 +84,7 @@ impl<'a> Copier<'a> {
             rate: Rate::default(),
             told: 0,
             told_before: 0,
+            before_change: &|| Ok(()),
             changed: false,
         };
         Self {
@@ -107,6 +108,12 @@ impl<'a> Copier<'a> {
     /// The same, where nobody will read so many layers from the top again.
     pub(super) fn with_spent(mut self, layers: usize) -> Self {
         self.transfer.spent = 0..layers;
+        self
+    }
+
+    /// Sets the function to call once before the first change of the target's guest-visible content.
+    pub(super) fn with_before_change(mut self, before_change: &'a dyn Fn() -> Result<()>) -> Self {
+        self.course.before_change = before_change;
         self
     }
 
@@ -287,6 +294,8 @@ struct Course<'a> {
     told: u64,
     /// What comes once more and has been told of before.
     told_before: u64,
+    /// Called before the guest-visible content of the target changes.
+    before_change: &'a dyn Fn() -> Result<()>,
     /// Set once the guest-visible content of the target may have changed.
     changed: bool,
 }
@@ -295,7 +304,7 @@ impl Course<'_> {
     /// Announces the first change of the target's guest-visible content.
     fn before_change(&mut self) -> Result<()> {
         if !self.changed {
-            self.progress.before_change()?;
+            (self.before_change)()?;
             self.changed = true;
         }
         Ok(())
@@ -306,7 +315,7 @@ impl Course<'_> {
         self.told_before -= again;
         self.done += len - again;
         let file = self.target.file();
-        self.progress.step(&Step { phase: Phase::Copying, done: self.done, total: self.total, file });
+        self.progress.step(&Step::new(Phase::Copying, self.done, self.total, file));
         if self.progress.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
     }
 

@@ -16,7 +16,6 @@ mod copy;
 mod error;
 mod measure;
 mod plan;
-mod progress;
 mod pull;
 mod rate;
 mod rebase;
@@ -25,13 +24,14 @@ mod target;
 mod transfer;
 mod writeback;
 
+pub use crate::progress::{Phase, Progress, Step};
+pub(crate) use commit::commit_watched;
 pub use commit::{AfterCommit, CommitOptions, commit};
 pub use convert::{ConvertOptions, ConvertTarget, convert};
 pub use copy::Report;
 pub use error::{Error, Result};
 pub use measure::{Measurement, measure};
 pub use plan::{Direction, MergePlan, Way, plan};
-pub use progress::{Phase, Progress, Step};
 pub use pull::{PullOptions, pull};
 pub use rebase::{Onto, RebaseOptions, RebasePlan, plan_rebase, rebase, rebase_unsafe};
 

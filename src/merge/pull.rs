@@ -7,10 +7,10 @@ use crate::chain::{Chain, ChainExtent, Layer, Node, has_protocol};
 
 use super::absorb::Absorb;
 use super::copy::Report;
-use super::progress::Progress;
 use super::refuse::{Bitmaps, refuse_stale_snapshots};
 use super::target::Target;
 use super::{Error, Result, Way, reserve};
+use crate::progress::Progress;
 
 /// How to pull.
 #[derive(Clone, Debug, Default)]
@@ -104,7 +104,7 @@ pub fn pull(chain: &Chain, options: &PullOptions, progress: &dyn Progress) -> Re
         progress,
     )?;
     let bitmaps = Bitmaps::of(&chain.layers()[..1])?;
-    let mut report = merge.run(options.rate_limit, 0, progress)?; // barrier: all that the top takes in, before it stops looking beneath
+    let mut report = merge.run(options.rate_limit, 0, progress, &|| Ok(()))?; // barrier: all that the top takes in, before it stops looking beneath
 
     match chain.layers().get(base) {
         None => image.set_backing_file(None, None)?,

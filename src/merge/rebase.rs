@@ -9,10 +9,10 @@ use crate::chain::Chain;
 use crate::image::Image;
 
 use super::copy::{Copier, Report};
-use super::progress::{Phase, Progress, Step};
 use super::pull::name_of;
 use super::target::Target;
 use super::{Error, Result, reserve};
+use crate::progress::{Phase, Progress, Step};
 use compare::Rebaser;
 use sides::Sides;
 
@@ -120,12 +120,12 @@ pub fn rebase(chain: &Chain, onto: Onto<'_>, options: &RebaseOptions, progress: 
         rebaser.take(&piece?)?;
     }
     let mut report = rebaser.finish()?;
-    progress.step(&Step { phase: Phase::Publishing, done: work.total, total: work.total, file: target.file() });
+    progress.step(&Step::new(Phase::Publishing, work.total, work.total, target.file()));
     target.flush()?; // barrier: all in which old and new differ, before the header names the new one
 
     sides.image.set_backing_file(name, format)?;
     if options.drop_equal {
-        progress.step(&Step { phase: Phase::Emptying, done: work.total, total: work.total, file: target.file() });
+        progress.step(&Step::new(Phase::Emptying, work.total, work.total, target.file()));
         report.dropped = sides.drop_equal(progress)?; // after the header is durable: until here they covered the old one
         target.flush()?;
     }

@@ -27,13 +27,13 @@ mod query;
 mod set;
 mod trace;
 
+pub use crate::progress::Progress;
 pub use error::{Error, Result};
 pub(crate) use execute::executor::sealed;
 pub use execute::executor::{Created, CreationLog, Domain, ExecutionContext, Executor, Merged, Watch};
 #[cfg(feature = "test-utils")]
 pub use execute::journal::{Journal, Record};
 pub use execute::offline::OfflineExecutor;
-pub use execute::progress::{Progress, VolumeStep};
 pub use execute::recover::{Pending, Recovery};
 pub use execute::report::{MergedVolume, PathChange, Released, Report};
 pub(crate) use files::Links;

@@ -10,7 +10,6 @@ use super::execute::executor::{Domain, ExecutionContext, Executor};
 use super::execute::journal::{Found, Journal};
 use super::execute::lock::VmLock;
 use super::execute::offline::OfflineExecutor;
-use super::execute::progress::Progress;
 use super::execute::recover::Recovery;
 use super::execute::report::{Released, Report};
 use super::execute::{Run, Tools};
@@ -28,6 +27,7 @@ use super::query::listing::Listing;
 use super::{Refusal, Result};
 use crate::chain::Chain;
 use crate::merge;
+use crate::progress::Progress;
 use crate::storage::{Attributes, EntryKind, FileSystem, HostFileSystem};
 
 /// The snapshots of a VM over all of its volumes.

@@ -9,7 +9,7 @@ use qcow2_chain::format::{ClusterBits, GuestOffset};
 use qcow2_chain::image::{CreateOptions, Image};
 use qcow2_chain::merge::Direction;
 use qcow2_chain::storage::{Access, MemoryFileSystem};
-use qcow2_chain::vm::{self, AdoptOptions, FileRecord, FileRef, MergeOptions, Progress, State, VolumeSpec, VolumeStep};
+use qcow2_chain::vm::{self, AdoptOptions, FileRecord, FileRef, MergeOptions, Progress, State, VolumeSpec};
 
 use crate::support::lab::Lab;
 use crate::support::rng::Rng;
@@ -84,7 +84,7 @@ pub const SHAPES: [Shape; 24] = [
 struct CancelAt(AtomicU64);
 
 impl Progress for CancelAt {
-    fn step(&self, _step: &VolumeStep<'_>) {}
+    fn step(&self, _step: &qcow2_chain::progress::Step<'_>) {}
     fn is_cancelled(&self) -> bool {
         let left = self.0.load(Ordering::SeqCst);
         self.0.store(left.saturating_sub(1), Ordering::SeqCst);

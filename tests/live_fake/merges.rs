@@ -10,7 +10,7 @@ use qcow2_chain::live::{FailureKind, Hypervisor};
 use qcow2_chain::merge::Direction;
 use qcow2_chain::storage::crash::{Recorder, RecorderOptions, Tree};
 use qcow2_chain::storage::{Access, HostFileSystem, LockMode, MemoryFileSystem};
-use qcow2_chain::vm::{Error, MergeOptions, OfflineExecutor, Progress, Recovery, Refusal, State, VolumeStep};
+use qcow2_chain::vm::{Error, MergeOptions, OfflineExecutor, Progress, Recovery, Refusal, State};
 
 use super::jobs::failing;
 use super::rig::{Rig, incomplete, kind, name};
@@ -173,7 +173,7 @@ fn middle_merge_keeps_relative_backing_names() {
 struct StopsAfter(AtomicU32);
 
 impl Progress for StopsAfter {
-    fn step(&self, step: &VolumeStep<'_>) {
+    fn step(&self, step: &qcow2_chain::progress::Step<'_>) {
         assert!(step.done <= step.total);
         let _ = self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
     }
@@ -187,7 +187,7 @@ impl Progress for StopsAfter {
 struct SwapsFile<'a>(&'a FakeHypervisor, PathBuf);
 
 impl Progress for SwapsFile<'_> {
-    fn step(&self, step: &VolumeStep<'_>) {
+    fn step(&self, step: &qcow2_chain::progress::Step<'_>) {
         if step.volume == "vda" {
             self.0.replace("vda", &self.1).expect("replaced");
         }
@@ -382,7 +382,7 @@ fn revert_is_refused_while_the_vm_runs() {
 struct StopsWhenAsked(AtomicU32);
 
 impl Progress for StopsWhenAsked {
-    fn step(&self, _step: &VolumeStep<'_>) {}
+    fn step(&self, _step: &qcow2_chain::progress::Step<'_>) {}
 
     fn is_cancelled(&self) -> bool {
         self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| Some(left.saturating_sub(1))) == Ok(0)

@@ -14,7 +14,7 @@ use qcow2_chain::live::{
 use qcow2_chain::storage::MemoryFileSystem;
 use qcow2_chain::vm::{
     self, Error, Executor, MergeOptions, MergePreference, OfflineExecutor, Progress, Purpose, Recovery, Refusal,
-    SnapshotOptions, SnapshotSet, VolumeStep,
+    SnapshotOptions, SnapshotSet,
 };
 
 use super::rig::{Rig, write};
@@ -124,7 +124,7 @@ impl Hypervisor for Busy {
 struct Moody(Mutex<Rng>);
 
 impl Progress for Moody {
-    fn step(&self, _step: &VolumeStep<'_>) {}
+    fn step(&self, _step: &qcow2_chain::progress::Step<'_>) {}
 
     fn is_cancelled(&self) -> bool {
         self.0.lock().unwrap().chance(1, 40)

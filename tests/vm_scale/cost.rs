@@ -50,8 +50,8 @@ fn tables(image: &Victim) -> BTreeSet<u64> {
     tables.flat_map(|table| table / SECTOR..(table + image.cluster_size()).div_ceil(SECTOR)).collect()
 }
 
-/// The walks over the tables of a merge: the preflight estimates, and the merge surveys and copies.
-const WALKS: u64 = 3;
+/// The walks over the tables of a merge: the preflight estimates, and the merge copies.
+const WALKS: u64 = 2;
 
 /// One open inspects a file, or tests for a writer, or reads with a lock; another one holds the lock for the operation.
 #[test]

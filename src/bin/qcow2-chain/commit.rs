@@ -201,7 +201,7 @@ impl Face {
     }
 }
 
-impl merge::Progress for Face {
+impl qcow2_chain::progress::Progress for Face {
     fn step(&self, step: &Step<'_>) {
         if step.total > 0 {
             self.set(step.done, step.total);

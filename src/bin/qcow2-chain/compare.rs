@@ -3,8 +3,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use qcow2_chain::chain::{self, Chain, CompareOptions, Comparison, compare_with_progress};
-use qcow2_chain::merge::Progress as _;
+use qcow2_chain::chain::{self, Chain, CompareOptions, Comparison};
 
 use crate::commit::Face;
 use crate::failure::{Failure, Outcome};
@@ -77,10 +76,7 @@ fn compare(chains: &[Chain; 2], args: &Args, face: &Face) -> Outcome {
     // What QEMU is strict about is more than what a chain tells of itself; content before that still counts first.
     let status = if args.strict { first_status_difference(chains)? } else { None };
     let options = CompareOptions::default().with_end(status);
-    let found = compare_with_progress(&chains[0], &chains[1], &options, &|at| {
-        face.set(at, longer);
-        face.is_cancelled()
-    });
+    let found = chain::compare(&chains[0], &chains[1], &options, face);
     let content = match found {
         Ok(Comparison::DiffersAt(offset)) => Some(offset - offset % SECTOR),
         Ok(_) => None,

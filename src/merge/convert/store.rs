@@ -7,12 +7,12 @@ use crate::format::HostOffset;
 use crate::image::Placement;
 
 use super::super::copy::Report;
-use super::super::progress::{Phase, Progress, Step};
 use super::super::target::Target;
 use super::super::transfer::Cached;
 use super::super::writeback::Writeback;
 use super::super::{Error, Result};
 use super::workers::{Content, Piece, Seen};
+use crate::progress::{Phase, Progress, Step};
 
 /// The target, and how far it is.
 pub(super) struct Store<'a> {
@@ -167,12 +167,7 @@ impl<'a> Store<'a> {
 
     fn advance(&mut self, len: u64) -> Result<()> {
         self.done = self.total.min(self.done + len);
-        self.progress.step(&Step {
-            phase: Phase::Copying,
-            done: self.done,
-            total: self.total,
-            file: self.target.file(),
-        });
+        self.progress.step(&Step::new(Phase::Copying, self.done, self.total, self.target.file()));
         if self.progress.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
     }
 }

@@ -5,10 +5,10 @@ use std::ops::Range;
 use crate::format::GuestOffset;
 use crate::image::{Backing, ExtentKind};
 
-use super::super::progress::Progress;
 use super::super::{Error, Result};
 use super::compare::Buffers;
 use super::sides::Sides;
+use crate::progress::Progress;
 
 impl Sides<'_> {
     /// Gives up the clusters of the top that equal what lies beneath it now. Returns how many bytes they held.

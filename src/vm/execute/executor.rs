@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::merge;
+use crate::progress::Progress;
 use crate::storage::{Attributes, FileId};
 use crate::vm::Result;
 use crate::vm::files::VolumeFiles;
@@ -62,7 +63,13 @@ impl Domain {
 }
 
 /// Receives the progress of a merge, and records its points of no return.
-pub trait Watch: merge::Progress {
+pub trait Watch: Progress {
+    /// Called before the library changes the guest-visible content of the base. Until then the merge can be called off.
+    ///
+    /// # Errors
+    /// Any error of the journal. The merge stops before the change.
+    fn before_change(&self) -> merge::Result<()>;
+
     /// Called before the hypervisor is asked to start a merge, or before a job that is found running is taken over.
     ///
     /// # Errors
@@ -78,6 +85,10 @@ pub trait Watch: merge::Progress {
 }
 
 impl Watch for () {
+    fn before_change(&self) -> merge::Result<()> {
+        Ok(())
+    }
+
     fn before_start(&self) -> Result<()> {
         Ok(())
     }

@@ -9,6 +9,7 @@ use crate::chain::{Chain, Format, Node};
 use crate::format::ClusterBits;
 use crate::image::{CreateOptions, Image, ResizeOptions};
 use crate::merge::{self, CommitOptions, Direction, PullOptions};
+use crate::progress::Progress;
 use crate::storage::{Access, LockMode, Storage};
 use crate::vm::files::{Links, VolumeFiles, free_leaks};
 use crate::vm::model::catalogue::directory_of;
@@ -197,7 +198,7 @@ fn chain_of(step: &MergeStep) -> Vec<FileRef> {
     [&step.top, &step.base].into_iter().chain(&step.below).cloned().collect()
 }
 
-fn commit(step: &MergeStep, context: &ExecutionContext<'_>, progress: &dyn merge::Progress) -> Result<Merged> {
+fn commit(step: &MergeStep, context: &ExecutionContext<'_>, watch: &dyn Watch) -> Result<Merged> {
     free_reserved(&step.base, context)?;
     let chain = context.files.chain(&chain_of(step), 2, Links::Exact)?;
     let options = CommitOptions::default()
@@ -205,11 +206,11 @@ fn commit(step: &MergeStep, context: &ExecutionContext<'_>, progress: &dyn merge
         .with_rate_limit(context.rate_limit)
         .with_allow_stale_snapshots(step.drop_internal)
         .with_estimate(context.estimates.get(&step.survivor().path).cloned());
-    let report = merge::commit(&chain, &options, progress)?;
+    let report = merge::commit_watched(&chain, &options, watch, &|| watch.before_change())?;
     finish(&chain, 1, report, context)
 }
 
-fn pull(step: &MergeStep, context: &ExecutionContext<'_>, progress: &dyn merge::Progress) -> Result<Merged> {
+fn pull(step: &MergeStep, context: &ExecutionContext<'_>, progress: &dyn Progress) -> Result<Merged> {
     let files = context.files;
     if files.has_pulled(step)? {
         let above: Vec<FileRef> = std::iter::once(&step.top).chain(&step.below).cloned().collect();

@@ -7,6 +7,7 @@ use super::journal::Record;
 use super::progress::OfVolume;
 use super::{Run, lock};
 use crate::merge::{self, Direction};
+use crate::progress::{Progress, Step};
 use crate::vm::plan::MergeStep;
 use crate::vm::{Error, Result};
 
@@ -32,15 +33,17 @@ impl<'a> Watching<'a> {
     }
 }
 
-impl merge::Progress for Watching<'_> {
-    fn step(&self, step: &merge::Step<'_>) {
+impl Progress for Watching<'_> {
+    fn step(&self, step: &Step<'_>) {
         self.progress.step(step);
     }
 
     fn is_cancelled(&self) -> bool {
         self.progress.is_cancelled()
     }
+}
 
+impl Watch for Watching<'_> {
     /// A pull leaves the content of both files unchanged until its last header write, so that only a commit is recorded.
     fn before_change(&self) -> merge::Result<()> {
         let mut changing = lock(&self.changing);
@@ -55,9 +58,7 @@ impl merge::Progress for Watching<'_> {
         *changing = true;
         Ok(())
     }
-}
 
-impl Watch for Watching<'_> {
     fn before_start(&self) -> Result<()> {
         let (stage, volume, step) = self.position();
         self.run.note(Record::Started { stage, volume, step })

@@ -6,9 +6,8 @@ use std::sync::Arc;
 use crate::chain::Format;
 use crate::format::{ClusterBits, GuestOffset};
 use crate::image::{Backing, CreateOptions, Image, RawImage, Space};
-use crate::merge::Phase;
+use crate::progress::{Phase, Progress, Step};
 use crate::storage::{Attributes, Storage};
-use crate::vm::execute::progress::{Progress, VolumeStep};
 use crate::vm::query::changed::{ChangedRange, Changes};
 use crate::vm::set::SnapshotSet;
 use crate::vm::{Error, Result};
@@ -201,9 +200,7 @@ impl Export<'_> {
             Some(last) if last.end() == start && last.zero == zero => last.len += len,
             _ => self.exported.ranges.push(ChangedRange { offset: start, len, zero }),
         }
-        let (done, total) = (end, self.exported.size);
-        let (volume, phase) = ("", Phase::Copying);
-        self.progress.step(&VolumeStep { volume, phase, done, total, all_done: done, all_total: total });
+        self.progress.step(&Step::new(Phase::Copying, end, self.exported.size, ""));
     }
 }
 

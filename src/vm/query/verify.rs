@@ -9,9 +9,9 @@ use serde::Serialize;
 use crate::chain::Format;
 use crate::format::IncompatibleFeatures;
 use crate::image::{CheckOptions, check};
+use crate::progress::Progress;
 use crate::storage::{Access, LockMode};
 use crate::vm::execute::executor::Domain;
-use crate::vm::execute::progress::Progress;
 use crate::vm::execute::recover::{Pending, Recovery};
 use crate::vm::execute::report::as_text;
 use crate::vm::files::Links;
@@ -360,7 +360,7 @@ impl SnapshotSet {
                 let digested = self
                     .files
                     .disk(model, volume, &files)
-                    .and_then(|chain| Ok((chain.virtual_size(), chain.digest(&|| progress.is_cancelled())?)));
+                    .and_then(|chain| Ok((chain.virtual_size(), chain.digest(progress)?)));
                 match digested {
                     Ok((size, crc32)) => found.digests.push(ContentDigest {
                         snapshot: snapshot.map(|snapshot| snapshot.name.clone()),

@@ -6,7 +6,7 @@ use std::io::{IsTerminal as _, stdout};
 use std::sync::Mutex;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use qcow2_chain::vm::{self, VolumeStep};
+use qcow2_chain::vm::{self};
 
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;
@@ -39,7 +39,7 @@ struct Bars {
 }
 
 impl Bars {
-    fn step(&mut self, step: &VolumeStep<'_>) {
+    fn step(&mut self, step: &qcow2_chain::progress::Step<'_>) {
         let all = &self.all;
         let bar = self.volumes.entry(step.volume.to_owned()).or_insert_with(|| {
             let style =
@@ -72,8 +72,8 @@ impl Face {
     }
 }
 
-impl vm::Progress for Face {
-    fn step(&self, step: &VolumeStep<'_>) {
+impl qcow2_chain::progress::Progress for Face {
+    fn step(&self, step: &qcow2_chain::progress::Step<'_>) {
         if step.total == 0 {
             return;
         }
