@@ -5,6 +5,7 @@
 //! | tier | module | content |
 //! |---|---|---|
 //! | 1 | [`mod@format`] | codecs between bytes of the format and typed values; no I/O |
+//! | 1 | [`progress`] | progress and cancellation of every tier |
 //! | 1 | [`storage`] | files, memory, file systems, access rights, locks; independent of qcow2 |
 //! | 2 | [`image`] | one image file |
 //! | 3 | [`chain`] | several images as one disk |

@@ -48,8 +48,8 @@ impl<'a> Step<'a> {
 
 /// Receives the progress of an operation, and can cancel it.
 ///
-/// An operation calls it some times a second, an operation over several volumes from several threads. The unit type `()`
-/// ignores progress and never cancels.
+/// An operation calls it some times a second, an operation over several volumes from several
+/// threads. The unit type `()` ignores progress and never cancels.
 ///
 /// ```
 /// use qcow2_chain::progress::{Progress, Step};
@@ -67,8 +67,9 @@ pub trait Progress: Sync {
     /// Called when the operation progressed.
     fn step(&self, step: &Step<'_>);
 
-    /// Returns true to cancel the operation. The chain reads as before then. In a snapshot set, nothing has changed before
-    /// the first durable record, and later the operation can be resumed. Default: false.
+    /// Returns true to cancel the operation. The chain reads as before then. In a snapshot set,
+    /// nothing has changed before the first durable record, and later the operation can be resumed.
+    /// Default: false.
     fn is_cancelled(&self) -> bool {
         false
     }

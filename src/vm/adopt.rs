@@ -1,7 +1,7 @@
 //! Adoption: existing images become the volumes of a VM.
 //!
-//! Paths are resolved first, so that the catalogue names files and no links. Records are read from the
-//! headers of the images.
+//! Paths are resolved first, so that the catalogue names files and no links. Records are read from
+//! the headers of the images.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -45,7 +45,8 @@ fn check_volume_name(name: &str) -> Result<(), Refusal> {
     }
 }
 
-/// Checks the name of a VM, which is a part of its overlays' names. QEMU reads a name with a colon as a protocol.
+/// Checks the name of a VM, which is a part of its overlays' names. QEMU reads a name with a colon
+/// as a protocol.
 fn check_vm_name(name: &str) -> Result<(), Refusal> {
     let refused = |why| Err(Refusal::VmName { name: name.escape_debug().to_string(), why });
     match name {
@@ -89,8 +90,9 @@ fn read<'a>(files: &VolumeFiles, spec: &'a VolumeSpec, options: &AdoptOptions) -
     Ok(Adopted { spec, files: records, overlay_dir })
 }
 
-/// Returns the path to record for a file: the one without links. Of a block device only the directory is resolved: the
-/// node that `/dev/GROUP/VOLUME` leads to may be that of another logical volume after a restart.
+/// Returns the path to record for a file: the one without links. Of a block device only the
+/// directory is resolved: the node that `/dev/GROUP/VOLUME` leads to may be that of another logical
+/// volume after a restart.
 fn real_path(file_system: &dyn FileSystem, path: &Path) -> Result<PathBuf> {
     let real = file_system.resolve(path)?.path;
     match path.file_name() {
@@ -140,8 +142,8 @@ fn check_directory(files: &VolumeFiles, spec: &VolumeSpec, path: &Path) -> Resul
 }
 
 impl Adopted<'_> {
-    /// Returns the volume. Of the files beneath the active one, the upper `frozen` are those of snapshots, the others
-    /// bases.
+    /// Returns the volume. Of the files beneath the active one, the upper `frozen` are those of
+    /// snapshots, the others bases.
     fn volume(&self, files: &VolumeFiles, frozen: usize) -> Result<Volume> {
         let bases = self.files.iter().skip(1 + frozen).map(|record| {
             let fingerprint = files.fingerprint(&record.file)?;
@@ -219,7 +221,8 @@ pub(super) fn volume(files: &VolumeFiles, spec: &VolumeSpec, model: &Model, opti
     Ok(volume)
 }
 
-/// Refuses contradictions, one file under two names, and those of the new files that images outside the set depend on.
+/// Refuses contradictions, one file under two names, and those of the new files that images outside
+/// the set depend on.
 fn check(files: &VolumeFiles, model: &Model, new: &[FileRecord], options: &AdoptOptions) -> Result<()> {
     if let Some(why) = model.contradictions().into_iter().next() {
         return Err(super::Error::Catalogue { file: model.vm.clone(), why });
@@ -242,7 +245,8 @@ fn refuse_same_files(files: &VolumeFiles, model: &Model) -> Result<()> {
     let paths: BTreeSet<&str> = records.chain(bases).collect();
     let mut known: BTreeMap<FileId, &str> = BTreeMap::new();
     for path in paths {
-        // A file that is missing has no identity: `attach` must work beside a volume whose file is lost.
+        // A file that is missing has no identity: `attach` must work beside a volume whose file is
+        // lost.
         let Ok(Some(identity)) = files.identity(path) else { continue };
         if let Some(first) = known.insert(identity, path) {
             let (first, second) = (files.shown(first), files.shown(path));

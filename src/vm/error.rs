@@ -76,8 +76,9 @@ pub enum Error {
         /// The hypervisor's error, if there is one.
         source: Option<Box<dyn std::error::Error + Send + Sync>>,
     },
-    /// It is not known if the hypervisor did what it was asked for, or which file the VM wrote last. Nothing was taken
-    /// back. Recovery needs the hypervisor's answer or the caller's statement.
+    /// It is not known if the hypervisor did what it was asked for, or which file the VM wrote
+    /// last. Nothing was taken back. Recovery needs the hypervisor's answer or the caller's
+    /// statement.
     #[error("{what}: the outcome is uncertain; recover with the hypervisor, or state the file that the VM runs on")]
     Uncertain {
         /// The action in question.
@@ -118,7 +119,8 @@ impl Error {
         }
     }
 
-    /// Returns the error that caused this one to fail: of [`Error::Incomplete`], that of the first volume.
+    /// Returns the error that caused this one to fail: of [`Error::Incomplete`], that of the first
+    /// volume.
     #[must_use]
     pub fn root(&self) -> &Self {
         match self {

@@ -22,7 +22,8 @@ pub(in crate::vm) use held::{HeldFiles, Hold};
 /// The unit that a medium writes as a whole, in bytes.
 const SECTOR: usize = 512;
 
-/// The recorded files of a set: a file system, and the directory at which recorded relative paths start.
+/// The recorded files of a set: a file system, and the directory at which recorded relative paths
+/// start.
 #[derive(Clone, Debug)]
 pub struct VolumeFiles {
     file_system: Arc<dyn FileSystem>,
@@ -43,7 +44,8 @@ pub(crate) struct Facts {
 pub(crate) enum Links {
     /// Each header names the file recorded beneath it.
     Exact,
-    /// A merge is under way: a header may name the second file beneath it already, into which the first is merged.
+    /// A merge is under way: a header may name the second file beneath it already, into which the
+    /// first is merged.
     MaySkip,
 }
 
@@ -102,8 +104,9 @@ impl VolumeFiles {
         Ok(text.to_owned())
     }
 
-    /// Returns the backing file name to write into the header of one recorded file for another: relative to the first
-    /// if both are recorded by relative paths, so that the directory can be moved, else absolute.
+    /// Returns the backing file name to write into the header of one recorded file for another:
+    /// relative to the first if both are recorded by relative paths, so that the directory can be
+    /// moved, else absolute.
     pub(crate) fn backing_name(&self, of: &str, backing: &str) -> Vec<u8> {
         let name = relative_name(Path::new(of), Path::new(backing)).unwrap_or_else(|| {
             let backing = self.path(backing);
@@ -134,8 +137,8 @@ impl VolumeFiles {
         Ok(self.file_system.resolve(&self.path(recorded))?.file)
     }
 
-    /// Opens a recorded file. A file that the operation holds is not opened a second time. A lock that is not granted is
-    /// a refusal.
+    /// Opens a recorded file. A file that the operation holds is not opened a second time. A lock
+    /// that is not granted is a refusal.
     pub(crate) fn storage(&self, recorded: &str, access: &Access) -> Result<Arc<dyn Storage>> {
         let path = self.path(recorded);
         match self.held.get(&path, access.write) {
@@ -159,7 +162,8 @@ impl VolumeFiles {
         Ok(Layer { node, path: self.path(&file.path) })
     }
 
-    /// Opens recorded files, the topmost first, as one disk. The upper `writable` ones are opened for writing.
+    /// Opens recorded files, the topmost first, as one disk. The upper `writable` ones are opened
+    /// for writing.
     pub(in crate::vm) fn chain(&self, files: &[FileRef], writable: usize, links: Links) -> Result<Chain> {
         let mut layers = Vec::new();
         for (index, file) in files.iter().enumerate() {
@@ -173,7 +177,8 @@ impl VolumeFiles {
         Ok(Chain::from_layers(top, layers))
     }
 
-    /// Refuses an image whose header names another backing file than the first of `below`, or another format for it.
+    /// Refuses an image whose header names another backing file than the first of `below`, or
+    /// another format for it.
     pub(crate) fn check_link(&self, layer: &Layer, file: &FileRef, below: &[FileRef], links: Links) -> Result<()> {
         let Some(image) = layer.node.as_qcow2() else { return Ok(()) };
         let header = image.header();
@@ -228,7 +233,8 @@ impl VolumeFiles {
         self.check_link(&self.look_layer(file)?, file, below, links)
     }
 
-    /// Returns true if a file's header names another by its own path, and not by a second one that leads to it too.
+    /// Returns true if a file's header names another by its own path, and not by a second one that
+    /// leads to it too.
     pub(crate) fn is_named_by(&self, file: &FileRef, below: &FileRef) -> Result<bool> {
         let layer = self.look_layer(file)?;
         let Some(image) = layer.node.as_qcow2() else { return Ok(true) };
@@ -238,8 +244,8 @@ impl VolumeFiles {
         Ok(named.is_some_and(|named| plain(&named) == plain(&self.path(&below.path))))
     }
 
-    /// Returns true if the top of a merge is not backed by its base any more, but by the file beneath: a pull has
-    /// completed. A missing or unreadable file is an error, and proves nothing.
+    /// Returns true if the top of a merge is not backed by its base any more, but by the file
+    /// beneath: a pull has completed. A missing or unreadable file is an error, and proves nothing.
     pub(in crate::vm) fn has_pulled(&self, step: &MergeStep) -> Result<bool> {
         let layer = self.look_layer(&step.top)?;
         let base = std::slice::from_ref(&step.base);
@@ -252,7 +258,8 @@ impl VolumeFiles {
         }
     }
 
-    /// Refuses an overlay whose header is not the planned one: another backing file, size or geometry.
+    /// Refuses an overlay whose header is not the planned one: another backing file, size or
+    /// geometry.
     pub(in crate::vm) fn check_overlay(&self, overlay: &NewOverlay) -> Result<()> {
         let layer = self.look_layer(&overlay.file)?;
         self.check_link(&layer, &overlay.file, std::slice::from_ref(&overlay.backing), Links::Exact)?;
@@ -268,8 +275,8 @@ impl VolumeFiles {
         Ok(())
     }
 
-    /// Returns true if a file holds nothing but a part of the planned overlay: a creation was interrupted. Each sector is
-    /// that of the complete overlay, or zero.
+    /// Returns true if a file holds nothing but a part of the planned overlay: a creation was
+    /// interrupted. Each sector is that of the complete overlay, or zero.
     pub(in crate::vm) fn is_partial_overlay(&self, overlay: &NewOverlay) -> Result<bool> {
         let expected = Arc::new(MemoryStorage::new(overlay.file.path.clone()));
         let backing = self.backing_name(&overlay.file.path, &overlay.backing.path);
@@ -286,11 +293,12 @@ impl VolumeFiles {
         Ok(sectors.chunks(SECTOR).zip(expected.chunks(SECTOR)).all(same))
     }
 
-    /// Returns true if another program has an overlay open, or if it holds data: a VM has been writing it.
+    /// Returns true if another program has an overlay open, or if it holds data: a VM has been
+    /// writing it.
     ///
     /// # Errors
-    /// Any error while the overlay is read. An overlay that cannot be read, or that changed without holding data, proves
-    /// nothing.
+    /// Any error while the overlay is read. An overlay that cannot be read, or that changed without
+    /// holding data, proves nothing.
     pub(in crate::vm) fn is_written(&self, overlay: &NewOverlay) -> Result<bool> {
         let file = &overlay.file;
         let access = Access::read().with_lock(LockMode::Write);
@@ -318,7 +326,8 @@ impl VolumeFiles {
         .into())
     }
 
-    /// Opens files of a volume, the topmost first, as one read-only disk, after a check of its bases.
+    /// Opens files of a volume, the topmost first, as one read-only disk, after a check of its
+    /// bases.
     pub(in crate::vm) fn disk(&self, model: &Model, volume: &Volume, files: &[FileRef]) -> Result<Chain> {
         volume.bases.iter().try_for_each(|base| self.check_base(base))?;
         let links = if model.merging().is_some() { Links::MaySkip } else { Links::Exact };
@@ -342,8 +351,9 @@ fn normal(path: &Path) -> Option<Vec<Component<'_>>> {
     parts.map(|part| matches!(part, Component::Normal(_)).then_some(part)).collect()
 }
 
-/// Returns the name of `to` relative to the directory of `from`. Returns `None` unless both paths are relative and free
-/// of `..`: then a name with `..` means the same file wherever the common directory is moved.
+/// Returns the name of `to` relative to the directory of `from`. Returns `None` unless both paths
+/// are relative and free of `..`: then a name with `..` means the same file wherever the common
+/// directory is moved.
 fn relative_name(from: &Path, to: &Path) -> Option<PathBuf> {
     let beside = from.parent() == to.parent();
     if beside && let Some(name) = to.file_name() {
@@ -357,7 +367,8 @@ fn relative_name(from: &Path, to: &Path) -> Option<PathBuf> {
     Some(without_protocol(name))
 }
 
-/// Puts `./` before a name that QEMU would read as a protocol: one with a colon before the first slash.
+/// Puts `./` before a name that QEMU would read as a protocol: one with a colon before the first
+/// slash.
 fn without_protocol(name: PathBuf) -> PathBuf {
     let bytes = name.as_os_str().as_encoded_bytes();
     let first = bytes.split(|byte| *byte == b'/').next().unwrap_or_default();

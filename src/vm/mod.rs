@@ -1,18 +1,19 @@
 //! Snapshots of a VM over all of its volumes.
 //!
-//! A [`SnapshotSet`] keeps the tree of a VM's snapshots. A snapshot freezes the active files of all volumes,
-//! or of none, and new overlays become the active files. A pure function ([`plan()`]) over a small [`Model`]
-//! computes what an operation does. The result is a value ([`Plan`]), which is carried out under a journal, so
-//! that [`SnapshotSet::recover`] completes or undoes an operation after a crash at any instant. The VM can be
-//! started before that.
+//! A [`SnapshotSet`] keeps the tree of a VM's snapshots. A snapshot freezes the active files of all
+//! volumes, or of none, and new overlays become the active files. A pure function ([`plan()`]) over
+//! a small [`Model`] computes what an operation does. The result is a value ([`Plan`]), which is
+//! carried out under a journal, so that [`SnapshotSet::recover`] completes or undoes an operation
+//! after a crash at any instant. The VM can be started before that.
 //!
-//! Deletion follows one rule. Without dependents, the files of a snapshot are removed. With one dependent,
-//! they are merged with it. With several, the snapshot is hidden until one is left.
+//! Deletion follows one rule. Without dependents, the files of a snapshot are removed. With one
+//! dependent, they are merged with it. With several, the snapshot is hidden until one is left.
 //!
 //! # Files
-//! The set writes and removes only files that its catalogue records or that the operation creates. A merge
-//! never renames a file: the survivor keeps its own path and format. A file that may not be removed is
-//! reported as released. See `docs/vm.md` for the rules, the order of writes, and recovery.
+//! The set writes and removes only files that its catalogue records or that the operation creates.
+//! A merge never renames a file: the survivor keeps its own path and format. A file that may not be
+//! removed is reported as released. See `docs/vm.md` for the rules, the order of writes, and
+//! recovery.
 
 mod adopt;
 mod error;

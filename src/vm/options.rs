@@ -17,8 +17,8 @@ pub struct SnapshotOptions {
     pub quiesce: bool,
     /// The maximum depth of a volume's chain afterwards. Default: 256.
     pub max_depth: usize,
-    /// If set, an overlay may lack attributes of the active file that the process may not set. Default: false, which
-    /// refuses the snapshot.
+    /// If set, an overlay may lack attributes of the active file that the process may not set.
+    /// Default: false, which refuses the snapshot.
     pub ignore_attributes: bool,
 }
 
@@ -58,7 +58,8 @@ impl SnapshotOptions {
     }
 }
 
-/// Options of [`SnapshotSet::delete`](super::SnapshotSet::delete) and [`SnapshotSet::revert`](super::SnapshotSet::revert).
+/// Options of [`SnapshotSet::delete`](super::SnapshotSet::delete) and
+/// [`SnapshotSet::revert`](super::SnapshotSet::revert).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MergeOptions {
@@ -66,15 +67,20 @@ pub struct MergeOptions {
     pub direction: MergePreference,
     /// The maximum bytes of data to copy per second and volume. Default: no limit.
     pub rate_limit: Option<u64>,
-    /// The names of internal snapshots and bitmaps that may be destroyed or invalidated. Default: none.
+    /// The names of internal snapshots and bitmaps that may be destroyed or invalidated. Default:
+    /// none.
     pub drop: BTreeSet<String>,
-    /// The search for images outside the set that depend on its files. Default: in the directories of the files.
+    /// The search for images outside the set that depend on its files. Default: in the directories
+    /// of the files.
     pub dependents: DependentSearch,
-    /// If set, a revert proceeds although an active file that it discards is missing or damaged. Default: false.
+    /// If set, a revert proceeds although an active file that it discards is missing or damaged.
+    /// Default: false.
     pub discard_lost: bool,
-    /// If set, a revert detaches volumes that the snapshot lacks. Default: false, which refuses the revert.
+    /// If set, a revert detaches volumes that the snapshot lacks. Default: false, which refuses the
+    /// revert.
     pub detach_missing: bool,
-    /// If set, an overlay may lack attributes of the active file that the process may not set. Default: false.
+    /// If set, an overlay may lack attributes of the active file that the process may not set.
+    /// Default: false.
     pub ignore_attributes: bool,
 }
 
@@ -139,14 +145,16 @@ pub struct VolumeSpec {
     pub path: PathBuf,
     /// The format of that file. It is never guessed.
     pub format: Format,
-    /// If set, the file is shared with others: once a snapshot froze it, it is never written or removed.
+    /// If set, the file is shared with others: once a snapshot froze it, it is never written or
+    /// removed.
     pub protected: bool,
     /// The geometry of overlays. Default: that of the file.
     pub overlay: Option<OverlayShape>,
-    /// The directory for overlays. Default: that of the active file. Required for a block device, unless its overlays come
-    /// from a provider.
+    /// The directory for overlays. Default: that of the active file. Required for a block device,
+    /// unless its overlays come from a provider.
     pub overlay_dir: Option<PathBuf>,
-    /// If set, an [`OverlayProvider`](super::OverlayProvider) will create the overlays. Default: false.
+    /// If set, an [`OverlayProvider`](super::OverlayProvider) will create the overlays. Default:
+    /// false.
     pub provided_overlays: bool,
 }
 
@@ -210,8 +218,8 @@ pub struct AdoptOptions {
     pub vm: Option<String>,
     /// The policy by which backing files are opened. Default: [`Policy::Refuse`].
     pub policy: Policy,
-    /// The names of snapshots to make of the files beneath the active ones, the oldest first. Files beneath these, or all
-    /// if none are named, are bases, which are never written or removed.
+    /// The names of snapshots to make of the files beneath the active ones, the oldest first. Files
+    /// beneath these, or all if none are named, are bases, which are never written or removed.
     pub snapshots: Vec<String>,
     /// The search for images that depend on the files. Default: in the directories of the files.
     pub dependents: DependentSearch,

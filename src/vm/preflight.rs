@@ -1,11 +1,11 @@
 //! The preflight: everything that is checked, locked and estimated before the first durable change.
 //!
-//! An operation computes one [`Preflight`] and then carries out its plan. A dry run computes the same
-//! value and drops it, so that it reports exactly the obstacles that the operation would meet.
+//! An operation computes one [`Preflight`] and then carries out its plan. A dry run computes the
+//! same value and drops it, so that it reports exactly the obstacles that the operation would meet.
 //!
-//! Each file that the plan writes, relinks or removes is opened once, locked, and stays open until the
-//! operation ends. The estimates and the merge itself use that handle. After the preflight only I/O
-//! errors, lack of space and cancellation can stop an operation.
+//! Each file that the plan writes, relinks or removes is opened once, locked, and stays open until
+//! the operation ends. The estimates and the merge itself use that handle. After the preflight only
+//! I/O errors, lack of space and cancellation can stop an operation.
 
 mod estimates;
 mod inspect;
@@ -52,7 +52,8 @@ struct Checks<'a> {
     model: Model,
     /// The hypervisor's description; that of a stopped VM if there is no hypervisor.
     domain: Domain,
-    /// The active files that are missing or damaged, by recorded path. Only a revert may discard them.
+    /// The active files that are missing or damaged, by recorded path. Only a revert may discard
+    /// them.
     lost: Vec<String>,
     facts: BTreeMap<String, FileFacts>,
 }
@@ -61,7 +62,8 @@ impl Preflight {
     /// Checks an operation and locks its files.
     ///
     /// # Errors
-    /// Every obstacle as a [`Refusal`](super::Refusal) or [`Error::NoSpace`](super::Error::NoSpace); any error of opening the files.
+    /// Every obstacle as a [`Refusal`](super::Refusal) or
+    /// [`Error::NoSpace`](super::Error::NoSpace); any error of opening the files.
     pub(super) fn new(set: &SnapshotSet, request: &Request, options: &MergeOptions) -> Result<Self> {
         set.refuse_unfinished()?;
         let model = set.store.load()?;
@@ -81,20 +83,21 @@ impl Preflight {
     }
 }
 
-/// Returns the files beneath the merges of a plan. The estimates opened them with a reader's lock, which proves that
-/// no other program writes them.
+/// Returns the files beneath the merges of a plan. The estimates opened them with a reader's lock,
+/// which proves that no other program writes them.
 fn examined(plan: &Plan) -> BTreeSet<String> {
     plan.merges().flat_map(|(_, step)| &step.below).map(|file| file.path.clone()).collect()
 }
 
 impl Checks<'_> {
-    /// Returns true if the running VM has a file open: then it is neither locked nor merged by the library.
+    /// Returns true if the running VM has a file open: then it is neither locked nor merged by the
+    /// library.
     fn is_open_in_vm(&self, recorded: &str) -> bool {
         self.domain.disk_with(&self.files, recorded).is_some()
     }
 
-    /// Plans three times: to learn which files are concerned, with the facts about these, and with the directions that
-    /// the estimates decide on.
+    /// Plans three times: to learn which files are concerned, with the facts about these, and with
+    /// the directions that the estimates decide on.
     fn plan(&mut self) -> Result<(Plan, BTreeMap<String, Way>)> {
         let mut options = PlanOptions::default().with_running(self.domain.running).with_token(random_token());
         self.choose_overlays(&mut options)?;
@@ -135,9 +138,10 @@ impl Checks<'_> {
         planned.map_err(|refusal| refusal.with_path(|path| self.files.shown(path)).into())
     }
 
-    /// Compares the bases with their fingerprints, and the header of each file to revert to with the records. The headers
-    /// of the active files were compared when these were inspected, the others are when the files are opened, so that the
-    /// cost of a snapshot does not grow with the depth.
+    /// Compares the bases with their fingerprints, and the header of each file to revert to with
+    /// the records. The headers of the active files were compared when these were inspected, the
+    /// others are when the files are opened, so that the cost of a snapshot does not grow with the
+    /// depth.
     fn check_heads(&self, plan: &Plan) -> Result<()> {
         for volume in &self.model.volumes {
             if self.lost.contains(&volume.active.file.path) {

@@ -32,9 +32,10 @@ use crate::storage::{Attributes, EntryKind, FileSystem, HostFileSystem};
 
 /// The snapshots of a VM over all of its volumes.
 ///
-/// A set holds no file open: each operation locks the VM, reads the catalogue, and leaves everything on disk, so that
-/// many processes may have one each. An interrupted operation is completed or undone by [`SnapshotSet::recover`]. Until
-/// then other changes are refused; reading is not, and the VM can be started.
+/// A set holds no file open: each operation locks the VM, reads the catalogue, and leaves
+/// everything on disk, so that many processes may have one each. An interrupted operation is
+/// completed or undone by [`SnapshotSet::recover`]. Until then other changes are refused; reading
+/// is not, and the VM can be started.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -93,7 +94,8 @@ impl SnapshotSet {
     /// See [`SnapshotSet::load`].
     pub fn load_in(file_system: Arc<dyn FileSystem>, catalogue: impl Into<PathBuf>) -> Result<Self> {
         let catalogue = catalogue.into();
-        // Beside a link to the catalogue, journal and lock would be others than beside the catalogue.
+        // Beside a link to the catalogue, journal and lock would be others than beside the
+        // catalogue.
         let catalogue = match file_system.entry(&catalogue)? {
             EntryKind::Link => file_system.resolve(&catalogue)?.path,
             _ => catalogue,
@@ -103,8 +105,9 @@ impl SnapshotSet {
         Ok(Self::with_store(file_system, catalogue, store))
     }
 
-    /// Creates a set whose model is kept by `store`. Recorded relative paths start at the directory of `catalogue`, and
-    /// journal and lock are created beside it. No file is written at `catalogue` itself. The path must not contain links.
+    /// Creates a set whose model is kept by `store`. Recorded relative paths start at the directory
+    /// of `catalogue`, and journal and lock are created beside it. No file is written at
+    /// `catalogue` itself. The path must not contain links.
     #[must_use]
     pub fn with_store(file_system: Arc<dyn FileSystem>, catalogue: impl Into<PathBuf>, store: Arc<dyn Store>) -> Self {
         let catalogue = catalogue.into();
@@ -120,14 +123,17 @@ impl SnapshotSet {
         }
     }
 
-    /// Takes in existing files as the volumes of a VM, and writes its catalogue, which must not exist.
+    /// Takes in existing files as the volumes of a VM, and writes its catalogue, which must not
+    /// exist.
     ///
     /// # Errors
-    /// - [`Refusal::Exists`], [`Refusal::LeftoverJournal`]: a catalogue or a journal exists at the path.
+    /// - [`Refusal::Exists`], [`Refusal::LeftoverJournal`]: a catalogue or a journal exists at the
+    ///   path.
     /// - [`Refusal::VmName`], [`Refusal::VolumeName`], [`Refusal::Path`]: a name is not allowed.
     /// - [`Refusal::SameFile`]: two paths lead to one file.
     /// - [`Refusal::Dependents`]: an image outside the set is backed by one of the files.
-    /// - [`Refusal::BlockDevice`], [`Refusal::MemoryDirectory`]: the place of overlays is missing or not durable.
+    /// - [`Refusal::BlockDevice`], [`Refusal::MemoryDirectory`]: the place of overlays is missing
+    ///   or not durable.
     pub fn adopt(catalogue: impl Into<PathBuf>, volumes: &[VolumeSpec], options: &AdoptOptions) -> Result<Self> {
         Self::adopt_in(Arc::new(HostFileSystem), catalogue, volumes, options)
     }
@@ -171,8 +177,8 @@ impl SnapshotSet {
         self
     }
 
-    /// Sets the provider of overlays. Default: overlays are files in the active file's directory, or in the directory
-    /// that the volume names.
+    /// Sets the provider of overlays. Default: overlays are files in the active file's directory,
+    /// or in the directory that the volume names.
     #[must_use]
     pub fn with_provider(mut self, provider: Arc<dyn OverlayProvider>) -> Self {
         self.provider = Some(provider);
@@ -287,24 +293,27 @@ impl SnapshotSet {
         self.operate(&request, &MergeOptions::default().with_ignore_attributes(options.ignore_attributes), &())
     }
 
-    /// Reverts all volumes to a snapshot. Data written since the last snapshot is discarded. A hidden snapshot that only
-    /// the discarded files needed is merged.
+    /// Reverts all volumes to a snapshot. Data written since the last snapshot is discarded. A
+    /// hidden snapshot that only the discarded files needed is merged.
     ///
     /// # Errors
-    /// - [`Error::Refused`](super::Error::Refused), [`Error::NoSpace`](super::Error::NoSpace): nothing has changed.
-    /// - [`Error::Incomplete`](super::Error::Incomplete): the volumes are reverted, and that merge failed.
+    /// - [`Error::Refused`](super::Error::Refused), [`Error::NoSpace`](super::Error::NoSpace):
+    ///   nothing has changed.
+    /// - [`Error::Incomplete`](super::Error::Incomplete): the volumes are reverted, and that merge
+    ///   failed.
     pub fn revert(&self, name: &str, options: &MergeOptions, progress: &dyn Progress) -> Result<Report> {
         let request = Request::Revert { name: name.to_owned(), detach_missing: options.detach_missing };
         self.operate(&request, options, progress)
     }
 
-    /// Deletes a snapshot: its files are removed, merged with their only dependent, or hidden while there are several. An
-    /// interrupted deletion is resumed.
+    /// Deletes a snapshot: its files are removed, merged with their only dependent, or hidden while
+    /// there are several. An interrupted deletion is resumed.
     ///
     /// # Errors
-    /// - [`Error::Refused`](super::Error::Refused), [`Error::NoSpace`](super::Error::NoSpace): nothing has changed.
-    /// - [`Error::Incomplete`](super::Error::Incomplete), [`Error::Cancelled`](super::Error::Cancelled): it has begun and
-    ///   can be resumed.
+    /// - [`Error::Refused`](super::Error::Refused), [`Error::NoSpace`](super::Error::NoSpace):
+    ///   nothing has changed.
+    /// - [`Error::Incomplete`](super::Error::Incomplete),
+    ///   [`Error::Cancelled`](super::Error::Cancelled): it has begun and can be resumed.
     pub fn delete(&self, name: &str, options: &MergeOptions, progress: &dyn Progress) -> Result<Report> {
         let locked = self.lock.take()?;
         if let Some(report) = self.resume_deletion(name, options, progress)? {
@@ -323,25 +332,28 @@ impl SnapshotSet {
         self.operate(&Request::Resize { volume: volume.to_owned(), size, shrink }, &MergeOptions::default(), &())
     }
 
-    /// Completes or undoes an interrupted operation. A recovery may itself be interrupted, and run again.
+    /// Completes or undoes an interrupted operation. A recovery may itself be interrupted, and run
+    /// again.
     ///
     /// # Errors
-    /// - [`Error::Uncertain`](super::Error::Uncertain): recover with the hypervisor, or with [`SnapshotSet::recover_with`].
+    /// - [`Error::Uncertain`](super::Error::Uncertain): recover with the hypervisor, or with
+    ///   [`SnapshotSet::recover_with`].
     /// - [`Refusal::ForeignJournal`]: the journal does not belong to the catalogue.
     /// - Any other error that keeps the operation from being completed.
     pub fn recover(&self, progress: &dyn Progress) -> Result<Recovery> {
-        self.recover_told(None, progress)
+        self.recover_stated(None, progress)
     }
 
-    /// Recovers by the caller's description of the VM, which overrules that of the executor: see [`Domain::stated`].
+    /// Recovers by the caller's description of the VM, which overrules that of the executor: see
+    /// [`Domain::stated`].
     ///
     /// # Errors
     /// See [`SnapshotSet::recover`].
     pub fn recover_with(&self, domain: &Domain, progress: &dyn Progress) -> Result<Recovery> {
-        self.recover_told(Some(domain), progress)
+        self.recover_stated(Some(domain), progress)
     }
 
-    pub(super) fn recover_told(&self, domain: Option<&Domain>, progress: &dyn Progress) -> Result<Recovery> {
+    pub(super) fn recover_stated(&self, domain: Option<&Domain>, progress: &dyn Progress) -> Result<Recovery> {
         let _locked = self.lock.take()?;
         self.recover_locked(domain, &MergeOptions::default(), progress)
     }
@@ -356,7 +368,8 @@ impl SnapshotSet {
                 let why = "the set has a volume, or snapshots of a detached one, by this name";
                 return Err(Refusal::VolumeName { name: spec.name.clone(), why }.into());
             }
-            // Paths beneath the catalogue's directory are recorded by relative ones, whatever the directory is called here.
+            // Paths beneath the catalogue's directory are recorded by relative ones, whatever the
+            // directory is called here.
             let directory = self.files.file_system().resolve(directory_of(&self.catalogue))?.path;
             let files = VolumeFiles::new(Arc::clone(self.files.file_system()), directory);
             let volume = adopt::volume(&files, spec, model, options)?;
@@ -365,8 +378,9 @@ impl SnapshotSet {
         })
     }
 
-    /// Detaches a volume: it gets no further snapshots. Its active file stays and is returned as released. Existing
-    /// snapshots keep their files, and a revert to one of them attaches the volume again. The active file may be missing.
+    /// Detaches a volume: it gets no further snapshots. Its active file stays and is returned as
+    /// released. Existing snapshots keep their files, and a revert to one of them attaches the
+    /// volume again. The active file may be missing.
     ///
     /// # Errors
     /// [`Refusal::UnknownVolume`]. Any error of the store.

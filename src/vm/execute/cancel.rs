@@ -11,11 +11,12 @@ use crate::vm::set::SnapshotSet;
 use crate::vm::{Refusal, Result};
 
 impl SnapshotSet {
-    /// Calls off an interrupted deletion, if it has not changed the content of any file: the snapshot is ready again, and
-    /// clusters that the merge reserved are freed.
+    /// Calls off an interrupted deletion, if it has not changed the content of any file: the
+    /// snapshot is ready again, and clusters that the merge reserved are freed.
     ///
     /// # Errors
-    /// - [`Refusal::NotCancellable`]: no deletion is under way, or it has changed a file. Recover it instead.
+    /// - [`Refusal::NotCancellable`]: no deletion is under way, or it has changed a file. Recover
+    ///   it instead.
     /// - [`Refusal::ForeignJournal`]: the journal does not belong to the catalogue.
     /// - [`Refusal::InUse`]: another program uses a file of the merge.
     pub fn cancel(&self) -> Result<Report> {

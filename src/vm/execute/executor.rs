@@ -20,10 +20,11 @@ use crate::vm::provider::OverlayProvider;
 pub struct Domain {
     /// If set, the VM is running or paused.
     pub running: bool,
-    /// The files of each disk, the active one first, by the hypervisor's name of the disk. For a stopped VM perhaps only
-    /// the file that it would be started on.
+    /// The files of each disk, the active one first, by the hypervisor's name of the disk. For a
+    /// stopped VM perhaps only the file that it would be started on.
     pub disks: BTreeMap<String, Vec<PathBuf>>,
-    /// If set, the caller states on which files the VM runs, and the content of files does not overrule it.
+    /// If set, the caller states on which files the VM runs, and the content of files does not
+    /// overrule it.
     pub(in crate::vm) stated: bool,
 }
 
@@ -34,7 +35,8 @@ impl Domain {
         Self { running, ..Self::default() }
     }
 
-    /// Creates the description by a caller who states the files that the VM runs on, one for each disk.
+    /// Creates the description by a caller who states the files that the VM runs on, one for each
+    /// disk.
     #[must_use]
     pub fn stated(files: impl IntoIterator<Item = PathBuf>) -> Self {
         let disks = files.into_iter().enumerate().map(|(number, file)| (format!("disk {number}"), vec![file]));
@@ -50,7 +52,8 @@ impl Domain {
         found.map(|(name, _)| name.as_str())
     }
 
-    /// Returns the name of the disk of a running VM that has a recorded file open, and the file's index in its chain.
+    /// Returns the name of the disk of a running VM that has a recorded file open, and the file's
+    /// index in its chain.
     #[must_use]
     pub fn disk_with(&self, files: &VolumeFiles, recorded: &str) -> Option<(&str, usize)> {
         if !self.running {
@@ -64,20 +67,22 @@ impl Domain {
 
 /// Receives the progress of a merge, and records its points of no return.
 pub trait Watch: Progress {
-    /// Called before the library changes the guest-visible content of the base. Until then the merge can be called off.
+    /// Called before the library changes the guest-visible content of the base. Until then the
+    /// merge can be called off.
     ///
     /// # Errors
     /// Any error of the journal. The merge stops before the change.
     fn before_change(&self) -> merge::Result<()>;
 
-    /// Called before the hypervisor is asked to start a merge, or before a job that is found running is taken over.
+    /// Called before the hypervisor is asked to start a merge, or before a job that is found
+    /// running is taken over.
     ///
     /// # Errors
     /// Any error of the journal. The hypervisor must not be asked then.
     fn before_start(&self) -> Result<()>;
 
-    /// Called before the hypervisor is asked to switch the VM from the top to the base. From then on the base may be newer
-    /// than the top.
+    /// Called before the hypervisor is asked to switch the VM from the top to the base. From then
+    /// on the base may be newer than the top.
     ///
     /// # Errors
     /// Any error of the journal. The hypervisor must not be asked then.
@@ -108,13 +113,15 @@ pub struct ExecutionContext<'a> {
     pub jobs: usize,
     /// The maximum bytes of data to copy per second and volume. `None` means no limit.
     pub rate_limit: Option<u64>,
-    /// If set, an interrupted operation is completed: clusters that it left allocated and unused are freed.
+    /// If set, an interrupted operation is completed: clusters that it left allocated and unused
+    /// are freed.
     pub recovering: bool,
     /// The treatment of attributes of the active file that cannot be set on an overlay.
     pub attributes: Attributes,
     /// The provider of overlays, if the set has one.
     pub provider: Option<&'a Arc<dyn OverlayProvider>>,
-    /// The estimates of the preflight, by the recorded path of the survivor. The files are locked since.
+    /// The estimates of the preflight, by the recorded path of the survivor. The files are locked
+    /// since.
     pub estimates: &'a BTreeMap<String, merge::Way>,
     /// The VM's name, for requests to the provider.
     pub vm: &'a str,
@@ -152,30 +159,35 @@ pub struct Merged {
     pub virtual_size: u64,
     /// The data moved.
     pub report: merge::Report,
-    /// If set, a running VM has been switched to the base and writes it. A second merge would undo its writes.
+    /// If set, a running VM has been switched to the base and writes it. A second merge would undo
+    /// its writes.
     pub switched: bool,
 }
 
-/// Carries out the steps of a plan. Each step can be repeated after an interruption, or when it is done already.
+/// Carries out the steps of a plan. Each step can be repeated after an interruption, or when it is
+/// done already.
 ///
 /// The trait is sealed: its contract includes internals of recovery. A VM's hypervisor is added by
-/// [`live::Hypervisor`](crate::live::Hypervisor), a store of the model by [`Store`](crate::vm::Store), media for overlays
-/// by [`OverlayProvider`].
+/// [`live::Hypervisor`](crate::live::Hypervisor), a store of the model by
+/// [`Store`](crate::vm::Store), media for overlays by [`OverlayProvider`].
 pub trait Executor: sealed::Sealed + Send + Sync + fmt::Debug {
-    /// Returns the hypervisor's description of the VM, or `None` if this executor has no hypervisor.
+    /// Returns the hypervisor's description of the VM, or `None` if this executor has no
+    /// hypervisor.
     ///
     /// # Errors
     /// The hypervisor cannot be reached.
     fn domain(&self, vm: &str) -> Result<Option<Domain>>;
 
-    /// Returns the kind of the block job that runs on a disk, by the hypervisor's name of the disk; `None` if there is none.
+    /// Returns the kind of the block job that runs on a disk, by the hypervisor's name of the disk;
+    /// `None` if there is none.
     ///
     /// # Errors
     /// The hypervisor cannot be reached.
     fn job_on(&self, disk: &str) -> Result<Option<String>>;
 
-    /// Creates overlays, durable on return together with their names, and switches the disks of a running VM to them.
-    /// With `quiesce`, a running guest flushes and freezes its file systems first.
+    /// Creates overlays, durable on return together with their names, and switches the disks of a
+    /// running VM to them. With `quiesce`, a running guest flushes and freezes its file systems
+    /// first.
     ///
     /// # Errors
     /// Any. The caller removes the overlays that `log` recorded.

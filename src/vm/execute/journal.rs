@@ -1,8 +1,8 @@
 //! The journal: the plan of the operation that is under way, and its progress.
 //!
-//! One record per line: its CRC-32 in eight hexadecimal digits, a space, the record as JSON. The first
-//! record is the plan, which is durable before any other change. Records are appended one by one, each
-//! durable before the next, so that a crash can tear the last one only.
+//! One record per line: its CRC-32 in eight hexadecimal digits, a space, the record as JSON. The
+//! first record is the plan, which is durable before any other change. Records are appended one by
+//! one, each durable before the next, so that a crash can tear the last one only.
 #![allow(unreachable_pub, reason = "Journal and Record are public with the feature test-utils")]
 
 use std::path::{Path, PathBuf};
@@ -24,19 +24,22 @@ const MAX_LEN: u64 = 256 << 20;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", rename_all_fields = "kebab-case")]
 pub enum Record {
-    /// The plan. It is the first record, and has the identity of the set and the number of the operation.
+    /// The plan. It is the first record, and has the identity of the set and the number of the
+    /// operation.
     Plan {
         /// The version of the journal.
         version: u32,
         /// The plan.
         plan: Plan,
     },
-    /// All overlays of a stage are complete and durable. Before this record no VM can have written to them.
+    /// All overlays of a stage are complete and durable. Before this record no VM can have written
+    /// to them.
     Created {
         /// The stage.
         stage: usize,
     },
-    /// A merge is about to change the guest-visible content of the base. Before this record it can be called off.
+    /// A merge is about to change the guest-visible content of the base. Before this record it can
+    /// be called off.
     Changing {
         /// The stage.
         stage: usize,
@@ -57,8 +60,8 @@ pub enum Record {
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         switched: bool,
     },
-    /// A hypervisor is about to start a merge, or its running job is about to be taken over. If the VM writes the base
-    /// later, it was switched.
+    /// A hypervisor is about to start a merge, or its running job is about to be taken over. If the
+    /// VM writes the base later, it was switched.
     Started {
         /// The stage.
         stage: usize,
@@ -67,7 +70,8 @@ pub enum Record {
         /// The step of the volume.
         step: usize,
     },
-    /// A running VM is about to be switched to the base of a merge. Only its hypervisor can say if it was.
+    /// A running VM is about to be switched to the base of a merge. Only its hypervisor can say if
+    /// it was.
     Switching {
         /// The stage.
         stage: usize,
@@ -141,7 +145,8 @@ fn wrong(path: &Path, why: impl Into<String>) -> Error {
     Error::Journal { file: path.display().to_string(), why: why.into() }
 }
 
-/// Decodes the records of a journal. Returns them and the offset of the end of the last complete one.
+/// Decodes the records of a journal. Returns them and the offset of the end of the last complete
+/// one.
 fn records(bytes: &[u8], path: &Path) -> Result<(Vec<Record>, usize)> {
     let mut records = Vec::new();
     let (mut at, mut end) = (0, 0);
@@ -163,7 +168,8 @@ fn records(bytes: &[u8], path: &Path) -> Result<(Vec<Record>, usize)> {
 }
 
 impl Record {
-    /// Returns the step that the record concerns (stage, volume, step), and the progress that it records.
+    /// Returns the step that the record concerns (stage, volume, step), and the progress that it
+    /// records.
     fn progress(&self) -> Option<((usize, &str, usize), Progressed)> {
         let (stage, volume, step, progressed) = match self {
             Self::Plan { .. } | Self::Created { .. } => return None,
@@ -179,8 +185,8 @@ impl Record {
 }
 
 impl Journal {
-    /// Begins a journal with its plan, durable on return. If a catalogue exists at `model`, the journal gets its owner,
-    /// mode and further attributes.
+    /// Begins a journal with its plan, durable on return. If a catalogue exists at `model`, the
+    /// journal gets its owner, mode and further attributes.
     ///
     /// # Errors
     /// Any error of writing it. At most a torn journal exists then.

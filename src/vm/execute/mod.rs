@@ -1,5 +1,5 @@
-//! The execution of a plan: journal, catalogue, files, catalogue, names, journal; in this order, for
-//! every operation.
+//! The execution of a plan: journal, catalogue, files, catalogue, names, journal; in this order,
+//! for every operation.
 
 pub(super) mod cancel;
 pub(super) mod executor;
@@ -37,7 +37,8 @@ use crate::vm::{Error, Result};
 pub(super) struct Tools<'a> {
     pub(super) store: &'a dyn Store,
     pub(super) executor: &'a dyn Executor,
-    /// The hypervisor's description when the operation began, or the caller's statement. `None` if neither is known.
+    /// The hypervisor's description when the operation began, or the caller's statement. `None` if
+    /// neither is known.
     pub(super) domain: Option<&'a Domain>,
     pub(super) journal: &'a Path,
     pub(super) catalogue: &'a Path,
@@ -71,13 +72,13 @@ pub(super) struct Run<'a> {
     report: Mutex<Report>,
     /// The overlays that this run created.
     created: Mutex<Vec<Created>>,
-    /// Set once the catalogue may differ from before, or files that are not new may be changed. From then on an operation
-    /// can be completed only.
+    /// Set once the catalogue may differ from before, or files that are not new may be changed.
+    /// From then on an operation can be completed only.
     committed: AtomicBool,
 }
 
-/// Locks a part of a [`Run`]. Each part is a plain value that is replaced or extended in one step, so that a panic
-/// elsewhere leaves it consistent; the journal on disk decides what happened.
+/// Locks a part of a [`Run`]. Each part is a plain value that is replaced or extended in one step,
+/// so that a panic elsewhere leaves it consistent; the journal on disk decides what happened.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -199,7 +200,8 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Does the work on all volumes, on several threads. A volume that fails does not keep the others from being done.
+    /// Does the work on all volumes, on several threads. A volume that fails does not keep the
+    /// others from being done.
     fn work(&self, number: usize, stage: &Stage) -> Result<()> {
         let failed: Mutex<Vec<(String, Error)>> = Mutex::default();
         in_parallel(&stage.work, self.tools.context.jobs, |work| {
@@ -211,7 +213,8 @@ impl<'a> Run<'a> {
         })?;
         let mut failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
         let left: Vec<String> = failed.iter().map(|(volume, _)| volume.clone()).collect();
-        // An uncertain outcome is reported before any other failure: it decides if the VM may be started.
+        // An uncertain outcome is reported before any other failure: it decides if the VM may be
+        // started.
         failed.sort_by_key(|(_, error)| !error.is_uncertain());
         let Some((volume, error)) = failed.into_iter().next() else { return Ok(()) };
         if error.is_cancelled() {
@@ -239,7 +242,8 @@ impl<'a> Run<'a> {
         self.leave(&work.leaving)
     }
 
-    /// Reports the size of an active file that differs from the planned one: a device keeps its length.
+    /// Reports the size of an active file that differs from the planned one: a device keeps its
+    /// length.
     fn report_size(&self, volume: &str, edits: &[Edit], new: u64) {
         let planned = edits.iter().find_map(|edit| match edit {
             Edit::SetActive { record, .. } => Some(record.virtual_size),
@@ -290,17 +294,17 @@ impl<'a> Run<'a> {
 
     /// Returns true if a merge must not be repeated.
     ///
-    /// A frozen top is merged once. An active top may have changed since, unless the VM was switched to the base: then
-    /// the base is newer. If a hypervisor was asked for the merge, only a hypervisor or the caller can say which file the
-    /// VM wrote last.
+    /// A frozen top is merged once. An active top may have changed since, unless the VM was
+    /// switched to the base: then the base is newer. If a hypervisor was asked for the merge, only
+    /// a hypervisor or the caller can say which file the VM wrote last.
     fn is_merged(&self, stage: usize, volume: &str, number: usize, step: &MergeStep) -> Result<bool> {
         let progressed = lock(&self.journal).as_ref().map(|journal| journal.progressed(stage, volume, number));
         let progressed = progressed.unwrap_or(Progressed::No);
         match progressed {
             Progressed::No | Progressed::Changing => Ok(false),
             Progressed::Done { switched: true } => Ok(true),
-            // The VM was started after the merge and before the relinks: its hypervisor relinks with a merge of its own,
-            // in which nothing is left to copy.
+            // The VM was started after the merge and before the relinks: its hypervisor relinks
+            // with a merge of its own, in which nothing is left to copy.
             Progressed::Done { .. } => {
                 Ok(!step.active && (step.direction == Direction::Pull || !self.tools.is_open_in_vm(&step.top.path)))
             }
@@ -334,8 +338,8 @@ impl<'a> Run<'a> {
         Ok(Some(Merged { virtual_size, ..Merged::default() }))
     }
 
-    /// Undoes an operation that the catalogue does not record: removes the overlays that this run created, then the
-    /// journal.
+    /// Undoes an operation that the catalogue does not record: removes the overlays that this run
+    /// created, then the journal.
     fn undo(&self) -> Result<()> {
         let created = std::mem::take(&mut *lock(&self.created));
         self.remove_created(&created)?;

@@ -18,7 +18,8 @@ use crate::vm::plan::{MergeStep, NewOverlay};
 use crate::vm::provider::OverlayRequest;
 use crate::vm::{Error, Refusal, Result};
 
-/// Carries out every step itself, under QEMU's image locks. Files that a running VM has open are refused.
+/// Carries out every step itself, under QEMU's image locks. Files that a running VM has open are
+/// refused.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct OfflineExecutor;
 
@@ -88,8 +89,8 @@ impl Executor for OfflineExecutor {
     }
 }
 
-/// Does something with each item on several threads. Returns the error of the first item that failed; all items are
-/// tried.
+/// Does something with each item on several threads. Returns the error of the first item that
+/// failed; all items are tried.
 pub(in crate::vm) fn in_parallel<T: Sync>(
     items: &[T],
     jobs: usize,
@@ -145,7 +146,8 @@ fn container(overlay: &NewOverlay, context: &ExecutionContext<'_>) -> Result<Arc
         let provider = context.provider.ok_or_else(|| no_provider(files, &overlay.file.path))?;
         provider.create(&request(overlay, context.vm)?)?;
         return files.file_system().open(&path, &Access::write()).map_err(|error| {
-            // It is not recorded yet, so that no undo would find it. If this fails too, recovery releases it.
+            // It is not recorded yet, so that no undo would find it. If this fails too, recovery
+            // releases it.
             let _ = provider.release(&path);
             error.into()
         });
@@ -154,7 +156,8 @@ fn container(overlay: &NewOverlay, context: &ExecutionContext<'_>) -> Result<Arc
     Ok(files.file_system().create_new_like(&path, &*model, context.attributes)?)
 }
 
-/// Opens the file whose attributes an overlay gets: the active file or, where that is lost, the backing file.
+/// Opens the file whose attributes an overlay gets: the active file or, where that is lost, the
+/// backing file.
 pub(in crate::vm) fn model_of(overlay: &NewOverlay, files: &VolumeFiles) -> Result<Arc<dyn Storage>> {
     let access = Access::read().with_lock(LockMode::None);
     match files.storage(&overlay.like, &access) {
@@ -230,8 +233,8 @@ fn pull(step: &MergeStep, context: &ExecutionContext<'_>, progress: &dyn Progres
     finish(&chain, 0, report, context)
 }
 
-/// Frees the clusters that an interrupted merge reserved in its survivor. In a container of fixed size, the space that is
-/// left without them may not suffice for the merge.
+/// Frees the clusters that an interrupted merge reserved in its survivor. In a container of fixed
+/// size, the space that is left without them may not suffice for the merge.
 fn free_reserved(survivor: &FileRef, context: &ExecutionContext<'_>) -> Result<()> {
     if !context.recovering || survivor.format != Format::Qcow2 {
         return Ok(());

@@ -69,25 +69,27 @@ impl From<Pending> for Error {
 }
 
 impl SnapshotSet {
-    /// Recovers. `told` is the caller's description of the VM, which overrules that of the executor.
+    /// Recovers. `stated` is the caller's description of the VM, which overrules that of the
+    /// executor.
     pub(in crate::vm) fn recover_locked(
         &self,
-        told: Option<&Domain>,
+        stated: Option<&Domain>,
         options: &MergeOptions,
         progress: &dyn Progress,
     ) -> Result<Recovery> {
         match Journal::find(self.files.file_system(), &self.journal)? {
-            Found::Journal(journal, plan) => self.resume(*journal, &plan, told, options, progress),
+            Found::Journal(journal, plan) => self.resume(*journal, &plan, stated, options, progress),
             Found::Torn => {
                 clear(&**self.files.file_system(), &self.journal)?;
                 let operation = "an operation that had not changed anything".to_owned();
                 Ok(Recovery::Undone { operation, released: Vec::new() })
             }
-            Found::Nothing => self.resume_without_journal(told, options, progress),
+            Found::Nothing => self.resume_without_journal(stated, options, progress),
         }
     }
 
-    /// Refuses a journal that does not belong to the catalogue: of another set, or not of the last or the next operation.
+    /// Refuses a journal that does not belong to the catalogue: of another set, or not of the last
+    /// or the next operation.
     pub(in crate::vm) fn check_journal(&self, plan: &Plan, model: &Model) -> Result<()> {
         let last = model.last_operation.id;
         let why = if plan.set != model.set {
@@ -104,15 +106,15 @@ impl SnapshotSet {
         &self,
         mut journal: Journal,
         plan: &Plan,
-        told: Option<&Domain>,
+        stated: Option<&Domain>,
         options: &MergeOptions,
         progress: &dyn Progress,
     ) -> Result<Recovery> {
         let model = self.store.load()?;
         self.check_journal(plan, &model)?;
-        let domain = told.cloned().map_or_else(|| self.executor.domain(&model.vm), |domain| Ok(Some(domain)))?;
-        if let Some(told) = told {
-            self.check_statement(told, plan, &model)?;
+        let domain = stated.cloned().map_or_else(|| self.executor.domain(&model.vm), |domain| Ok(Some(domain)))?;
+        if let Some(stated) = stated {
+            self.check_statement(stated, plan, &model)?;
         }
         let files = self.files.for_operation();
         // Once the catalogue records the creation, the overlays may be merged already.
@@ -145,14 +147,14 @@ impl SnapshotSet {
     }
 
     /// Refuses a statement about a file that is neither recorded nor planned.
-    fn check_statement(&self, told: &Domain, plan: &Plan, model: &Model) -> Result<()> {
-        if !told.stated {
+    fn check_statement(&self, stated: &Domain, plan: &Plan, model: &Model) -> Result<()> {
+        if !stated.stated {
             return Ok(());
         }
         let recorded = model.records().map(|(_, _, record)| record.file.path.clone());
         let planned = plan.created().map(|overlay| overlay.file.path.clone());
         let known: Vec<_> = recorded.chain(planned).map(|path| self.files.path(&path)).collect();
-        for file in told.disks.values().flatten() {
+        for file in stated.disks.values().flatten() {
             if !known.iter().any(|path| self.files.leads_to(path, file)) {
                 let why = "it is not a file of this set; name the file that the VM runs on";
                 return Err(Refusal::Path { path: file.display().to_string(), why }.into());
@@ -163,7 +165,7 @@ impl SnapshotSet {
 
     fn resume_without_journal(
         &self,
-        told: Option<&Domain>,
+        stated: Option<&Domain>,
         options: &MergeOptions,
         progress: &dyn Progress,
     ) -> Result<Recovery> {
@@ -175,11 +177,11 @@ impl SnapshotSet {
         };
         let plan = self.plan_anew(&model, merging.id)?;
         let journal = Journal::begin(self.files.file_system(), &self.journal, &self.catalogue, &plan)?;
-        self.resume(journal, &plan, told, options, progress)
+        self.resume(journal, &plan, stated, options, progress)
     }
 
-    /// Plans the deletion of a merging snapshot again. The direction of a merge that was complete is read from the header
-    /// of its top.
+    /// Plans the deletion of a merging snapshot again. The direction of a merge that was complete
+    /// is read from the header of its top.
     fn plan_anew(&self, model: &Model, id: SnapshotId) -> Result<Plan> {
         let mut options = PlanOptions::default();
         let request = Request::ResumeDelete { id };
@@ -217,7 +219,8 @@ impl SnapshotSet {
         }
     }
 
-    /// Returns the interrupted operation, and what [`SnapshotSet::recover`] would do with it. Changes nothing.
+    /// Returns the interrupted operation, and what [`SnapshotSet::recover`] would do with it.
+    /// Changes nothing.
     ///
     /// # Errors
     /// - [`Refusal::ForeignJournal`]: the journal does not belong to the catalogue.
@@ -264,7 +267,8 @@ pub(super) enum Outcome {
 }
 
 impl Run<'_> {
-    /// Completes an interrupted plan, or undoes it if that is still possible. Journal and catalogue are durable.
+    /// Completes an interrupted plan, or undoes it if that is still possible. Journal and catalogue
+    /// are durable.
     fn resume(self, journal: Journal, switched: bool) -> Result<Outcome> {
         let created = journal.has_created(0);
         *super::lock(&self.journal) = Some(journal);
@@ -289,8 +293,8 @@ impl Run<'_> {
         self.clear().map(|report| Outcome::Completed(Box::new(report)))
     }
 
-    /// Undoes a create or revert that the catalogue does not record: removes those of the planned overlays that the
-    /// interrupted operation provably created and to which nothing was written.
+    /// Undoes a create or revert that the catalogue does not record: removes those of the planned
+    /// overlays that the interrupted operation provably created and to which nothing was written.
     fn undo_planned(self, created: bool) -> Result<Outcome> {
         let files = self.tools.files();
         let mut ours = Vec::new();
@@ -347,8 +351,9 @@ fn uncertain(overlay: &crate::vm::plan::NewOverlay, error: Error) -> Error {
     Error::Uncertain { what, source: Some(Box::new(error)) }
 }
 
-/// Returns true if a VM writes to the new overlays of a snapshot that the catalogue does not record: by its hypervisor or
-/// the caller's statement, or by the data in them. A VM switches to all of them at one instant, or to none.
+/// Returns true if a VM writes to the new overlays of a snapshot that the catalogue does not
+/// record: by its hypervisor or the caller's statement, or by the data in them. A VM switches to
+/// all of them at one instant, or to none.
 fn is_switched(files: &VolumeFiles, plan: &Plan, created: bool, domain: Option<&Domain>) -> Result<bool> {
     let (Some(first), Purpose::Create { .. }) = (plan.stages.first(), &plan.purpose) else { return Ok(false) };
     let writes = |path: &str| domain.is_some_and(|domain| domain.disk_writing(files, path).is_some());
@@ -384,7 +389,8 @@ fn is_switched(files: &VolumeFiles, plan: &Plan, created: bool, domain: Option<&
     Ok(true)
 }
 
-/// Locks the files of the work that is left. A file that cannot be locked makes its volume fail later, and no other.
+/// Locks the files of the work that is left. A file that cannot be locked makes its volume fail
+/// later, and no other.
 fn hold_files(files: &VolumeFiles, plan: &Plan, model: &Model, domain: Option<&Domain>) {
     let new: Vec<&str> = plan.created().map(|overlay| overlay.file.path.as_str()).collect();
     for work in plan.works().filter(|work| !work.is_recorded(model)) {

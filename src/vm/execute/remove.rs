@@ -1,7 +1,8 @@
 //! Removal of files that left the set.
 //!
-//! A file is removed only if, at that moment, no record names it, it is locked, its directory entry is a
-//! regular file, and its identity is the one of the preflight. Otherwise it is reported as released.
+//! A file is removed only if, at that moment, no record names it, it is locked, its directory entry
+//! is a regular file, and its identity is the one of the preflight. Otherwise it is reported as
+//! released.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -18,7 +19,8 @@ use crate::vm::model::catalogue::directory_of;
 use crate::vm::plan::{Leaving, Removal};
 use crate::vm::trace::event;
 
-/// The number of attempts to lock a file that a hypervisor closes at present, and the pause between them.
+/// The number of attempts to lock a file that a hypervisor closes at present, and the pause between
+/// them.
 const LOCK_ATTEMPTS: u32 = 50;
 const LOCK_PAUSE: Duration = Duration::from_millis(100);
 
@@ -81,7 +83,8 @@ impl Run<'_> {
         let held = self.lock_for_removal(path)?;
         // The handle may be that of another file by now: the name decides what would be removed.
         let named = files.file_system().resolve(path)?.file;
-        // The name of a provided file is unique, and the number of its device differs after a restart.
+        // The name of a provided file is unique, and the number of its device differs after a
+        // restart.
         let recorded = removal.identity.filter(|_| !removal.provided);
         if named != held.file_id() || (recorded.is_some() && named != recorded) {
             return Ok(Fate::Kept("it is not the file that was recorded: it was replaced".to_owned()));
@@ -100,8 +103,8 @@ impl Run<'_> {
         Ok(Fate::Removed)
     }
 
-    /// Locks a file that is about to be removed, unless the operation holds it already. A hypervisor closes the top of a
-    /// merge a moment after the merge is complete.
+    /// Locks a file that is about to be removed, unless the operation holds it already. A
+    /// hypervisor closes the top of a merge a moment after the merge is complete.
     fn lock_for_removal(&self, path: &Path) -> Result<Arc<dyn Storage>> {
         let files = self.tools.files();
         if let Some(held) = files.held().storage(path) {

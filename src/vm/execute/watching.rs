@@ -44,7 +44,8 @@ impl Progress for Watching<'_> {
 }
 
 impl Watch for Watching<'_> {
-    /// A pull leaves the content of both files unchanged until its last header write, so that only a commit is recorded.
+    /// A pull leaves the content of both files unchanged until its last header write, so that only
+    /// a commit is recorded.
     fn before_change(&self) -> merge::Result<()> {
         let mut changing = lock(&self.changing);
         if *changing || self.direction == Direction::Pull {

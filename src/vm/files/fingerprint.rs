@@ -28,8 +28,8 @@ impl VolumeFiles {
 
     /// Refuses a base that was changed or replaced.
     ///
-    /// The change time alone does not decide: libvirt sets owner and label of a backing file whenever a VM starts or
-    /// stops. A write in place changes the modification time too.
+    /// The change time alone does not decide: libvirt sets owner and label of a backing file
+    /// whenever a VM starts or stops. A write in place changes the modification time too.
     pub(in crate::vm) fn check_base(&self, base: &Base) -> Result<()> {
         let found = self.fingerprint(&base.file)?;
         let what = match (base.fingerprint.stamp, found.stamp) {

@@ -11,8 +11,8 @@ use crate::vm::{Refusal, Result};
 
 /// Files that stay open and locked from the preflight to the end of an operation.
 ///
-/// Each is opened once: whoever opens a held file through [`VolumeFiles`] gets the same handle, since a second one
-/// would conflict with the lock of the first.
+/// Each is opened once: whoever opens a held file through [`VolumeFiles`] gets the same handle,
+/// since a second one would conflict with the lock of the first.
 #[derive(Debug, Default)]
 pub(in crate::vm) struct HeldFiles(Mutex<BTreeMap<PathBuf, Held>>);
 
@@ -35,12 +35,13 @@ pub(in crate::vm) enum Hold {
 
 impl HeldFiles {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<PathBuf, Held>> {
-        // A map of handles is consistent whenever its lock is free: no code that can panic runs between two changes.
+        // A map of handles is consistent whenever its lock is free: no code that can panic runs
+        // between two changes.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the handle of a held file. `None` if the file is not held; an error if it is to be written and is held
-    /// for reading.
+    /// Returns the handle of a held file. `None` if the file is not held; an error if it is to be
+    /// written and is held for reading.
     pub(super) fn get(&self, path: &Path, write: bool) -> Option<storage::Result<Arc<dyn Storage>>> {
         let held = self.lock().get(path).cloned()?;
         if write && !held.write {
@@ -65,7 +66,8 @@ impl HeldFiles {
 }
 
 impl VolumeFiles {
-    /// Holds a file that the operation will write, relink or remove: nobody else may use it until the operation ends.
+    /// Holds a file that the operation will write, relink or remove: nobody else may use it until
+    /// the operation ends.
     ///
     /// # Errors
     /// [`Refusal::InUse`]: another program writes it. Any error of opening it.
@@ -92,8 +94,8 @@ impl VolumeFiles {
         }
     }
 
-    /// Keeps a handle that is open for writing. A mode without any permission to write counts also for a process that
-    /// may override it.
+    /// Keeps a handle that is open for writing. A mode without any permission to write counts also
+    /// for a process that may override it.
     fn keep(&self, path: &Path, storage: Arc<dyn Storage>) -> Hold {
         let mode = storage.as_file().and_then(|file| file.metadata().ok()).map(|metadata| metadata.permissions());
         let read_only = storage.is_read_only() || mode.is_some_and(|mode| mode.readonly());

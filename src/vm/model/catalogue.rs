@@ -28,7 +28,8 @@ const MAX_LEN: u64 = 256 << 20;
 struct Document<M> {
     format: String,
     version: u32,
-    /// The CRC-32 of the model as JSON without white space, with the keys in the order of this version.
+    /// The CRC-32 of the model as JSON without white space, with the keys in the order of this
+    /// version.
     crc32: String,
     model: M,
 }
@@ -40,7 +41,8 @@ struct Preface {
     version: u32,
 }
 
-/// A model in a JSON file. A save writes a new file beside it, makes it durable, and renames it over the old one.
+/// A model in a JSON file. A save writes a new file beside it, makes it durable, and renames it
+/// over the old one.
 #[derive(Clone, Debug)]
 pub struct Catalogue {
     file_system: Arc<dyn FileSystem>,

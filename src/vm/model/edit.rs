@@ -1,4 +1,5 @@
-//! Changes of the model. Each sets something to a value, so that applying it twice is applying it once.
+//! Changes of the model. Each sets something to a value, so that applying it twice is applying it
+//! once.
 
 use serde::{Deserialize, Serialize};
 

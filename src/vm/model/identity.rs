@@ -27,8 +27,8 @@ impl fmt::Display for SetId {
     }
 }
 
-/// Returns 64 random bits. The standard library seeds its hashers from the operating system, and each call gets keys
-/// of its own; a keyed hash of constant input is unpredictable without the key.
+/// Returns 64 random bits. The standard library seeds its hashers from the operating system, and
+/// each call gets keys of its own; a keyed hash of constant input is unpredictable without the key.
 fn random_bits() -> u64 {
     RandomState::new().hash_one(0_u64)
 }

@@ -1,8 +1,8 @@
 //! The model of a VM: its volumes, its snapshots, and the file of each.
 //!
-//! Snapshot *s* owns, for each volume, the file that the VM wrote **before** *s* was taken. The files
-//! of snapshots are frozen; each volume's active file is written. The backing order follows from the
-//! tree and is not recorded a second time.
+//! Snapshot *s* owns, for each volume, the file that the VM wrote **before** *s* was taken. The
+//! files of snapshots are frozen; each volume's active file is written. The backing order follows
+//! from the tree and is not recorded a second time.
 
 pub(super) mod catalogue;
 pub(super) mod edit;
@@ -21,7 +21,8 @@ pub use identity::SetId;
 
 /// The longest name of a snapshot, in bytes.
 pub const MAX_NAME: usize = 255;
-/// The exclusive upper limit of snapshot, overlay and operation numbers, so that a next one always exists.
+/// The exclusive upper limit of snapshot, overlay and operation numbers, so that a next one always
+/// exists.
 const END_OF_NUMBERS: u64 = 1 << 62;
 
 /// The number of a snapshot, unique in its set for ever: no number is assigned twice.
@@ -41,9 +42,11 @@ impl fmt::Display for SnapshotId {
 pub enum State {
     /// Listed, readable, revertible and deletable.
     Ready,
-    /// Deleted by the user while several dependents need its files. It is merged as soon as one is left.
+    /// Deleted by the user while several dependents need its files. It is merged as soon as one is
+    /// left.
     Hidden,
-    /// A journalled deletion is under way. It can be resumed, or called off while nothing is published.
+    /// A journalled deletion is under way. It can be resumed, or called off while nothing is
+    /// published.
     Merging,
 }
 
@@ -86,10 +89,12 @@ pub struct FileRecord {
     /// The bytes that the file occupied when it was frozen, if known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes_on_disk: Option<u64>,
-    /// If set, the file is never written once it is frozen, and never removed: it is shared with others.
+    /// If set, the file is never written once it is frozen, and never removed: it is shared with
+    /// others.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub protected: bool,
-    /// If set, an [`OverlayProvider`](super::OverlayProvider) created the file, and only it may remove it.
+    /// If set, an [`OverlayProvider`](super::OverlayProvider) created the file, and only it may
+    /// remove it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub provided: bool,
 }
@@ -126,7 +131,8 @@ impl Fingerprint {
     }
 }
 
-/// A file beneath a volume's first file: a template that others may share. It is never written or removed.
+/// A file beneath a volume's first file: a template that others may share. It is never written or
+/// removed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
@@ -209,8 +215,8 @@ pub struct Snapshot {
     pub state: State,
     /// The snapshot whose files back this snapshot's files.
     pub parent: Option<SnapshotId>,
-    /// The frozen file of each volume, by volume name. A volume that was attached later is absent, and so is one whose
-    /// file is merged already while the snapshot is [`State::Merging`].
+    /// The frozen file of each volume, by volume name. A volume that was attached later is absent,
+    /// and so is one whose file is merged already while the snapshot is [`State::Merging`].
     pub files: BTreeMap<String, FileRecord>,
 }
 
@@ -243,7 +249,8 @@ pub struct Model {
     pub vm: String,
     /// The attached volumes.
     pub volumes: Vec<Volume>,
-    /// Detached volumes of which snapshots still hold files. `active` is the file that was released.
+    /// Detached volumes of which snapshots still hold files. `active` is the file that was
+    /// released.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub detached: Vec<Volume>,
     /// The snapshots.
@@ -324,8 +331,8 @@ impl Model {
         self.snapshots.get(&id)
     }
 
-    /// Returns the snapshot of this name: a ready one, else one whose deletion has begun. A hidden snapshot is not found
-    /// by its name, which another snapshot may have by now.
+    /// Returns the snapshot of this name: a ready one, else one whose deletion has begun. A hidden
+    /// snapshot is not found by its name, which another snapshot may have by now.
     #[must_use]
     pub fn find(&self, name: &str) -> Option<&Snapshot> {
         let of_state = |state| self.snapshots.values().find(|known| known.name == name && known.state == state);
@@ -359,8 +366,8 @@ impl Model {
         }
     }
 
-    /// Returns the files of a volume from a snapshot downwards, its own file first and the bases last. Without a
-    /// snapshot, returns the bases.
+    /// Returns the files of a volume from a snapshot downwards, its own file first and the bases
+    /// last. Without a snapshot, returns the bases.
     #[must_use]
     pub fn files_from(&self, from: Option<SnapshotId>, volume: &Volume) -> Vec<FileRef> {
         let mut files = Vec::new();
@@ -468,7 +475,8 @@ impl Model {
         if name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control) {
             wrong.push(format!("a snapshot has the name {name:?}, which is not allowed"));
         }
-        // A parent is older than its children, so that there are no loops. (A merge hands a child to its grandparent.)
+        // A parent is older than its children, so that there are no loops. (A merge hands a child
+        // to its grandparent.)
         match snapshot.parent {
             Some(parent) if parent >= snapshot.id => {
                 wrong.push(format!("snapshot {name} is older than its parent {parent}"));
@@ -483,7 +491,8 @@ impl Model {
         }
     }
 
-    /// Returns the hidden snapshots with fewer than two dependents. Between two operations there are none.
+    /// Returns the hidden snapshots with fewer than two dependents. Between two operations there
+    /// are none.
     #[must_use]
     pub fn overdue(&self) -> Vec<&Snapshot> {
         let hidden = self.snapshots.values().filter(|snapshot| snapshot.state == State::Hidden);

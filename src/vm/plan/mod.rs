@@ -1,5 +1,5 @@
-//! The plan of an operation, as a value. A dry run prints it, the journal stores it, and an executor
-//! carries it out.
+//! The plan of an operation, as a value. A dry run prints it, the journal stores it, and an
+//! executor carries it out.
 
 pub(super) mod planner;
 pub(super) mod refusal;
@@ -150,7 +150,8 @@ pub enum Step {
 pub struct Removal {
     /// The path.
     pub path: String,
-    /// The identity that the file had in the preflight. A file with another identity is not removed.
+    /// The identity that the file had in the preflight. A file with another identity is not
+    /// removed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<FileId>,
     /// If set, the set's [`OverlayProvider`](super::OverlayProvider) removes the file.

@@ -127,7 +127,8 @@ impl Planner<'_> {
         })
     }
 
-    /// Returns the path of a volume's new overlay, and the name in the request if a provider creates it.
+    /// Returns the path of a volume's new overlay, and the name in the request if a provider
+    /// creates it.
     fn overlay_path(&self, volume: &Volume, number: u64) -> (String, Option<String>) {
         if let Some(given) = self.options.overlays.get(&volume.name) {
             return (given.path.clone(), given.provided.clone());
@@ -264,7 +265,8 @@ impl Planner<'_> {
         Ok(Stage { end: vec![Edit::RemoveSnapshot { id: snapshot.id }], leaving, ..Stage::default() })
     }
 
-    /// Decides on a file that no record will name: it is removed, or released where it may not be removed.
+    /// Decides on a file that no record will name: it is removed, or released where it may not be
+    /// removed.
     fn discard(&self, record: &FileRecord, leaving: &mut Leaving) -> Result<(), Refusal> {
         let path = record.file.path.clone();
         let facts = self.facts(&path);
@@ -285,8 +287,9 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// Adds the merge of a hidden snapshot that has only one dependent left after the plan so far. A merge leaves the
-    /// number of dependents of the snapshot beneath unchanged, so that one such merge is enough.
+    /// Adds the merge of a hidden snapshot that has only one dependent left after the plan so far.
+    /// A merge leaves the number of dependents of the snapshot beneath unchanged, so that one such
+    /// merge is enough.
     fn clean_up(&self, plan: &mut Plan, parent: Option<SnapshotId>) -> Result<(), Refusal> {
         let after = plan.outcome(self.model);
         let Some(hidden) = parent.and_then(|id| after.snapshot(id)).filter(|parent| parent.state == State::Hidden)
@@ -301,7 +304,8 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// Returns the options with the files that a plan releases as dependents outside the set, which they become.
+    /// Returns the options with the files that a plan releases as dependents outside the set, which
+    /// they become.
     fn with_released(&self, plan: &Plan) -> PlanOptions {
         let mut options = self.options.clone();
         for release in plan.releases() {

@@ -28,7 +28,8 @@ pub enum Request {
     Revert {
         /// Its name.
         name: String,
-        /// If set, volumes that the snapshot lacks are detached. If not, they make the planner refuse.
+        /// If set, volumes that the snapshot lacks are detached. If not, they make the planner
+        /// refuse.
         detach_missing: bool,
     },
     /// Deletes a snapshot.
@@ -88,7 +89,8 @@ pub struct FileFacts {
     pub unwritable: Option<String>,
     /// The reason why the file may not be removed, if there is one.
     pub unremovable: Option<String>,
-    /// The lock by which another program reads the file, if one does. It may neither be written nor removed then.
+    /// The lock by which another program reads the file, if one does. It may neither be written nor
+    /// removed then.
     pub in_use: Option<String>,
     /// Images outside the set that depend on the file. It may neither be written nor removed then.
     pub dependents: Vec<String>,
@@ -100,7 +102,8 @@ pub struct FileFacts {
 pub struct OverlayPath {
     /// The path, absolute or relative to the catalogue's directory.
     pub path: String,
-    /// If set, an [`OverlayProvider`](crate::vm::OverlayProvider) creates and removes the file: the name in the request.
+    /// If set, an [`OverlayProvider`](crate::vm::OverlayProvider) creates and removes the file: the
+    /// name in the request.
     pub provided: Option<String>,
 }
 
@@ -112,7 +115,8 @@ impl OverlayPath {
     }
 }
 
-/// Further input of the planner. All of it is data, so that the planner does no I/O and is deterministic.
+/// Further input of the planner. All of it is data, so that the planner does no I/O and is
+/// deterministic.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PlanOptions {
@@ -120,7 +124,8 @@ pub struct PlanOptions {
     pub running: bool,
     /// The random part of the names of new overlays.
     pub token: String,
-    /// The paths of new overlays, by volume. A volume that is absent gets one beside its active file.
+    /// The paths of new overlays, by volume. A volume that is absent gets one beside its active
+    /// file.
     pub overlays: BTreeMap<String, OverlayPath>,
     /// The preferred direction by volume, [`MergePreference::CommitElsePull`] where absent.
     pub directions: BTreeMap<String, MergePreference>,

@@ -13,7 +13,8 @@ use crate::vm::plan::request::MergePreference;
 use crate::vm::plan::{Cost, MergeStep, Plan, Step};
 use crate::vm::{Error, Refusal, Result};
 
-/// The descriptors that an operation needs besides those of images: catalogue, journal, locks, directories.
+/// The descriptors that an operation needs besides those of images: catalogue, journal, locks,
+/// directories.
 const RESERVED_DESCRIPTORS: u64 = 16;
 
 /// The estimate of one volume's merge.
@@ -87,7 +88,8 @@ impl Checks<'_> {
         let mut estimates = BTreeMap::new();
         for (volume, step) in plan.merges() {
             let estimate = if self.is_live(step) {
-                // The tables of a file that is being written cannot be relied on: all of it may move.
+                // The tables of a file that is being written cannot be relied on: all of it may
+                // move.
                 Estimate::Live(self.files.look(&step.top)?.bytes_on_disk.unwrap_or_default())
             } else {
                 let chain = self.chain_of(step)?;
@@ -137,13 +139,14 @@ impl Checks<'_> {
                 MergePreference::PullElseCommit
             }
             (MergePreference::Auto, _) => MergePreference::CommitElsePull,
-            (told, _) => told,
+            (preference, _) => preference,
         };
         estimates.iter().map(|(volume, estimate)| (volume.clone(), resolve(estimate))).collect()
     }
 
-    /// Refuses merges that cannot succeed: images that may not be written, devices that are too small, and lack of space.
-    /// Volumes on one file system share its space; a container of fixed size has its own.
+    /// Refuses merges that cannot succeed: images that may not be written, devices that are too
+    /// small, and lack of space. Volumes on one file system share its space; a container of fixed
+    /// size has its own.
     pub(super) fn check_merges(&self, plan: &Plan, estimates: &Estimates) -> Result<()> {
         let mut needs: BTreeMap<Option<FileId>, (u64, u64, String)> = BTreeMap::new();
         for (volume, step) in plan.merges() {
@@ -171,7 +174,8 @@ impl Checks<'_> {
     }
 
     fn check_live(&self, step: &MergeStep) -> Result<()> {
-        // A hypervisor leaves the base as large as it is, and the VM would see what is past the end of its disk.
+        // A hypervisor leaves the base as large as it is, and the VM would see what is past the end
+        // of its disk.
         if self.files.look(&step.base)?.virtual_size > self.files.look(&step.top)?.virtual_size {
             return Err(Refusal::Running { operation: "merge into a larger file" }.into());
         }
@@ -209,7 +213,8 @@ impl Checks<'_> {
         Ok(())
     }
 
-    /// Refuses to read or write an image that is marked corrupt, and to write one that was not closed.
+    /// Refuses to read or write an image that is marked corrupt, and to write one that was not
+    /// closed.
     fn check_image(&self, file: &FileRef, write: bool, estimates: &Estimates) -> Result<()> {
         let layer = self.examined(file, estimates)?;
         let layer = layer.layer();
@@ -227,7 +232,8 @@ impl Checks<'_> {
         Err(Refusal::Obstacle { path, problem: problem.to_owned(), remedy }.into())
     }
 
-    /// Refuses files to relink whose header names neither the old nor the new backing file, or may not be written.
+    /// Refuses files to relink whose header names neither the old nor the new backing file, or may
+    /// not be written.
     fn check_relinks(&self, plan: &Plan, estimates: &Estimates) -> Result<()> {
         let new: Vec<&str> = plan.created().map(|overlay| overlay.file.path.as_str()).collect();
         for step in plan.works().flat_map(|work| &work.steps) {
@@ -258,7 +264,8 @@ impl Checks<'_> {
         if need > have { Err(Refusal::Descriptors { need, have }.into()) } else { Ok(()) }
     }
 
-    /// Returns the number of volumes that can be worked on at once with the descriptors that are left.
+    /// Returns the number of volumes that can be worked on at once with the descriptors that are
+    /// left.
     pub(super) fn jobs(&self, plan: &Plan) -> Result<usize> {
         let wanted = self.set.jobs;
         let Some(left) = storage::descriptors_left() else { return Ok(wanted) };

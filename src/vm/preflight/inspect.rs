@@ -27,8 +27,8 @@ impl Checks<'_> {
         Ok(())
     }
 
-    /// Refuses if another program writes a file other than the active one: probably the VM, on the wrong file. Files that
-    /// were opened with a lock before are not opened again.
+    /// Refuses if another program writes a file other than the active one: probably the VM, on the
+    /// wrong file. Files that were opened with a lock before are not opened again.
     pub(super) fn refuse_writers(&self, examined: &BTreeSet<String>) -> Result<()> {
         for (volume, _, record) in self.model.records() {
             let path = &record.file.path;
@@ -56,7 +56,8 @@ impl Checks<'_> {
         }
     }
 
-    /// Turns the refusal of a frozen file that another program writes into one that names the probable cause.
+    /// Turns the refusal of a frozen file that another program writes into one that names the
+    /// probable cause.
     pub(super) fn explain_writer(&self, path: &str, error: Error) -> Error {
         let of = self.model.records().find(|(_, _, record)| record.file.path == path);
         match (error, of) {
@@ -121,7 +122,8 @@ impl Checks<'_> {
         Ok((found.virtual_size, found.bytes_on_disk))
     }
 
-    /// Notes a file as lost that the operation discards and that cannot be read, if the caller confirmed that.
+    /// Notes a file as lost that the operation discards and that cannot be read, if the caller
+    /// confirmed that.
     fn pass_over(&mut self, path: &str, error: Error) -> Result<()> {
         match error {
             Error::Refused(_) => Err(error),
@@ -136,7 +138,8 @@ impl Checks<'_> {
         }
     }
 
-    /// Locks all files that the plan writes, relinks or removes, and gathers the facts that decide on their fate.
+    /// Locks all files that the plan writes, relinks or removes, and gathers the facts that decide
+    /// on their fate.
     pub(super) fn inspect_files(&mut self, plan: &Plan) -> Result<()> {
         let concerned = concerned(plan);
         Self::check_descriptors(plan, concerned.len())?;
@@ -234,8 +237,8 @@ impl Checks<'_> {
         Ok(())
     }
 
-    /// Refuses to remove or relink a file that the running VM has open, other than the top of a merge that its hypervisor
-    /// does.
+    /// Refuses to remove or relink a file that the running VM has open, other than the top of a
+    /// merge that its hypervisor does.
     pub(super) fn refuse_open_in_vm(&self, plan: &Plan) -> Result<()> {
         let tops: BTreeSet<&str> = plan
             .merges()

@@ -23,7 +23,8 @@ impl Checks<'_> {
         }
         for step in plan.merges_mut() {
             if self.is_open_in_vm(&step.top.path) || self.is_open_in_vm(&step.base.path) {
-                // The hypervisor keeps the bitmaps of the base; the top was checked as a file to remove.
+                // The hypervisor keeps the bitmaps of the base; the top was checked as a file to
+                // remove.
                 continue;
             }
             let names = internal_snapshots(self.examined(&step.top, estimates)?.layer())?;

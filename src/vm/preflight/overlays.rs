@@ -87,7 +87,8 @@ impl Checks<'_> {
         Ok(())
     }
 
-    /// Returns true if the overlay would be created beside a block device, for lack of a directory for overlays.
+    /// Returns true if the overlay would be created beside a block device, for lack of a directory
+    /// for overlays.
     fn is_beside_device(&self, overlay: &NewOverlay) -> Result<bool> {
         let named = self.model.any_volume(&overlay.volume).is_some_and(|volume| volume.overlay_dir.is_some());
         if named || self.lost.contains(&overlay.like) {

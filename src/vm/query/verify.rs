@@ -50,7 +50,8 @@ pub enum ProblemKind {
     Leaks,
     /// The hypervisor writes another file than the active one.
     Domain,
-    /// Another program writes a file that is not the active one: probably the VM, on the wrong file.
+    /// Another program writes a file that is not the active one: probably the VM, on the wrong
+    /// file.
     WrongFile,
 }
 
@@ -156,8 +157,8 @@ pub struct Reconciliation {
 }
 
 impl SnapshotSet {
-    /// Compares records, headers, directories and the hypervisor's description. Images in use are examined without a
-    /// lock; data that a running VM writes meanwhile may appear as leaks.
+    /// Compares records, headers, directories and the hypervisor's description. Images in use are
+    /// examined without a lock; data that a running VM writes meanwhile may appear as leaks.
     ///
     /// # Errors
     /// - Any error of the store. A problem of an image is a [`Problem`].
@@ -249,7 +250,8 @@ impl SnapshotSet {
         }
     }
 
-    /// Reports a frozen file that another program writes, unless the hypervisor does so with the merge of a running VM.
+    /// Reports a frozen file that another program writes, unless the hypervisor does so with the
+    /// merge of a running VM.
     fn verify_writer(
         &self,
         model: &Model,
@@ -303,8 +305,8 @@ impl SnapshotSet {
         }
     }
 
-    /// Finds files beside the recorded ones that are named like overlays of this VM and depend on its files. An overlay of
-    /// another VM with the same name depends on other files.
+    /// Finds files beside the recorded ones that are named like overlays of this VM and depend on
+    /// its files. An overlay of another VM with the same name depends on other files.
     fn find_orphans(&self, model: &Model, found: &mut Verification) {
         let mut recorded: BTreeSet<PathBuf> =
             model.records().map(|(_, _, record)| self.files.path(&record.file.path)).collect();
@@ -376,14 +378,14 @@ impl SnapshotSet {
         Ok(())
     }
 
-    /// Recovers, then verifies. `domain` is the caller's description of the VM, which overrules that of the executor. A dry
-    /// run changes nothing.
+    /// Recovers, then verifies. `domain` is the caller's description of the VM, which overrules
+    /// that of the executor. A dry run changes nothing.
     ///
     /// # Errors
     /// See [`SnapshotSet::recover`] and [`SnapshotSet::verify`].
     pub fn reconcile(&self, domain: Option<&Domain>, dry_run: bool, progress: &dyn Progress) -> Result<Reconciliation> {
         let pending = self.pending()?;
-        let recovery = if dry_run { None } else { Some(self.recover_told(domain, progress)?) };
+        let recovery = if dry_run { None } else { Some(self.recover_stated(domain, progress)?) };
         let asked = match domain {
             Some(domain) => Some(domain.clone()),
             None => self.executor.domain(&self.store.load()?.vm)?,
@@ -392,8 +394,8 @@ impl SnapshotSet {
         Ok(Reconciliation { pending, recovery, problems: found.problems })
     }
 
-    /// Compares the files that the VM writes with the active files. A disk belongs to a volume by its files, or by its
-    /// name.
+    /// Compares the files that the VM writes with the active files. A disk belongs to a volume by
+    /// its files, or by its name.
     fn compare_with_domain(&self, model: &Model, domain: &Domain, found: &mut Verification) {
         for volume in &model.volumes {
             if domain.disk_writing(&self.files, &volume.active.file.path).is_some() {
@@ -414,7 +416,8 @@ impl SnapshotSet {
     }
 }
 
-/// Returns true for a path whose file name is that of an overlay of this VM: `VM-VOLUME.NUMBER-TOKEN.qcow2`.
+/// Returns true for a path whose file name is that of an overlay of this VM:
+/// `VM-VOLUME.NUMBER-TOKEN.qcow2`.
 fn is_overlay_name(model: &Model, path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     model.all_volumes().any(|volume| {

@@ -8,7 +8,8 @@ use crate::failure::Outcome;
 
 /// Call off an interrupted deletion that has not changed any file
 ///
-/// The snapshot is ready again. A deletion whose merge has changed a file can only be completed: use vm recover.
+/// The snapshot is ready again. A deletion whose merge has changed a file can only be completed:
+/// use vm recover.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     /// The VM's catalogue

@@ -13,11 +13,12 @@ use crate::planning::MergeArgs;
 
 /// Delete a snapshot
 ///
-/// Without dependents, its files are removed. With one dependent, they are merged with it. With several, the snapshot is
-/// hidden until one is left. The VM can be started after any interruption, and the same command resumes the deletion.
+/// Without dependents, its files are removed. With one dependent, they are merged with it. With
+/// several, the snapshot is hidden until one is left. The VM can be started after any interruption,
+/// and the same command resumes the deletion.
 ///
-/// A merge writes the lower file (commit), or the upper one (pull). The file that is written keeps its path and its format;
-/// the other one is removed, or released if it may not be removed.
+/// A merge writes the lower file (commit), or the upper one (pull). The file that is written keeps
+/// its path and its format; the other one is removed, or released if it may not be removed.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     /// The VM's catalogue

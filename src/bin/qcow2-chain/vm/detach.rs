@@ -10,8 +10,8 @@ use crate::output::say;
 
 /// Detach a volume from a VM; its file stays, and snapshots keep theirs
 ///
-/// The file may be missing, so that a lost volume does not block the others. A revert to a snapshot that has the volume
-/// attaches it again.
+/// The file may be missing, so that a lost volume does not block the others. A revert to a snapshot
+/// that has the volume attaches it again.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     /// The VM's catalogue

@@ -16,23 +16,25 @@ use crate::{open, size};
 
 /// Take existing images in as the volumes of a VM
 ///
-/// The backing files become snapshots of the names given by --snapshot, from the oldest to the youngest. Deeper files, or all
-/// if none is named, are bases, which are never written or removed. An image that another image is backed by is refused,
-/// unless it is a base or protected.
+/// The backing files become snapshots of the names given by --snapshot, from the oldest to the
+/// youngest. Deeper files, or all if none is named, are bases, which are never written or removed.
+/// An image that another image is backed by is refused, unless it is a base or protected.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     /// The catalogue to create
     catalogue: PathBuf,
-    /// A volume and its active image. A raw image requires `format=raw`. `protected=on`: the image is shared, and never
-    /// written or removed once a snapshot froze it. `overlay_dir=DIR`: the directory for overlays, required for a block device.
-    /// `cluster_size=SIZE` and `extended_l2=on|off`: the geometry of overlays (default: that of the image). A comma in a name
-    /// is doubled
+    /// A volume and its active image. A raw image requires `format=raw`. `protected=on`: the image
+    /// is shared, and never written or removed once a snapshot froze it. `overlay_dir=DIR`: the
+    /// directory for overlays, required for a block device. `cluster_size=SIZE` and
+    /// `extended_l2=on|off`: the geometry of overlays (default: that of the image). A comma in a
+    /// name is doubled
     #[arg(long, required = true, value_name = "NAME=FILE[,KEY=VALUE]...")]
     volume: Vec<String>,
     /// Make a snapshot of this name of the backing files (repeatable, the oldest first)
     #[arg(long, value_name = "NAME")]
     snapshot: Vec<String>,
-    /// The VM's name, a part of its overlays' names (default: the catalogue's name without its extension)
+    /// The VM's name, a part of its overlays' names (default: the catalogue's name without its
+    /// extension)
     #[arg(long, value_name = "NAME")]
     vm: Option<String>,
     /// Print nothing
@@ -62,7 +64,8 @@ fn absolute(path: &Path) -> Result<PathBuf, Failure> {
     std::path::absolute(path).map_err(Failure::from)
 }
 
-/// Returns the policy that allows the directory of each volume's image, and those that the user named.
+/// Returns the policy that allows the directory of each volume's image, and those that the user
+/// named.
 pub(super) fn policy(args: &PolicyArgs, specs: &[VolumeSpec]) -> Policy {
     let mut directories = Vec::new();
     for spec in specs {

@@ -29,9 +29,10 @@ use crate::failure::Outcome;
 
 /// Snapshots of a virtual machine over all of its volumes
 ///
-/// CATALOGUE is a file that records the volumes, the snapshots and the files of each. Its journal and its lock are beside
-/// it. New overlays are created beside the active files, or in the directory that the volume names. The machine must be
-/// stopped, or run under a libvirt that --connect and --domain name.
+/// CATALOGUE is a file that records the volumes, the snapshots and the files of each. Its journal
+/// and its lock are beside it. New overlays are created beside the active files, or in the
+/// directory that the volume names. The machine must be stopped, or run under a libvirt that
+/// --connect and --domain name.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     #[command(subcommand)]

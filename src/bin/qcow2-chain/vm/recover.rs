@@ -12,7 +12,8 @@ use crate::failure::Outcome;
 
 /// Complete or undo an interrupted operation
 ///
-/// If no operation was interrupted, nothing is written. A recovery may itself be interrupted, and run again.
+/// If no operation was interrupted, nothing is written. A recovery may itself be interrupted, and
+/// run again.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     /// The VM's catalogue
@@ -34,8 +35,8 @@ pub(crate) struct Args {
 /// The caller's statement about the VM.
 #[derive(clap::Args, Debug)]
 pub(super) struct StatementArgs {
-    /// State that the VM runs, or ran last, on FILE (repeatable, once for each volume in question). It decides where
-    /// recovery is uncertain
+    /// State that the VM runs, or ran last, on FILE (repeatable, once for each volume in question).
+    /// It decides where recovery is uncertain
     #[arg(long, value_name = "FILE")]
     vm_runs_on: Vec<PathBuf>,
 }

@@ -22,7 +22,8 @@ pub(crate) struct Args {
     /// Detach volumes that the snapshot lacks
     #[arg(long)]
     detach_missing: bool,
-    /// Accept overlays without attributes of the active file that may not be set (owner, ACL, label)
+    /// Accept overlays without attributes of the active file that may not be set (owner, ACL,
+    /// label)
     #[arg(long)]
     ignore_attributes: bool,
     /// Print nothing

@@ -8,11 +8,12 @@ use qcow2_chain::vm::MergeOptions;
 /// The search for images that depend on the files of the set.
 #[derive(clap::Args, Debug)]
 pub(super) struct DependentArgs {
-    /// Search DIR too for images that are backed by the files of the VM (repeatable). The directories of the files are
-    /// always searched
+    /// Search DIR too for images that are backed by the files of the VM (repeatable). The
+    /// directories of the files are always searched
     #[arg(long, value_name = "DIR", conflicts_with = "no_dependents")]
     dependents_in: Vec<PathBuf>,
-    /// Do not search for images that are backed by the files of the VM: such images may be destroyed
+    /// Do not search for images that are backed by the files of the VM: such images may be
+    /// destroyed
     #[arg(long)]
     no_dependents: bool,
 }

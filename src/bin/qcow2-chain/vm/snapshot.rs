@@ -21,7 +21,8 @@ pub(crate) struct Args {
     /// Let the guest agent of a running VM flush and freeze its file systems first
     #[arg(long)]
     quiesce: bool,
-    /// Accept overlays without attributes of the active file that may not be set (owner, ACL, label)
+    /// Accept overlays without attributes of the active file that may not be set (owner, ACL,
+    /// label)
     #[arg(long)]
     ignore_attributes: bool,
     #[command(flatten)]

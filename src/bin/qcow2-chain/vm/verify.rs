@@ -14,7 +14,8 @@ use crate::output::emit;
 
 /// Compare the catalogue with the headers of the files, the directories and the hypervisor
 ///
-/// Exit codes: 0 no problem, 1 the catalogue cannot be read, 2 problems were found, 3 leaked clusters and no other problem.
+/// Exit codes: 0 no problem, 1 the catalogue cannot be read, 2 problems were found, 3 leaked
+/// clusters and no other problem.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     /// The VM's catalogue

@@ -11,8 +11,8 @@ use crate::vm::plan::{Leaving, MergeStep, Release, Removal, Stage, Step, VolumeW
 use super::Planner;
 
 impl Planner<'_> {
-    /// Returns the stage that merges a snapshot with its only dependent. A volume that the snapshot lacks has nothing to
-    /// merge: it was attached later, or is merged already.
+    /// Returns the stage that merges a snapshot with its only dependent. A volume that the snapshot
+    /// lacks has nothing to merge: it was attached later, or is merged already.
     pub(super) fn merge(&self, model: &Model, merged: &Snapshot, dep: Dependent) -> Result<Stage, Refusal> {
         let mut work = Vec::new();
         for (name, base) in &merged.files {
@@ -41,8 +41,9 @@ impl Planner<'_> {
         })
     }
 
-    /// Returns the work on a volume of which the dependent has no file: the snapshot's file leaves the set. It is released
-    /// if images outside the set depend on it, such as the file of the volume when it was detached.
+    /// Returns the work on a volume of which the dependent has no file: the snapshot's file leaves
+    /// the set. It is released if images outside the set depend on it, such as the file of the
+    /// volume when it was detached.
     fn drop_volume_file(&self, merged: &Snapshot, volume: &Volume, base: &FileRecord) -> Result<VolumeWork, Refusal> {
         let mut leaving = Leaving::default();
         if self.facts(&base.file.path).dependents.is_empty() {
@@ -97,7 +98,8 @@ impl Planner<'_> {
         Ok(VolumeWork { volume: volume.name.clone(), steps, edits: vec![moved, dropped], leaving })
     }
 
-    /// Decides on the file that a merge leaves over. After a pull, a base that may not be written is not removed either.
+    /// Decides on the file that a merge leaves over. After a pull, a base that may not be written
+    /// is not removed either.
     fn leftover(&self, record: &FileRecord, direction: Direction) -> Leaving {
         let path = record.file.path.clone();
         let facts = self.facts(&path);
@@ -210,8 +212,8 @@ impl Planner<'_> {
     }
 }
 
-/// Returns the records of the files that are backed by a dependent's file: those of hidden snapshots and the active one
-/// included.
+/// Returns the records of the files that are backed by a dependent's file: those of hidden
+/// snapshots and the active one included.
 fn records_on<'a>(model: &'a Model, dep: Dependent, volume: &str) -> Vec<&'a FileRecord> {
     let Dependent::Snapshot(id) = dep else { return Vec::new() };
     model.deps(id).into_iter().filter_map(|above| model.record_of(above, volume)).collect()
