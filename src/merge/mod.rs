@@ -25,6 +25,7 @@ mod transfer;
 mod writeback;
 
 pub use crate::progress::{Phase, Progress, Step};
+#[cfg(feature = "vm")]
 pub(crate) use commit::commit_watched;
 pub use commit::{AfterCommit, CommitOptions, commit};
 pub use convert::{ConvertOptions, ConvertTarget, convert};
