@@ -361,6 +361,28 @@ fn cancelled_deletion_is_resumed() {
     }
 }
 
+/// The snapshot is gone already when the merge of the hidden one beneath it is interrupted.
+#[test]
+fn deletion_interrupted_in_its_second_stage_is_resumed() {
+    let mut rng = Rng::new(seed());
+    let mut lab = lab(&mut rng);
+    for name in ["s1", "s2"] {
+        lab.write_all(&mut rng);
+        lab.create(name);
+    }
+    lab.revert("s1");
+    lab.write_all(&mut rng);
+    lab.create("s3");
+    lab.write_all(&mut rng);
+    lab.delete("s1");
+    let error = lab.set.delete("s2", &MergeOptions::default(), &StopAfter(AtomicU64::new(3))).unwrap_err();
+    assert!(error.is_cancelled(), "{error}");
+    assert!(lab.model().find("s2").is_none() && lab.model().merging().is_some());
+    lab.delete("s2");
+    assert!(lab.set.pending().unwrap().is_none());
+    lab.check().unwrap();
+}
+
 #[test]
 fn failed_volume_leaves_others_done_and_is_resumed() {
     let mut rng = Rng::new(seed());

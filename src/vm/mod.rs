@@ -27,6 +27,7 @@ mod provider;
 mod query;
 mod set;
 mod trace;
+mod volumes;
 
 pub use crate::progress::Progress;
 pub use error::{Error, Result};

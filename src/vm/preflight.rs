@@ -15,7 +15,7 @@ mod overlays;
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::Result;
-use super::execute::executor::Domain;
+use super::execute::executor::{Domain, OpenFiles};
 use super::files::{Links, VolumeFiles};
 use super::model::identity::random_token;
 use super::model::{FileRef, Model};
@@ -50,8 +50,10 @@ struct Checks<'a> {
     options: &'a MergeOptions,
     files: VolumeFiles,
     model: Model,
-    /// The hypervisor's description; that of a stopped VM if there is no hypervisor.
-    domain: Domain,
+    /// If set, the VM is running by its hypervisor.
+    running: bool,
+    /// The files that the running VM has open: disk, and index in its chain.
+    open: OpenFiles,
     /// The active files that are missing or damaged, by recorded path. Only a revert may discard
     /// them.
     lost: Vec<String>,
@@ -68,10 +70,11 @@ impl Preflight {
         set.refuse_unfinished()?;
         let model = set.store.load()?;
         let known = set.executor.domain(&model.vm)?;
-        let domain = known.clone().unwrap_or_default();
         let files = set.files.for_operation();
-        let mut checks =
-            Checks { set, request, options, files, model, domain, lost: Vec::new(), facts: BTreeMap::new() };
+        let running = known.as_ref().is_some_and(|domain| domain.running);
+        let open = OpenFiles::of(known.as_ref(), &files);
+        let (lost, facts) = (Vec::new(), BTreeMap::new());
+        let mut checks = Checks { set, request, options, files, model, running, open, lost, facts };
         checks.refuse_wrong_disks()?;
         checks.inspect_active_files()?;
         let (plan, estimates) = checks.plan()?;
@@ -93,13 +96,18 @@ impl Checks<'_> {
     /// Returns true if the running VM has a file open: then it is neither locked nor merged by the
     /// library.
     fn is_open_in_vm(&self, recorded: &str) -> bool {
-        self.domain.disk_with(&self.files, recorded).is_some()
+        self.disk_with(recorded).is_some()
     }
 
-    /// Plans three times: to learn which files are concerned, with the facts about these, and with
-    /// the directions that the estimates decide on.
+    /// Returns the disk of the running VM that has a file open, and the file's index in its chain.
+    fn disk_with(&self, recorded: &str) -> Option<(&str, usize)> {
+        self.open.disk_with(&self.files, recorded)
+    }
+
+    /// Plans once to learn which files are concerned, and again with the facts about these and the
+    /// directions that the estimates decide on.
     fn plan(&mut self) -> Result<(Plan, BTreeMap<String, Way>)> {
-        let mut options = PlanOptions::default().with_running(self.domain.running).with_token(random_token());
+        let mut options = PlanOptions::default().with_running(self.running).with_token(random_token());
         self.choose_overlays(&mut options)?;
         let first = self.planned(&options)?;
         self.refuse_jobs(&first)?;

@@ -1,13 +1,13 @@
 //! The interface between a plan and whoever carries out its steps.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::merge;
 use crate::progress::Progress;
-use crate::storage::{Attributes, FileId};
+use crate::storage::{Attributes, FileId, Resolved};
 use crate::vm::Result;
 use crate::vm::files::VolumeFiles;
 use crate::vm::model::FileRef;
@@ -62,6 +62,52 @@ impl Domain {
         let path = files.path(recorded);
         let index_in = |open: &[PathBuf]| open.iter().position(|file| files.leads_to(file, &path));
         self.disks.iter().find_map(|(name, open)| Some((name.as_str(), index_in(open)?)))
+    }
+}
+
+/// The files that a running VM has open, resolved once: an operation asks for each of its records.
+#[derive(Debug, Default)]
+pub(in crate::vm) struct OpenFiles {
+    by_identity: HashMap<FileId, (String, usize)>,
+    /// Files without an identity, by their path without links.
+    by_path: HashMap<PathBuf, (String, usize)>,
+}
+
+impl OpenFiles {
+    /// Resolves the files of a running VM. A stopped or unknown VM has none.
+    pub(in crate::vm) fn of(domain: Option<&Domain>, files: &VolumeFiles) -> Self {
+        let mut open = Self::default();
+        let disks = domain.filter(|domain| domain.running).into_iter().flat_map(|domain| &domain.disks);
+        for (disk, chain) in disks {
+            for (index, path) in chain.iter().enumerate() {
+                let known = match files.file_system().resolve(path) {
+                    Ok(Resolved { file: Some(identity), .. }) => open.by_identity.entry(identity).or_default(),
+                    Ok(Resolved { path, file: None }) => open.by_path.entry(path).or_default(),
+                    // A path that cannot be resolved can still be compared as it is.
+                    Err(_) => open.by_path.entry(path.clone()).or_default(),
+                };
+                // If several disks have a file, the one that writes it counts.
+                if known.0.is_empty() || index < known.1 {
+                    *known = (disk.clone(), index);
+                }
+            }
+        }
+        open
+    }
+
+    /// Returns the name of the disk that has a recorded file open, and the file's index in its
+    /// chain.
+    pub(in crate::vm) fn disk_with(&self, files: &VolumeFiles, recorded: &str) -> Option<(&str, usize)> {
+        if self.by_identity.is_empty() && self.by_path.is_empty() {
+            return None;
+        }
+        let path = files.path(recorded);
+        let found = match files.file_system().resolve(&path) {
+            Ok(Resolved { file: Some(identity), .. }) => self.by_identity.get(&identity),
+            Ok(Resolved { path, file: None }) => self.by_path.get(&path),
+            Err(_) => self.by_path.get(&path),
+        };
+        found.map(|(disk, index)| (disk.as_str(), *index))
     }
 }
 

@@ -27,7 +27,7 @@ use crate::vm::model::{Model, SnapshotId};
 use crate::vm::options::MergeOptions;
 use crate::vm::plan::planner::plan;
 use crate::vm::plan::request::{MergePreference, PlanOptions, Request};
-use crate::vm::plan::{Plan, Purpose, Step};
+use crate::vm::plan::{NewOverlay, Plan, Purpose, Step};
 use crate::vm::set::{Operation, SnapshotSet};
 use crate::vm::{Error, Refusal, Result};
 
@@ -194,7 +194,8 @@ impl SnapshotSet {
         Ok(plan(model, &request, &options)?)
     }
 
-    /// Resumes an interrupted deletion of this snapshot. Returns `None` if none is under way.
+    /// Resumes an interrupted deletion of this snapshot, also if only the merge that follows it is
+    /// left. Returns `None` if no deletion of it is under way.
     pub(in crate::vm) fn resume_deletion(
         &self,
         name: &str,
@@ -202,12 +203,16 @@ impl SnapshotSet {
         progress: &dyn Progress,
     ) -> Result<Option<Report>> {
         let model = self.store.load()?;
-        let Some(found) = model.find(name).map(|found| found.id) else { return Ok(None) };
-        let merging = model.merging().is_some_and(|merging| merging.id == found);
+        let found = model.find(name).map(|found| found.id);
+        let merging = model.merging().is_some_and(|merging| found == Some(merging.id));
         let journalled = match Journal::find(self.files.file_system(), &self.journal)? {
-            Found::Journal(_, plan) => {
-                plan.set == model.set && matches!(plan.purpose, Purpose::Delete { id, .. } if id == found)
-            }
+            Found::Journal(_, plan) => match &plan.purpose {
+                Purpose::Delete { id, name: deleted } => {
+                    // The snapshot is gone already if a merge of the hidden one beneath follows.
+                    plan.set == model.set && found.map_or(deleted == name, |found| found == *id)
+                }
+                _ => false,
+            },
             _ => false,
         };
         if !merging && !journalled {
@@ -331,7 +336,7 @@ impl Run<'_> {
     }
 
     /// Returns the reason to keep a complete overlay, if there is one.
-    fn reason_to_keep(&self, overlay: &crate::vm::plan::NewOverlay) -> Result<Option<String>> {
+    fn reason_to_keep(&self, overlay: &NewOverlay) -> Result<Option<String>> {
         let files = self.tools.files();
         if files.check_overlay(overlay).is_err() {
             return Ok(Some("it is not the overlay that was planned".to_owned()));
@@ -346,7 +351,7 @@ impl Run<'_> {
     }
 }
 
-fn uncertain(overlay: &crate::vm::plan::NewOverlay, error: Error) -> Error {
+fn uncertain(overlay: &NewOverlay, error: Error) -> Error {
     let what = format!("it is not known if a VM wrote to {}, which cannot be read: {error}", overlay.file);
     Error::Uncertain { what, source: Some(Box::new(error)) }
 }
@@ -357,8 +362,14 @@ fn uncertain(overlay: &crate::vm::plan::NewOverlay, error: Error) -> Error {
 fn is_switched(files: &VolumeFiles, plan: &Plan, created: bool, domain: Option<&Domain>) -> Result<bool> {
     let (Some(first), Purpose::Create { .. }) = (plan.stages.first(), &plan.purpose) else { return Ok(false) };
     let writes = |path: &str| domain.is_some_and(|domain| domain.disk_writing(files, path).is_some());
-    if first.create.iter().any(|overlay| writes(&overlay.file.path)) {
-        return Ok(true);
+    let as_planned = |overlay: &NewOverlay| {
+        files.check_overlay(overlay).map_err(|error| {
+            let what = format!("{} is not the overlay that was planned: {error}; {}", overlay.file, plan.purpose);
+            Error::Uncertain { what, source: None }
+        })
+    };
+    if let Some(overlay) = first.create.iter().find(|overlay| writes(&overlay.file.path)) {
+        return as_planned(overlay).map(|()| true);
     }
     // Before the overlays were complete, no VM was switched to them.
     if !created || domain.is_some_and(|domain| domain.stated) {
@@ -376,10 +387,7 @@ fn is_switched(files: &VolumeFiles, plan: &Plan, created: bool, domain: Option<&
         }
     }
     let Some(overlay) = written else { return Ok(false) };
-    if files.check_overlay(overlay).is_err() {
-        let what = format!("{} is not the overlay that was planned; {}", overlay.file, plan.purpose);
-        return Err(Error::Uncertain { what, source: None });
-    }
+    as_planned(overlay)?;
     // The VM was started again on the files beneath: each of the two has data that the other lacks.
     if domain.is_some_and(|domain| domain.running) && writes(&overlay.backing.path) {
         let (backing, file) = (&overlay.backing, &overlay.file);
@@ -395,19 +403,18 @@ fn hold_files(files: &VolumeFiles, plan: &Plan, model: &Model, domain: Option<&D
     let new: Vec<&str> = plan.created().map(|overlay| overlay.file.path.as_str()).collect();
     for work in plan.works().filter(|work| !work.is_recorded(model)) {
         for step in &work.steps {
-            let concerned = match step {
-                Step::Merge(merge) => vec![&merge.top, &merge.base],
-                Step::Relink { file, .. } => vec![file],
-                Step::Resize { .. } => Vec::new(),
+            let (concerned, written) = match step {
+                Step::Merge(merge) => (vec![&merge.top, &merge.base], merge.survivor()),
+                Step::Relink { file, .. } => (vec![file], file),
+                Step::Resize { .. } => continue,
             };
             for file in concerned {
                 let open = domain.is_some_and(|domain| domain.disk_with(files, &file.path).is_some());
                 if open || new.contains(&file.path.as_str()) {
                     continue;
                 }
-                if let Ok(Hold::Shared(_) | Hold::ReadOnly(_)) = files.hold(&file.path)
-                    && matches!(step, Step::Relink { .. })
-                {
+                if !matches!(files.hold(&file.path), Ok(Hold::Writable)) && file == written {
+                    // The executor opens it again, and reports why it may not be written.
                     files.held().release(&files.path(&file.path));
                 }
             }

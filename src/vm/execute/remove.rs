@@ -112,13 +112,13 @@ impl Run<'_> {
         }
         let access = Access::read().with_lock(LockMode::Write);
         let attempts = if self.tools.domain.is_some_and(|domain| domain.running) { LOCK_ATTEMPTS } else { 1 };
-        for attempt in 1.. {
+        for _ in 1..attempts {
             match files.file_system().open(path, &access) {
-                Err(storage::Error::Busy { .. }) if attempt < attempts => sleep(LOCK_PAUSE),
+                Err(storage::Error::Busy { .. }) => sleep(LOCK_PAUSE),
                 done => return done.map_err(in_use),
             }
         }
-        unreachable!("the loop has no end")
+        files.file_system().open(path, &access).map_err(in_use)
     }
 
     /// Removes overlays that an operation created, when it is undone.

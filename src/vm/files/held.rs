@@ -94,13 +94,20 @@ impl VolumeFiles {
         }
     }
 
-    /// Keeps a handle that is open for writing. A mode without any permission to write counts also
-    /// for a process that may override it.
+    /// Keeps a handle that is open for writing.
     fn keep(&self, path: &Path, storage: Arc<dyn Storage>) -> Hold {
-        let mode = storage.as_file().and_then(|file| file.metadata().ok()).map(|metadata| metadata.permissions());
-        let read_only = storage.is_read_only() || mode.is_some_and(|mode| mode.readonly());
+        let read_only = is_read_only(&*storage);
         self.held.insert(path, storage, !read_only);
-        if read_only { Hold::ReadOnly("it is read-only".to_owned()) } else { Hold::Writable }
+        if read_only { Hold::ReadOnly(READ_ONLY.to_owned()) } else { Hold::Writable }
+    }
+
+    /// Returns the reason why a file may not be written, without a lock: a running VM has it open.
+    pub(in crate::vm) fn unwritable(&self, recorded: &str) -> Result<Option<String>> {
+        match self.file_system.open(&self.path(recorded), &Access::write().with_lock(LockMode::None)) {
+            Ok(storage) => Ok(is_read_only(&*storage).then(|| READ_ONLY.to_owned())),
+            Err(storage::Error::Io { source, .. }) if is_denied(&source) => Ok(Some(source.to_string())),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Holds a file that another program reads, if that is all that it does.
@@ -122,6 +129,16 @@ impl VolumeFiles {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// The reason why a file with a mode that forbids writing is not written.
+const READ_ONLY: &str = "it is read-only";
+
+/// Returns true if a file may not be written. A mode without any permission to write counts also
+/// for a process that may override it.
+fn is_read_only(storage: &dyn Storage) -> bool {
+    let mode = storage.as_file().and_then(|file| file.metadata().ok()).map(|metadata| metadata.permissions());
+    storage.is_read_only() || mode.is_some_and(|mode| mode.readonly())
 }
 
 fn is_denied(error: &io::Error) -> bool {

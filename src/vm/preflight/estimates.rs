@@ -77,11 +77,6 @@ impl Estimate {
     }
 }
 
-/// A refusal that [`Checks::explain_writer`] explains.
-fn in_use(path: &str) -> Error {
-    Refusal::InUse { path: path.to_owned(), held: String::new() }.into()
-}
-
 impl Checks<'_> {
     /// Estimates the merges of a plan. Each table is walked once, for both directions.
     pub(super) fn estimate(&self, plan: &Plan) -> Result<Estimates> {
@@ -110,13 +105,7 @@ impl Checks<'_> {
 
     fn chain_of(&self, step: &MergeStep) -> Result<Chain> {
         let files: Vec<FileRef> = [&step.top, &step.base].into_iter().chain(&step.below).cloned().collect();
-        self.files.chain(&files, 0, Links::Exact).map_err(|error| match &error {
-            Error::Refused(Refusal::InUse { path, .. }) => {
-                let busy = files.iter().find(|file| self.files.shown(&file.path) == *path);
-                busy.map(|file| file.path.clone()).map_or(error, |path| self.explain_writer(&path, in_use(&path)))
-            }
-            _ => error,
-        })
+        self.files.chain(&files, 0, Links::Exact).map_err(|error| self.explain_writer(error))
     }
 
     /// Returns a file as a layer. Those of estimates are not read again.
@@ -155,8 +144,7 @@ impl Checks<'_> {
                 continue;
             }
             self.check_survivor(step, estimates)?;
-            let Some(Estimate::Offline(estimate, _)) = estimates.get(volume) else { continue };
-            let way = estimate.way(step.direction);
+            let Some(way) = estimates.get(volume).and_then(|estimate| estimate.way(step.direction)) else { continue };
             let Some(free) = way.space_free else { continue };
             let path = self.files.path(&step.survivor().path);
             let medium = self.files.held().storage(&path).and_then(|storage| {

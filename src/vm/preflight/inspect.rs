@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::Checks;
 use crate::chain::find_dependents;
-use crate::storage::{self, Access, EntryKind, FileId, LockMode};
+use crate::storage::{EntryKind, FileId};
 use crate::vm::files::{Hold, Links, facts};
 use crate::vm::model::Volume;
 use crate::vm::plan::request::{FileFacts, Request};
@@ -15,12 +15,12 @@ use crate::vm::{Error, Refusal, Result};
 impl Checks<'_> {
     /// Refuses if the running VM writes a file other than the active one, by its hypervisor.
     pub(super) fn refuse_wrong_disks(&self) -> Result<()> {
-        if !self.domain.running {
+        if !self.running {
             return Ok(());
         }
         for (volume, _, record) in self.model.records() {
             let path = &record.file.path;
-            if !self.is_active(path) && self.domain.disk_writing(&self.files, path).is_some() {
+            if !self.is_active(path) && self.disk_with(path).is_some_and(|(_, index)| index == 0) {
                 return Err(self.wrong_file(&volume.name, path).into());
             }
         }
@@ -58,20 +58,21 @@ impl Checks<'_> {
 
     /// Turns the refusal of a frozen file that another program writes into one that names the
     /// probable cause.
-    pub(super) fn explain_writer(&self, path: &str, error: Error) -> Error {
-        let of = self.model.records().find(|(_, _, record)| record.file.path == path);
-        match (error, of) {
-            (Error::Refused(Refusal::InUse { .. }), Some((volume, _, _))) if !self.is_active(path) => {
-                self.wrong_file(&volume.name, path).into()
+    pub(super) fn explain_writer(&self, error: Error) -> Error {
+        let Error::Refused(Refusal::InUse { path, .. }) = &error else { return error };
+        let mut records = self.model.records();
+        match records.find(|(_, _, record)| self.files.shown(&record.file.path) == *path) {
+            Some((volume, _, record)) if !self.is_active(&record.file.path) => {
+                self.wrong_file(&volume.name, &record.file.path).into()
             }
-            (error, _) => error,
+            _ => error,
         }
     }
 
     /// Refuses a new merge on a disk that has a block job: the hypervisor runs one at a time.
     pub(super) fn refuse_jobs(&self, plan: &Plan) -> Result<()> {
         for path in plan.merges().map(|(_, step)| &step.base.path) {
-            let Some((disk, _)) = self.domain.disk_with(&self.files, path) else { continue };
+            let Some((disk, _)) = self.disk_with(path) else { continue };
             if let Some(job) = self.set.executor.job_on(disk)? {
                 return Err(Refusal::Obstacle {
                     path: self.files.shown(path),
@@ -185,33 +186,16 @@ impl Checks<'_> {
         }
         if self.is_open_in_vm(path) {
             facts.identity = self.files.identity(path)?;
-            facts.unwritable = self.unwritable(path)?;
+            facts.unwritable = self.files.unwritable(path)?;
             return Ok(facts);
         }
-        match self.files.hold(path).map_err(|error| self.explain_writer(path, error))? {
+        match self.files.hold(path).map_err(|error| self.explain_writer(error))? {
             Hold::Writable => {}
             Hold::ReadOnly(reason) => facts.unwritable = Some(reason),
             Hold::Shared(held) => facts.in_use = Some(held),
         }
         facts.identity = self.files.held().storage(&self.files.path(path)).and_then(|storage| storage.file_id());
         Ok(facts)
-    }
-
-    /// Returns the reason why a file that a running VM has open may not be written.
-    fn unwritable(&self, path: &str) -> Result<Option<String>> {
-        let storage = match self.files.storage(path, &Access::write().with_lock(LockMode::None)) {
-            Ok(storage) => storage,
-            Err(Error::Storage(storage::Error::Io { source, .. }))
-                if source.kind() == std::io::ErrorKind::PermissionDenied
-                    || source.kind() == std::io::ErrorKind::ReadOnlyFilesystem =>
-            {
-                return Ok(Some(source.to_string()));
-            }
-            Err(error) => return Err(error),
-        };
-        let mode = storage.as_file().and_then(|file| file.metadata().ok()).map(|metadata| metadata.permissions());
-        let read_only = storage.is_read_only() || mode.is_some_and(|mode| mode.readonly());
-        Ok(read_only.then(|| "it is read-only".to_owned()))
     }
 
     /// Searches for images outside the set that depend on files which the plan writes or removes.
@@ -246,7 +230,7 @@ impl Checks<'_> {
             .map(|(_, step)| step.top.path.as_str())
             .collect();
         for removal in plan.removals().filter(|removal| !tops.contains(removal.path.as_str())) {
-            if let Some((disk, _)) = self.domain.disk_with(&self.files, &removal.path) {
+            if let Some((disk, _)) = self.disk_with(&removal.path) {
                 let (path, disk) = (self.files.shown(&removal.path), disk.to_owned());
                 return Err(Refusal::OpenInVm { path, disk, action: "remove" }.into());
             }
