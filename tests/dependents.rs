@@ -58,7 +58,7 @@ fn over(file: &Path) -> Vec<PathBuf> {
     search(file, &DependentSearch::default()).into_iter().map(|found| found.image).collect()
 }
 
-/// Whether an image in the pool with this backing name depends on `base`.
+/// Reports whether an image in the pool with this backing name depends on `base`.
 fn depends(name: &[u8]) -> bool {
     let dir = pool();
     let text = String::from_utf8_lossy(name);

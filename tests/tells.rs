@@ -126,7 +126,7 @@ fn contradictory_model_lists_each_contradiction() {
     assert!(sound.contradictions().is_empty());
     let id = |name: &str| sound.find(name).unwrap().id;
     let (s2, s3) = (id("s2"), id("s3"));
-    let told = |damage: &dyn Fn(&mut Model)| {
+    let message = |damage: &dyn Fn(&mut Model)| {
         let mut model = sound.clone();
         damage(&mut model);
         model.contradictions().join("; ")
@@ -134,43 +134,43 @@ fn contradictory_model_lists_each_contradiction() {
     let snapshot = |model: &mut Model, id: SnapshotId, damage: &dyn Fn(&mut qcow2_chain::vm::Snapshot)| {
         damage(model.snapshots.get_mut(&id).unwrap());
     };
-    assert!(told(&|m| m.volumes[1].name = "vda".into()).starts_with("volume vda is recorded twice"));
-    assert_eq!(told(&|m| snapshot(m, s3, &|s| s.name = "s2".into())), "two ready snapshots have the name s2");
+    assert!(message(&|m| m.volumes[1].name = "vda".into()).starts_with("volume vda is recorded twice"));
+    assert_eq!(message(&|m| snapshot(m, s3, &|s| s.name = "s2".into())), "two ready snapshots have the name s2");
     let merging = |m: &mut Model| m.snapshots.values_mut().for_each(|s| s.state = State::Merging);
-    assert_eq!(told(&merging), "two snapshots are in the state merging");
+    assert_eq!(message(&merging), "two snapshots are in the state merging");
     let limit = format!("the number of the next overlay is {}, the limit is {}", u64::MAX, 1_u64 << 62);
-    assert_eq!(told(&|m| m.next_file = u64::MAX), limit);
-    assert_eq!(told(&|m| m.current = Some(SnapshotId(99))), "the current snapshot #99 does not exist");
-    assert_eq!(told(&|m| m.current = None), "no snapshot is current");
+    assert_eq!(message(&|m| m.next_file = u64::MAX), limit);
+    assert_eq!(message(&|m| m.current = Some(SnapshotId(99))), "the current snapshot #99 does not exist");
+    assert_eq!(message(&|m| m.current = None), "no snapshot is current");
     let first = sound.volumes[0].active.clone();
-    let twice = told(&|m| snapshot(m, s2, &|s| *s.files.get_mut("vda").unwrap() = first.clone()));
+    let twice = message(&|m| snapshot(m, s2, &|s| *s.files.get_mut("vda").unwrap() = first.clone()));
     assert_eq!(twice, format!("{} is recorded twice", first.file));
     let base = Base::new(first.file.clone(), Fingerprint::new(0, 0, 0));
     assert_eq!(
-        told(&|m| m.volumes[1].bases.push(base.clone())),
+        message(&|m| m.volumes[1].bases.push(base.clone())),
         format!("{} is recorded as a base and as a file of the set", first.file)
     );
     assert_eq!(
-        told(&|m| m.next_snapshot = s3.0),
+        message(&|m| m.next_snapshot = s3.0),
         format!("the number of snapshot s3 is {s3}, which is not assigned yet")
     );
     assert_eq!(
-        told(&|m| snapshot(m, s3, &|s| s.name = String::new())),
+        message(&|m| snapshot(m, s3, &|s| s.name = String::new())),
         "a snapshot has the name \"\", which is not allowed"
     );
     assert_eq!(
-        told(&|m| snapshot(m, s2, &|s| s.parent = Some(s3))),
+        message(&|m| snapshot(m, s2, &|s| s.parent = Some(s3))),
         format!("snapshot s2 is older than its parent {s3}")
     );
     assert!(
-        told(&|m| drop(m.snapshots.remove(&SnapshotId(1)))).contains("the parent #1 of snapshot s2 does not exist")
+        message(&|m| drop(m.snapshots.remove(&SnapshotId(1)))).contains("the parent #1 of snapshot s2 does not exist")
     );
-    assert_eq!(told(&|m| snapshot(m, s2, &|s| drop(s.files.remove("vdb")))), "", "vdb was attached later");
+    assert_eq!(message(&|m| snapshot(m, s2, &|s| drop(s.files.remove("vdb")))), "", "vdb was attached later");
     assert_eq!(
-        told(&|m| m.volumes[0].active.file.path = "a\u{1b}b".into()),
+        message(&|m| m.volumes[0].active.file.path = "a\u{1b}b".into()),
         r#"the path "a\u{1b}b" has control characters"#
     );
-    let other = told(&|m| snapshot(m, s2, &|s| drop(s.files.insert("vdz".into(), first.clone()))));
+    let other = message(&|m| snapshot(m, s2, &|s| drop(s.files.insert("vdz".into(), first.clone()))));
     assert_eq!(other, "snapshot s2 has a file of volume vdz, which does not exist");
 }
 
@@ -240,8 +240,8 @@ fn catalogue_with_snapshot_listed_twice_is_refused() {
     assert_eq!(serde_json::from_value::<Model>(json.clone()).unwrap(), lab.model());
     let snapshots = json["snapshots"].as_array_mut().unwrap();
     snapshots.push(snapshots[0].clone());
-    let told = serde_json::from_value::<Model>(json).unwrap_err().to_string();
-    assert_eq!(told, "snapshot #1 is listed twice");
+    let message = serde_json::from_value::<Model>(json).unwrap_err().to_string();
+    assert_eq!(message, "snapshot #1 is listed twice");
 }
 
 #[test]
@@ -277,20 +277,20 @@ fn attached_volume_is_read_and_detached() {
 fn adopt_refuses_wrong_names_with_reason() {
     let lab = lab(&mut Rng::new(seed()));
     let options = AdoptOptions::default().with_policy(Policy::Any);
-    let told = |volumes: &[VolumeSpec], options: &AdoptOptions| {
+    let message = |volumes: &[VolumeSpec], options: &AdoptOptions| {
         let error = SnapshotSet::adopt_in(lab.names.clone(), "/vm/new.json", volumes, options).unwrap_err();
         assert!(!lab.names.exists(Path::new("/vm/new.json")).unwrap(), "{error}");
         error.to_string()
     };
     let disk = VolumeSpec::new("vda", "/vm/vda.img");
-    assert_eq!(told(&[], &options), "the VM has no volumes");
+    assert_eq!(message(&[], &options), "the VM has no volumes");
     let refused =
         "the VM name 'a/b' is not allowed: '/', ':' and a leading '.' are not allowed; choose another one (vm)";
-    assert_eq!(told(std::slice::from_ref(&disk), &options.clone().with_vm("a/b")), refused);
-    let named = |name: &str| told(std::slice::from_ref(&disk), &options.clone().with_snapshots([name, name]));
+    assert_eq!(message(std::slice::from_ref(&disk), &options.clone().with_vm("a/b")), refused);
+    let named = |name: &str| message(std::slice::from_ref(&disk), &options.clone().with_snapshots([name, name]));
     assert_eq!(named(""), "a snapshot name must have 1 to 255 bytes, got 0");
     assert_eq!(named("s"), "snapshot s has no file of volume vda");
-    let twice = told(&[disk.clone(), disk.clone()], &options);
+    let twice = message(&[disk.clone(), disk.clone()], &options);
     assert!(twice.contains("volume vda is recorded twice"), "{twice}");
     for (name, why) in [
         ("", "it is empty"),
@@ -298,7 +298,7 @@ fn adopt_refuses_wrong_names_with_reason() {
         ("a b", "only letters, digits, '.', '_' and '-' are allowed"),
     ] {
         let wanted = format!("the volume name '{name}' is not allowed: {why}");
-        assert_eq!(told(&[VolumeSpec::new(name, "/vm/vda.img")], &options), wanted);
+        assert_eq!(message(&[VolumeSpec::new(name, "/vm/vda.img")], &options), wanted);
     }
 }
 
@@ -356,8 +356,8 @@ fn verify_reports_sizes_and_unreadable_images() {
     storage.write_at(&(24_064_u64).to_be_bytes(), 24).unwrap();
     let wrong = found(&lab).problems;
     assert_eq!(wrong[0].kind, ProblemKind::Size);
-    let told = format!("{}: the virtual size is 24064 bytes, recorded are 24576", frozen.display());
-    assert_eq!(wrong[0].to_string(), told);
+    let message = format!("{}: the virtual size is 24064 bytes, recorded are 24576", frozen.display());
+    assert_eq!(wrong[0].to_string(), message);
     storage.write_at(&size, 24).unwrap();
     assert!(found(&lab).is_sound());
 
@@ -389,20 +389,20 @@ fn verify_deep_reports_leaks_and_corruption() {
         u64::from_be_bytes(bytes)
     };
     let deep = VerifyOptions::default().with_deep(true);
-    let told = || {
+    let message = || {
         let found = lab.set.verify(&deep, &()).unwrap();
         found.problems.iter().map(|problem| (problem.kind, problem.to_string())).collect::<Vec<_>>()
     };
-    assert_eq!(told(), []);
+    assert_eq!(message(), []);
     // One more cluster, which is counted and not used. Counts have 16 bits, clusters 512 bytes.
     let (table, len) = (word(48), storage.len().unwrap());
     assert!(len / 512 < 256, "one refcount block counts all");
     storage.set_len(len + 512).unwrap();
     storage.write_at(&1_u16.to_be_bytes(), word(table) + len / 512 * 2).unwrap();
-    assert_eq!(told(), [(ProblemKind::Leaks, format!("{}: 1 clusters are allocated and unused", frozen.display()))]);
+    assert_eq!(message(), [(ProblemKind::Leaks, format!("{}: 1 clusters are allocated and unused", frozen.display()))]);
     // Nothing is counted.
     storage.write_at(&[0; 8], table).unwrap();
-    let wrong = told();
+    let wrong = message();
     assert_eq!((wrong.len(), wrong[0].0), (1, ProblemKind::Corrupt), "{wrong:?}");
     assert!(wrong[0].1.contains(" corruptions, "), "{wrong:?}");
     assert!(lab.set.verify(&deep, &Stop).unwrap_err().is_cancelled());

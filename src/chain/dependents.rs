@@ -50,7 +50,7 @@ const THREADS: usize = 8;
 /// The number of files from which on a directory is read by several threads.
 const PARALLEL_FROM: usize = 512;
 
-/// How to search for images outside an operation that depend on its files.
+/// Options of the search for images outside an operation that depend on its files.
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DependentSearch {

@@ -151,7 +151,7 @@ pub(super) fn register_events(connection: &Connect, mailbox: &Arc<Mailbox>) -> R
     for (event, callback) in events {
         let opaque = Arc::into_raw(Arc::clone(mailbox)).cast_mut().cast::<c_void>();
         // SAFETY: the connection is held by `connection`. `opaque` is a count of an `Arc` that
-        // `release` gives back; libvirt calls it once, when the callback is removed.
+        // `release` frees; libvirt calls it once, when the callback is removed.
         let answer = checked(unsafe {
             sys::virConnectDomainEventRegisterAny(
                 connection.as_ptr(),

@@ -47,8 +47,8 @@ pub struct CommitOptions {
     pub allow_stale_snapshots: bool,
     /// The most bytes of data to copy in a second; none does not limit.
     pub rate_limit: Option<u64>,
-    /// The estimate that [`plan`](super::plan()) made of the same layers. Nobody may have changed them since. If given, the
-    /// tables are not walked to make it again.
+    /// The estimate that [`plan`](super::plan()) returned for the same layers, which must be
+    /// unchanged since. If given, the tables are not walked again.
     pub estimate: Option<Way>,
 }
 

@@ -35,6 +35,15 @@ impl<'a> Scene<'a> {
         Self { _grounds: grounds, caller: grounds.caller(&dir, None), dir }
     }
 
+    /// Creates a scene with a VM of one volume and its snapshot `s1`. The volume reads as 1.
+    pub fn with_snapshot(grounds: &'a Grounds) -> Self {
+        let scene = Self::new(grounds);
+        scene.image("vda.qcow2", None, 1);
+        scene.ok("init web.json --volume vda=vda.qcow2");
+        scene.ok("snapshot web.json s1");
+        scene
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
@@ -116,10 +125,7 @@ fn interrupted(scene: &Scene<'_>, words: &str) {
 #[test]
 fn leftover_journal_is_refused_by_init() {
     let Some(grounds) = Grounds::new() else { return };
-    let scene = Scene::new(&grounds);
-    scene.image("vda.qcow2", None, 1);
-    scene.ok("init web.json --volume vda=vda.qcow2");
-    scene.ok("snapshot web.json s1");
+    let scene = Scene::with_snapshot(&grounds);
     let active = scene.active("web.json", "vda");
     images::write(&active, &[whole(2)]);
     interrupted(&scene, "delete web.json s1 --direction commit");
@@ -179,10 +185,7 @@ fn two_vms_of_one_name_in_one_pool_keep_their_overlays() {
 #[test]
 fn leaf_that_is_written_is_not_removed() {
     let Some(grounds) = Grounds::new() else { return };
-    let scene = Scene::new(&grounds);
-    scene.image("vda.qcow2", None, 1);
-    scene.ok("init web.json --volume vda=vda.qcow2");
-    scene.ok("snapshot web.json s1");
+    let scene = Scene::with_snapshot(&grounds);
     let leaf = scene.active("web.json", "vda");
     images::write(&leaf, &[whole(2)]);
     scene.ok("snapshot web.json s2");
@@ -306,10 +309,7 @@ fn colon_in_the_name_of_a_vm_is_refused() {
 #[test]
 fn missing_top_of_an_interrupted_pull_is_no_completion() {
     let Some(grounds) = Grounds::new() else { return };
-    let scene = Scene::new(&grounds);
-    scene.image("vda.qcow2", None, 1);
-    scene.ok("init web.json --volume vda=vda.qcow2");
-    scene.ok("snapshot web.json s1");
+    let scene = Scene::with_snapshot(&grounds);
     let active = scene.active("web.json", "vda");
     images::write(&active, &[(MIB / 4, MIB / 4, 2)]);
     let expected = images::read(&active).expect("the volume reads");

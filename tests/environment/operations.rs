@@ -238,7 +238,7 @@ impl World<'_> {
         }
     }
 
-    /// Removes the clones of active files: they lose their base by the next write, whoever manages
+    /// Removes the clones of active files: they lose their base by the next write, whichever program manages
     /// the images.
     pub fn drop_clones_of_active(&mut self) {
         for clone in self.neighbours.extract_if(.., |neighbour| neighbour.on_active) {

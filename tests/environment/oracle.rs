@@ -1,4 +1,4 @@
-//! What must hold after every operation, and the pictures of directories that are compared for it.
+//! The oracle: the conditions that hold after every operation, and the directory trees that it compares.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};

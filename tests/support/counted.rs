@@ -31,11 +31,11 @@ pub struct Passed {
 /// The calls by path.
 #[derive(Clone, Debug, Default)]
 pub struct Traffic {
-    /// How often each file was opened.
+    /// The number of opens of each file.
     pub opens: BTreeMap<PathBuf, u64>,
-    /// How often each directory was listed.
+    /// The number of listings of each directory.
     pub lists: BTreeMap<PathBuf, u64>,
-    /// How often each sector of each file was read.
+    /// The number of reads of each sector of each file.
     pub reads: BTreeMap<(PathBuf, u64), u64>,
 }
 

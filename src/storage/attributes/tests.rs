@@ -255,7 +255,7 @@ fn best_effort_never_permits_more_than_the_model() {
         // Attributes of users can be read only where the content can.
         assert_eq!(get(file, "user.note").is_some(), mode & 0o004 != 0, "{mode:o}");
 
-        // The named user's rights cannot be kept: nobody gets what the ACL denied him.
+        // The named user's rights cannot be kept: no user gets a right that the ACL denied.
         set(&model, ACL, &named_acl(1234));
         let newer = directory.path().join("newer");
         let created = on_thread(0, Some(7777), || create(&newer, &model, Attributes::BestEffort)).unwrap();

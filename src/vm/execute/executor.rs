@@ -1,4 +1,4 @@
-//! The interface between a plan and whoever carries out its steps.
+//! The interface between a plan and the executor of its steps.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;

@@ -11,7 +11,7 @@ use crate::vm::{Refusal, Result};
 
 /// Files that stay open and locked from the preflight to the end of an operation.
 ///
-/// Each is opened once: whoever opens a held file through [`VolumeFiles`] gets the same handle,
+/// Each is opened once: a held file that is opened through [`VolumeFiles`] is the same handle,
 /// since a second one would conflict with the lock of the first.
 #[derive(Debug, Default)]
 pub(in crate::vm) struct HeldFiles(Mutex<BTreeMap<PathBuf, Held>>);
@@ -66,8 +66,8 @@ impl HeldFiles {
 }
 
 impl VolumeFiles {
-    /// Holds a file that the operation will write, relink or remove: nobody else may use it until
-    /// the operation ends.
+    /// Holds a file that the operation will write, relink or remove: no other program may use it
+    /// until the operation ends.
     ///
     /// # Errors
     /// [`Refusal::InUse`]: another program writes it. Any error of opening it.

@@ -1,4 +1,4 @@
-//! `vm init`: takes in existing images as the volumes of a VM.
+//! `vm init`: adopts existing images as the volumes of a VM.
 
 use std::path::{Path, PathBuf};
 
