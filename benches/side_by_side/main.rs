@@ -177,7 +177,8 @@ fn fresh<T>(work: &Work, dir: &Path, origin: &Path, run: impl FnOnce(&Path) -> R
         for entry in std::fs::read_dir(origin)? {
             let entry = entry?;
             let (from, to) = (entry.path(), dir.join(entry.file_name()));
-            if work.changes.iter().any(|&name| entry.file_name() == name) {
+            let name = entry.file_name();
+            if work.changes.iter().any(|beginning| name.as_encoded_bytes().starts_with(beginning.as_bytes())) {
                 copy(&from, &to)?;
             } else {
                 std::fs::hard_link(&from, &to)?;

@@ -26,11 +26,10 @@ pub(crate) enum Shape {
     Branches,
 }
 
-/// The files that a deletion changes: other files are shared between the runs.
-const LINE: &[&str] =
-    &[CATALOGUE, "a.qcow2", "b.qcow2", "vm-a.1.qcow2", "vm-b.2.qcow2", "vm-a.3.qcow2", "vm-b.4.qcow2"];
-const BRANCHES: &[&str] =
-    &[CATALOGUE, "vm-a.1.qcow2", "vm-b.2.qcow2", "vm-a.7.qcow2", "vm-b.8.qcow2", "vm-a.9.qcow2", "vm-b.10.qcow2"];
+/// The files that a deletion changes, the beginning of each name: an overlay's name ends in random digits. Other files are
+/// shared between the runs.
+const LINE: &[&str] = &[CATALOGUE, "a.qcow2", "b.qcow2", "vm-a.1-", "vm-b.2-", "vm-a.3-", "vm-b.4-"];
+const BRANCHES: &[&str] = &[CATALOGUE, "vm-a.1-", "vm-b.2-", "vm-a.7-", "vm-b.8-", "vm-a.9-", "vm-b.10-"];
 
 /// The works, with so many megabytes in each file that is merged.
 pub(crate) fn works(mib: u64) -> Vec<Work> {
@@ -55,8 +54,7 @@ fn name_of(shape: Shape) -> &'static str {
     }
 }
 
-/// Makes the VM in an empty directory. The file beneath holds a quarter more than the one that is merged, so that both ways move
-/// about as much: an agent commits all of `mib`, ours may pull the 15/16 of `mib` that are not hidden from above.
+/// Makes the VM in an empty directory. Both sides commit all of `mib`; the file beneath holds a quarter more.
 pub(crate) fn make(dir: &Path, mib: u64, shape: Shape) -> Done {
     let mut specs = Vec::new();
     for volume in VOLUMES {
@@ -106,23 +104,36 @@ fn write(set: &SnapshotSet, mib: u64, seed: u64) -> Done {
 }
 
 /// What an agent does, in the current directory: for each volume the merged file, the one beneath it, the one above it, and
-/// those that are removed with it.
+/// one that is removed with it. Each is given by the beginning of its name.
 pub(crate) fn agent(shape: &str) -> Done {
-    let volumes: [[&str; 4]; 2] = match shape {
-        "line" => [["vm-a.1", "a", "vm-a.3", ""], ["vm-b.2", "b", "vm-b.4", ""]],
-        "branches" => [["vm-a.7", "vm-a.1", "vm-a.9", "vm-a.3"], ["vm-b.8", "vm-b.2", "vm-b.10", "vm-b.4"]],
+    let volumes = match shape {
+        "line" => [("vm-a.1-", "a.", "vm-a.3-", None), ("vm-b.2-", "b.", "vm-b.4-", None)],
+        "branches" => {
+            [("vm-a.7-", "vm-a.1-", "vm-a.9-", Some("vm-a.3-")), ("vm-b.8-", "vm-b.2-", "vm-b.10-", Some("vm-b.4-"))]
+        }
         other => return Err(format!("no shape {other}").into()),
     };
-    for volume in volumes {
-        let [top, base, above, gone] = volume.map(|name| format!("{name}.qcow2"));
-        if gone != ".qcow2" {
-            std::fs::remove_file(gone)?;
+    for (top, base, above, gone) in volumes {
+        let (top, base, above) = (named(top)?, named(base)?, named(above)?);
+        if let Some(gone) = gone {
+            std::fs::remove_file(named(gone)?)?;
         }
         img(&["commit", "-q", "-d", "-f", "qcow2", &top])?;
         img(&["rebase", "-q", "-u", "-f", "qcow2", "-b", &base, "-F", "qcow2", &above])?;
         std::fs::remove_file(top)?;
     }
     Ok(())
+}
+
+/// The file of the current directory whose name begins so.
+fn named(beginning: &str) -> std::result::Result<String, Box<dyn std::error::Error>> {
+    for entry in std::fs::read_dir(".")? {
+        match entry?.file_name().into_string() {
+            Ok(name) if name.starts_with(beginning) => return Ok(name),
+            _ => {}
+        }
+    }
+    Err(format!("no file is named {beginning}...").into())
 }
 
 fn img(args: &[&str]) -> Done {

@@ -37,7 +37,7 @@ pub(crate) enum Target {
 pub(crate) struct Work {
     pub(crate) name: String,
     pub(crate) images: Images,
-    /// The files that the work changes: each run gets fresh copies.
+    /// The files that the work changes, the beginning of each name: each run gets fresh copies.
     pub(crate) changes: &'static [&'static str],
     pub(crate) sides: Vec<Side>,
     pub(crate) target: Option<Target>,
