@@ -152,6 +152,18 @@ pub trait FileSystem: Send + Sync + fmt::Debug {
     /// [`super::Error::Io`].
     fn unlink(&self, path: &Path) -> Result<()>;
 
+    /// Checks if [`FileSystem::unlink`] would be permitted, without removing anything.
+    ///
+    /// On unix the directory must be writable, and in a sticky directory the file or the directory
+    /// must belong to the effective user. On Linux neither may be immutable or append-only. The
+    /// default accepts everything.
+    ///
+    /// # Errors
+    /// [`super::Error::Io`]: the name may not be removed, or does not exist.
+    fn check_unlink(&self, _path: &Path) -> Result<()> {
+        Ok(())
+    }
+
     /// Makes the names in a directory durable.
     ///
     /// Where the file system has no such call (some network file systems), the names are as durable
@@ -300,6 +312,12 @@ impl FileSystem for HostFileSystem {
 
     fn unlink(&self, path: &Path) -> Result<()> {
         std::fs::remove_file(path).map_err(failed(path, "remove it"))
+    }
+
+    #[cfg(unix)]
+    fn check_unlink(&self, path: &Path) -> Result<()> {
+        let directory = or_current(path.parent().unwrap_or(path));
+        sys::check_removable(directory, path).map_err(failed(path, "remove it"))
     }
 
     fn sync_dir(&self, directory: &Path) -> Result<()> {

@@ -132,6 +132,7 @@ impl Checks<'_> {
             }
         }
         self.refuse_open_in_vm(&plan)?;
+        self.check_removals(&plan)?;
         self.check_losses(&mut plan, &estimates)?;
         self.check_merges(&plan, &estimates)?;
         let ways = plan.merges().filter_map(|(volume, step)| {

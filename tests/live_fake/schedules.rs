@@ -444,7 +444,7 @@ impl Reach {
 
 #[test]
 fn random_schedules_lose_no_data_and_can_be_settled() {
-    let schedules = count("QCOW2_CHAIN_LIVE_SCHEDULES", 2000);
+    let schedules = count("QCOW2_CHAIN_LIVE_SCHEDULES", 700);
     let reach = Arc::new(Reach::default());
     cases("schedules of a running VM", schedules, |rng| {
         let mut world = World::new(rng, Arc::clone(&reach));

@@ -107,6 +107,10 @@ impl FileSystem for CountedFileSystem {
         self.count(path);
         self.inner.unlink(path)
     }
+    fn check_unlink(&self, path: &Path) -> Result<()> {
+        self.count(path);
+        self.inner.check_unlink(path)
+    }
     fn sync_dir(&self, directory: &Path) -> Result<()> {
         self.count(directory);
         self.inner.sync_dir(directory)

@@ -258,6 +258,72 @@ fn merge_without_right_to_write_is_refused() {
     }
 }
 
+/// A set in a directory of its own, with a leaf that can be deleted, and the leaf's name.
+fn leaf_in_pool() -> Option<(World, String)> {
+    let world = shared()?;
+    fs::create_dir(world.path("pool")).unwrap();
+    set(&world.path("pool"), (NOBODY, NOBODY, 0o755));
+    world.image("pool/vda.qcow2", SIZE);
+    set(&world.path("pool/vda.qcow2"), (NOBODY, NOBODY, 0o644));
+    for args in [
+        &["init", "web.json", "--volume", "vda=pool/vda.qcow2"][..],
+        &["snapshot", "web.json", "s1"],
+        &["snapshot", "web.json", "s2"],
+        &["revert", "web.json", "s1"],
+    ] {
+        let run = as_nobody(&world, args);
+        assert_eq!(run.code, 0, "{args:?}: {}", run.stderr);
+    }
+    let mut names = fs::read_dir(world.path("pool")).unwrap().map(|entry| entry.unwrap().file_name());
+    let leaf = names.find(|name| name.to_string_lossy().starts_with("web-vda.1-")).unwrap();
+    Some((world, format!("pool/{}", leaf.to_string_lossy())))
+}
+
+#[test]
+fn delete_without_right_to_remove_is_refused() {
+    // The mode and owner of the directory, and the owner of the file.
+    for (directory, file) in [((0, 0, 0o755), NOBODY), ((0, 0, 0o1777), 0)] {
+        let Some((world, leaf)) = leaf_in_pool() else { return };
+        set(&world.path(&leaf), (file, file, 0o666));
+        set(&world.path("pool"), directory);
+        let before = world.tree();
+        let args = ["delete", "web.json", "s2"];
+        for more in [&["--dry-run"][..], &[]] {
+            let run = as_nobody(&world, &[&args[..], more].concat());
+            assert_refused(&run, &args);
+            assert!(run.stderr.contains(&leaf), "{}", run.stderr);
+            assert_same(&before, &world.tree(), "a refused deletion");
+        }
+        // The owner of the directory may.
+        set(&world.path("pool"), (NOBODY, NOBODY, directory.2));
+        let run = as_nobody(&world, &args);
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        assert!(!world.exists(&leaf));
+    }
+}
+
+#[test]
+fn delete_of_immutable_file_is_refused() {
+    let Some((world, leaf)) = leaf_in_pool() else { return };
+    let chattr = |flag: &str| Command::new("chattr").arg(flag).arg(world.path(&leaf)).output();
+    if !chattr("+i").is_ok_and(|done| done.status.success()) {
+        say("SKIPPED: immutable files need chattr and a file system that has them");
+        return;
+    }
+    let before = world.tree();
+    let args = ["delete", "web.json", "s2"];
+    let runs = [world.vm(&[&args[..], &["--dry-run"]].concat()), world.vm(&args)];
+    let after = world.tree();
+    // An immutable file could not be removed with the directory of the test.
+    chattr("-i").unwrap();
+    for run in runs {
+        assert_refused(&run, &args);
+        assert!(run.stderr.contains(&leaf) && run.stderr.contains("immutable"), "{}", run.stderr);
+    }
+    assert_same(&before, &after, "a refused deletion");
+    world.ok(&args);
+}
+
 #[test]
 fn verify_and_dry_run_with_read_only_journal_complete() {
     let Some(world) = shared() else { return };

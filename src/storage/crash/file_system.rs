@@ -140,6 +140,10 @@ impl FileSystem for RecordingFileSystem {
         })
     }
 
+    fn check_unlink(&self, path: &Path) -> Result<()> {
+        self.inner.check_unlink(path)
+    }
+
     fn sync_dir(&self, directory: &Path) -> Result<()> {
         self.inner.sync_dir(directory)?;
         self.recorder.record_sync(Synced::Directory(key(directory)));

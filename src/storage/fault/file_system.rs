@@ -84,6 +84,11 @@ impl FileSystem for FaultyFileSystem {
         self.change(path, "remove it", Call::Other, || self.inner.unlink(path))
     }
 
+    fn check_unlink(&self, path: &Path) -> Result<()> {
+        self.check(path, "look at it", Call::Other)?;
+        self.inner.check_unlink(path)
+    }
+
     fn sync_dir(&self, directory: &Path) -> Result<()> {
         self.check(directory, "make its names durable", Call::Sync)?;
         self.inner.sync_dir(directory)

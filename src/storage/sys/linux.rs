@@ -19,7 +19,8 @@ use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::stat::{major, minor};
 use nix::sys::statfs::fstatfs;
 use nix::unistd::{Whence, lseek64};
-use rustix::fs::XattrFlags;
+use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, XattrFlags, statx};
+use rustix::thread::CapabilitySet;
 
 use super::{retry, walk_beneath};
 
@@ -238,6 +239,27 @@ pub(in crate::storage) fn remove_xattr(file: &File, name: &OsStr) -> io::Result<
         Err(error) if !lacks_xattr(error) => Err(error.into()),
         _ => Ok(()),
     }
+}
+
+/// Returns true if this process may treat files as if it owned them (`CAP_FOWNER`).
+pub(in crate::storage) fn overrides_owners() -> bool {
+    let held = rustix::thread::capabilities(None);
+    held.is_ok_and(|held| held.effective.contains(CapabilitySet::FOWNER))
+}
+
+/// Checks that a file or directory is neither immutable nor append-only. A link is not followed.
+pub(in crate::storage) fn check_changeable(path: &Path) -> io::Result<()> {
+    let found = match statx(CWD, path, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::empty()) {
+        Ok(found) => found,
+        // Before Linux 4.11 these attributes are not looked at.
+        Err(rustix::io::Errno::NOSYS) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
+    let fixed = StatxAttributes::IMMUTABLE | StatxAttributes::APPEND;
+    if found.stx_attributes.intersects(fixed) {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "it is immutable or append-only (lsattr)"));
+    }
+    Ok(())
 }
 
 /// Creates a file without a name in a directory, with mode 0600. `None` where the file system has

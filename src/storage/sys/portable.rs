@@ -91,6 +91,19 @@ pub(in crate::storage) fn remove_xattr(_file: &File, _name: &OsStr) -> io::Resul
     Ok(())
 }
 
+/// Only the superuser is known to override the owners of files.
+#[cfg(unix)]
+pub(in crate::storage) fn overrides_owners() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
+/// Immutable files are recognised on Linux only.
+#[cfg(unix)]
+#[expect(clippy::unnecessary_wraps, reason = "the signature of the Linux call")]
+pub(in crate::storage) fn check_changeable(_path: &Path) -> io::Result<()> {
+    Ok(())
+}
+
 /// There are no files without a name.
 #[cfg(unix)]
 #[expect(clippy::unnecessary_wraps, reason = "the signature of the Linux call")]

@@ -9,7 +9,7 @@ use std::path::{Component, Path};
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat};
 use nix::libc;
 use nix::sys::stat::Mode;
-use nix::unistd::{AccessFlags, faccessat};
+use nix::unistd::{AccessFlags, faccessat, geteuid};
 
 use super::Kind;
 use crate::storage::{EntryKind, FileId, FileStamp};
@@ -49,6 +49,23 @@ pub(in crate::storage) fn create_private(path: &Path) -> io::Result<File> {
 pub(in crate::storage) fn check_writable(directory: &Path) -> io::Result<()> {
     let wanted = AccessFlags::W_OK | AccessFlags::X_OK;
     Ok(faccessat(AT_FDCWD, directory, wanted, AtFlags::AT_EACCESS)?)
+}
+
+/// The mode bit of a directory whose files only their owners remove.
+const STICKY: u32 = 0o1000;
+
+/// Checks if the effective user of this process may remove a directory entry.
+pub(in crate::storage) fn check_removable(directory: &Path, path: &Path) -> io::Result<()> {
+    check_writable(directory)?;
+    let (holder, entry) = (std::fs::metadata(directory)?, std::fs::symlink_metadata(path)?);
+    let user = geteuid().as_raw();
+    // In a sticky directory only the owners of the file and of the directory remove a file.
+    let sticky = holder.mode() & STICKY != 0;
+    if sticky && user != holder.uid() && user != entry.uid() && !super::overrides_owners() {
+        return Err(io::ErrorKind::PermissionDenied.into());
+    }
+    super::check_changeable(directory)?;
+    super::check_changeable(path)
 }
 
 /// Returns the stamp of a regular file.

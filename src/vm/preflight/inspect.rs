@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::Checks;
 use crate::chain::find_dependents;
-use crate::storage::{EntryKind, FileId};
+use crate::storage::{self, EntryKind, FileId};
 use crate::vm::files::{Hold, Links, facts};
 use crate::vm::model::Volume;
 use crate::vm::plan::request::{FileFacts, Request};
@@ -236,6 +236,32 @@ impl Checks<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Refuses a plan with a file that this process may not remove from its directory.
+    pub(super) fn check_removals(&self, plan: &Plan) -> Result<()> {
+        for removal in plan.removals().filter(|removal| !removal.provided && !self.lost.contains(&removal.path)) {
+            let checked = self.files.file_system().check_unlink(&self.files.path(&removal.path));
+            if let Err(error) = checked {
+                return Err(Refusal::Obstacle {
+                    path: self.files.shown(&removal.path),
+                    problem: format!("the operation must remove it and may not: {}", reason(error)),
+                    remedy: "run as a user that may write the file's directory, and remove an immutable or \
+                             append-only attribute"
+                        .to_owned(),
+                }
+                .into());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Returns the reason of the operating system for an error of a file.
+fn reason(error: storage::Error) -> String {
+    match error {
+        storage::Error::Io { source, .. } => source.to_string(),
+        error => error.to_string(),
     }
 }
 
