@@ -11,7 +11,7 @@ use std::sync::Arc;
 use libfuzzer_sys::fuzz_target;
 use qcow2_chain::chain::{Chain, ChainOptions, Policy};
 use qcow2_chain::format::GuestOffset;
-use qcow2_chain::storage::{MemoryStorage, FileSystem};
+use qcow2_chain::storage::{FileSystem, MemoryStorage};
 use qcow2_chain_fuzz::inputs::{Files as Input, Link, Name};
 use qcow2_chain_fuzz::{WatchedFileSystem, limits};
 

@@ -16,7 +16,7 @@ use qcow2_chain::merge::{
     AfterCommit, CommitOptions, ConvertOptions, ConvertTarget, Onto, PullOptions, RebaseOptions, commit, convert, plan,
     pull, rebase,
 };
-use qcow2_chain::storage::{MemoryFileSystem, MemoryStorage, FileSystem};
+use qcow2_chain::storage::{FileSystem, MemoryFileSystem, MemoryStorage};
 use qcow2_chain_fuzz::inputs::{Merge, Merges as Input};
 use qcow2_chain_fuzz::{Step, limits};
 

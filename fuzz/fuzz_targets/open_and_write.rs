@@ -3,14 +3,14 @@
 //! Invariants: no panic, bounded memory and time. What was written and acknowledged is read back, on any image that takes
 //! the write. An image that `check` calls clean before is clean after: never a corruption, nor a leak once closed. Two things
 //! count as not clean that `check`, as QEMU's, does not look at: refcounts behind the file's end, which become leaks where it
-//! grows. And of given images only, an L2 table that was its own data: once the guest's cluster lies elsewhere, the table is
-//! referred to once, and its L1 entry lacks COPIED.
+//! grows. And of given images only, a flag COPIED that is missing, which costs a copy and no data: two entries shared a cluster
+//! (a table and itself, a compressed cluster and a standard one), and one of them leads elsewhere now.
 #![no_main]
 
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
-use qcow2_chain::format::{GuestOffset, HeaderCluster, OFFSET_MASK, OFLAG_COMPRESSED};
+use qcow2_chain::format::GuestOffset;
 use qcow2_chain::image::{CheckOptions, CheckReport, Image, OpenOptions, check};
 use qcow2_chain::storage::MemoryStorage;
 use qcow2_chain_fuzz::inputs::Write;
@@ -28,7 +28,9 @@ fuzz_target!(|input: Write| {
     }
     // What stands behind the end is looked at as well, as far as the steps can make the file grow.
     let grown = storage.to_vec().into_iter().chain(std::iter::repeat_n(0, 2 << 20)).collect::<Vec<_>>();
-    let before = report(&MemoryStorage::with_bytes("grown", &grown));
+    let grown_storage = MemoryStorage::with_bytes("grown", &grown);
+    // A data cluster behind the end is sound in the longer copy only.
+    let sound = [&*storage, &grown_storage].iter().all(|storage| report(storage).as_ref().is_some_and(clean));
     let Ok(image) = Image::open(storage.clone(), &OpenOptions::default().with_write(true).with_limits(limits())) else {
         return;
     };
@@ -47,38 +49,18 @@ fuzz_target!(|input: Write| {
             let mut buf = vec![!byte; len as usize];
             image.read_at(&mut buf, GuestOffset::new(offset)).expect("what was written can be read");
             // Only an image without faults promises that no two guest clusters share a host cluster.
-            assert!(!before.as_ref().is_some_and(clean) || buf.iter().all(|read| *read == byte), "written, not read");
+            assert!(!sound || buf.iter().all(|read| *read == byte), "written, not read");
         }
     }
-    if image.close().is_ok() && before.as_ref().is_some_and(clean) {
+    if image.close().is_ok() && sound {
         let mut after = report(&storage);
         if let Some(report) = after.as_mut().filter(|_| given) {
-            let after = storage.to_vec();
-            let alone = report.findings.iter().filter(|finding| {
-                let missing = finding.structure == "L1 entry" && finding.text.ends_with("flag is missing");
-                missing && is_its_own_data(&grown, word(&after, finding.offset) & OFFSET_MASK)
-            });
-            report.corruptions -= alone.count() as u64;
+            let missing = report.findings.iter().filter(|finding| finding.text.ends_with("flag is missing"));
+            report.corruptions -= missing.count() as u64;
         }
         assert!(after.as_ref().is_some_and(clean), "clean before, and now {after:?}");
     }
 });
-
-/// Whether an entry of the L2 table at `table` names the table's own cluster as the guest's data.
-fn is_its_own_data(image: &[u8], table: u64) -> bool {
-    let Ok(head) = HeaderCluster::decode(image, image.len() as u64, &limits()) else { return false };
-    let geometry = head.header.geometry();
-    (0..geometry.cluster_size()).step_by(geometry.l2_entry_len()).any(|at| {
-        let entry = word(image, table + at);
-        entry & OFLAG_COMPRESSED == 0 && entry & OFFSET_MASK == table
-    })
-}
-
-/// The 64-bit number at an offset, 0 behind the end.
-fn word(bytes: &[u8], offset: u64) -> u64 {
-    let raw = bytes.get(offset as usize..).and_then(|bytes| bytes.first_chunk());
-    raw.map_or(0, |raw| u64::from_be_bytes(*raw))
-}
 
 fn report(storage: &MemoryStorage) -> Option<CheckReport> {
     let mut options = CheckOptions::default();

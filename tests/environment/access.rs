@@ -10,8 +10,14 @@ use super::program::{give, tool};
 /// The user and group of a hypervisor that does not run as root (Debian's `libvirt-qemu`).
 pub const HYPERVISOR: (u32, u32) = (64055, 108);
 
-/// The name of the extended attribute of a world.
-const ATTRIBUTE: &str = "user.qcow2-chain-test";
+/// An ACL that lets one more user (1000) read and write: version 2, and for each entry its tag, its
+/// permissions and its user, in little-endian order.
+const ACL: &str = "0x02000000\
+                   01000600ffffffff\
+                   02000600e8030000\
+                   04000000ffffffff\
+                   10000600ffffffff\
+                   20000000ffffffff";
 
 /// The owner of the images of a world, and the user of the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,12 +30,23 @@ pub enum Access {
     OwnedByGroup,
     /// An extended attribute beside another owner.
     Attribute,
+    /// A POSIX ACL beside another owner.
+    Acl,
+    /// A security label beside another owner, as SELinux and libvirt set it.
+    Label,
     /// The program itself runs as the hypervisor's user, in directories of that user.
     OtherUser,
 }
 
-pub const ACCESSES: [Access; 5] =
-    [Access::Own, Access::Owned, Access::OwnedByGroup, Access::Attribute, Access::OtherUser];
+pub const ACCESSES: [Access; 7] = [
+    Access::Own,
+    Access::Owned,
+    Access::OwnedByGroup,
+    Access::Attribute,
+    Access::Acl,
+    Access::Label,
+    Access::OtherUser,
+];
 
 impl Access {
     /// The name in the table of results.
@@ -39,6 +56,8 @@ impl Access {
             Self::Owned => "access: 64055 0600",
             Self::OwnedByGroup => "access: 64055:108 0640",
             Self::Attribute => "access: attribute",
+            Self::Acl => "access: ACL",
+            Self::Label => "access: label",
             Self::OtherUser => "access: other user",
         }
     }
@@ -49,9 +68,9 @@ impl Access {
             Self::Own => {}
             Self::Owned | Self::OtherUser => give(image, HYPERVISOR, 0o600),
             Self::OwnedByGroup => give(image, HYPERVISOR, 0o640),
-            Self::Attribute => {
+            Self::Attribute | Self::Acl | Self::Label => {
                 give(image, HYPERVISOR, 0o660);
-                set_attribute(image);
+                self.set_attribute(image);
             }
         }
     }
@@ -60,27 +79,46 @@ impl Access {
     pub fn user(self) -> Option<(u32, u32)> {
         (self == Self::OtherUser).then_some(HYPERVISOR)
     }
-}
 
-fn set_attribute(image: &Path) {
-    let args = ["-n", ATTRIBUTE, "-v", "kept"].map(OsStr::new);
-    let _ = tool("setfattr", &[&args[..], &[image.as_os_str()]].concat());
-}
+    /// The extended attribute that keeps this kind of access, and its value for `setfattr`.
+    fn attribute(self) -> Option<(&'static str, &'static str)> {
+        match self {
+            Self::Attribute => Some(("user.qcow2-chain-test", "kept")),
+            Self::Acl => Some(("system.posix_acl_access", ACL)),
+            Self::Label => Some(("security.selinux", "system_u:object_r:svirt_image_t:s0:c107,c582")),
+            Self::Own | Self::Owned | Self::OwnedByGroup | Self::OtherUser => None,
+        }
+    }
 
-/// Reads the extended attribute of an image; `None` where there is none, or no tool to read it.
-pub fn attribute(image: &Path) -> Option<String> {
-    let args = ["--only-values", "--absolute-names", "-n", ATTRIBUTE].map(OsStr::new);
-    tool("getfattr", &[&args[..], &[image.as_os_str()]].concat())
-}
+    fn set_attribute(self, image: &Path) {
+        let Some((name, value)) = self.attribute() else { return };
+        let args = ["-n", name, "-v", value].map(OsStr::new);
+        let _ = tool("setfattr", &[&args[..], &[image.as_os_str()]].concat());
+    }
 
-/// Returns `true` if extended attributes can be set and read in `directory`.
-pub fn has_attributes(directory: &Path) -> bool {
-    let probe = directory.join("attribute-probe");
-    std::fs::write(&probe, b"").expect("a file for a probe");
-    set_attribute(&probe);
-    let kept = attribute(&probe).is_some();
-    std::fs::remove_file(&probe).expect("the probe is removed");
-    kept
+    /// Reads the value of the attribute of an image; `None` where there is none, or no tool to read
+    /// it.
+    pub fn read_attribute(self, image: &Path) -> Option<String> {
+        let (name, _) = self.attribute()?;
+        let args = ["--encoding=hex", "--absolute-names", "-n", name].map(OsStr::new);
+        let said = tool("getfattr", &[&args[..], &[image.as_os_str()]].concat())?;
+        // The path comes first.
+        Some(said.lines().find(|line| line.starts_with(name))?.to_owned())
+    }
+
+    /// Returns `true` if images in `directory` can have this kind of access, as far as attributes
+    /// decide.
+    pub fn is_possible(self, directory: &Path) -> bool {
+        if self.attribute().is_none() {
+            return true;
+        }
+        let probe = directory.join("attribute-probe");
+        std::fs::write(&probe, b"").expect("a file for a probe");
+        self.set_attribute(&probe);
+        let kept = self.read_attribute(&probe).is_some();
+        std::fs::remove_file(&probe).expect("the probe is removed");
+        kept
+    }
 }
 
 /// A `qemu-io` that has an image open until the value is dropped.

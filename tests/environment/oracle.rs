@@ -7,7 +7,6 @@ use std::path::{Component, Path, PathBuf};
 
 use serde_json::Value;
 
-use super::access::{Access, attribute};
 use super::devices::in_dev;
 use super::images;
 use super::program::Run;
@@ -175,7 +174,7 @@ pub struct Before {
     pub tree: Tree,
     pub listing: Listing,
     /// The extended attribute of each active file.
-    attributes: BTreeMap<String, Option<String>>,
+    attributes: BTreeMap<String, String>,
 }
 
 impl World<'_> {
@@ -192,9 +191,9 @@ impl World<'_> {
     /// Pictures the world before an operation.
     pub fn before(&mut self, rng: &mut Rng) -> Before {
         let listing = self.list(rng);
-        let attributed = self.recipe.access == Access::Attribute;
-        let read = |(volume, path): (&String, &PathBuf)| (volume.clone(), attribute(path));
-        let attributes = if attributed { listing.active.iter().map(read).collect() } else { BTreeMap::new() };
+        let access = self.recipe.access;
+        let read = |(volume, path): (&String, &PathBuf)| Some((volume.clone(), access.read_attribute(path)?));
+        let attributes = listing.active.iter().filter_map(read).collect();
         Before { tree: Tree::read(&self.watched), listing, attributes }
     }
 
@@ -287,7 +286,8 @@ impl World<'_> {
                 path.display()
             );
             if let Some(kept) = before.attributes.get(volume) {
-                assert_eq!(&attribute(path), kept, "{what}: attribute of {}", path.display());
+                let now = self.recipe.access.read_attribute(path);
+                assert_eq!(now.as_ref(), Some(kept), "{what}: attribute of {}", path.display());
             }
         }
     }

@@ -119,7 +119,7 @@ impl Recipe {
         if !grounds.root {
             (self.access, self.device) = (Access::Own, false);
         }
-        if !grounds.attributes && self.access == Access::Attribute {
+        if !grounds.accesses.contains(&self.access) {
             self.access = Access::Owned;
         }
         if grounds.other.is_none() && self.layout == Layout::TwoFileSystems {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Once, OnceLock};
 use std::time::Duration;
 
-use super::access::{HYPERVISOR, has_attributes};
+use super::access::{ACCESSES, Access, HYPERVISOR};
 use super::devices::{Loop, Mount};
 use super::images;
 use super::names::{Naming, backing_name, relative, volume_argument};
@@ -38,7 +38,8 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_qcow2-chain");
 pub struct Grounds {
     pub qemu: Qemu,
     pub root: bool,
-    pub attributes: bool,
+    /// The kinds of access that images can have here.
+    pub accesses: Vec<Access>,
     /// A second file system.
     pub other: Option<PathBuf>,
     /// A copy of the program that other users can reach.
@@ -66,18 +67,19 @@ impl Grounds {
         // Another user must reach the program and the worlds.
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(dir.path(), mode).expect("the mode is changed");
-        let (root, attributes) = (is_root(), has_attributes(dir.path()));
+        let root = is_root();
+        let accesses: Vec<Access> = ACCESSES.into_iter().filter(|access| access.is_possible(dir.path())).collect();
         SAID.call_once(|| {
             if !root {
                 say("SKIPPED: foreign owners, other users, a second file system and devices need root");
             }
-            if !attributes {
-                say("SKIPPED: extended attributes need setfattr, getfattr and a file system that has them");
+            for access in ACCESSES.iter().filter(|access| !accesses.contains(access)) {
+                say(&format!("SKIPPED: {}: needs setfattr, getfattr and a file system that has it", access.label()));
             }
         });
         let mount = if root && second { Mount::new(dir.path()) } else { None };
         let other = mount.as_ref().map(|mount| mount.path().to_owned());
-        Some(Self { qemu, root, attributes, other, open_binary: OnceLock::new(), _mount: mount, dir })
+        Some(Self { qemu, root, accesses, other, open_binary: OnceLock::new(), _mount: mount, dir })
     }
 
     /// A path in memory that no other world uses.
