@@ -85,7 +85,7 @@ fn sound_images_are_found_sound() {
 #[test]
 fn damage_is_found_and_repaired_as_qemu_does() {
     let Some(qemu) = Qemu::find() else { return };
-    cases("damaged images", 40, |rng| {
+    cases("damaged images", 28, |rng| {
         let dir = tempfile::tempdir().unwrap();
         let image = random_image(qemu, dir.path(), rng);
         let mut victim = Victim { bytes: std::fs::read(&image.path).unwrap() };
@@ -191,7 +191,7 @@ fn small_image(qemu: Qemu, dir: &Path, rng: &mut Rng) -> RandomImage {
 #[test]
 fn no_mutation_is_too_much() {
     let Some(qemu) = Qemu::find() else { return };
-    cases("mutated images", 12, |rng| {
+    cases("mutated images", 8, |rng| {
         let dir = tempfile::tempdir().unwrap();
         let image = small_image(qemu, dir.path(), rng);
         let sound = std::fs::read(&image.path).unwrap();

@@ -98,7 +98,7 @@ fn check_convert(qemu: Qemu, rng: &mut Rng, shape: &Shape, compress: bool) {
 #[test]
 fn what_is_converted_reads_the_same_in_qemu() {
     let Some(qemu) = Qemu::find() else { return };
-    cases("convert", 80, |rng| {
+    cases("convert", 60, |rng| {
         let shape = Shape::random(rng);
         check_convert(qemu, rng, &shape, false);
     });
@@ -107,7 +107,7 @@ fn what_is_converted_reads_the_same_in_qemu() {
 #[test]
 fn what_is_compressed_reads_the_same_in_qemu() {
     let Some(qemu) = Qemu::find() else { return };
-    cases("compressing convert", 70, |rng| {
+    cases("compressing convert", 40, |rng| {
         let shape = Shape::random(rng);
         check_convert(qemu, rng, &shape, true);
     });

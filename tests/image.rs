@@ -160,7 +160,7 @@ fn check_writes(qemu: Qemu, rng: &mut Rng, dir: &Path, original: &RandomImage, b
 #[test]
 fn what_we_write_qemu_reads() {
     let Some(qemu) = Qemu::find() else { return };
-    cases("own writes", 200, |rng| {
+    cases("own writes", 120, |rng| {
         let dir = tempfile::tempdir().unwrap();
         let mut base = RandomImage::create(qemu, dir.path().join("base.qcow2"), Shape::random(rng));
         base.apply_random(qemu, rng, 8);

@@ -114,7 +114,7 @@ fn check_commit(qemu: Qemu, rng: &mut Rng, base_shape: Shape, top_shape: Shape) 
 #[test]
 fn commit_agrees_with_qemu() {
     let Some(qemu) = Qemu::find() else { return };
-    cases("commit", 100, |rng| {
+    cases("commit", 60, |rng| {
         let (base, top) = (Shape::random(rng), Shape::random(rng));
         check_commit(qemu, rng, base, top);
     });

@@ -6,7 +6,7 @@
 //! a refused operation changed nothing, no new image is more readable than its source, and every
 //! image is sound.
 //!
-//! `QCOW2_CHAIN_WORLDS` is the number of worlds (300). With `QCOW2_CHAIN_CASE` one world runs
+//! `QCOW2_CHAIN_WORLDS` is the number of worlds (200). With `QCOW2_CHAIN_CASE` one world runs
 //! alone, and its directory stays if it fails. Foreign owners, other users, devices and a second
 //! file system need root; extended attributes need `setfattr`.
 
@@ -34,7 +34,7 @@ use crate::support::rng::{cases, count};
 #[test]
 fn random_worlds_lose_no_byte() {
     let Some(grounds) = Grounds::with_second_file_system() else { return };
-    let worlds = count("QCOW2_CHAIN_WORLDS", 300);
+    let worlds = count("QCOW2_CHAIN_WORLDS", 200);
     let table = Table::default();
     cases("worlds", worlds, |rng| live(&grounds, &table, rng));
     table.print();
