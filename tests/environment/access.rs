@@ -71,6 +71,7 @@ impl Access {
             Self::Attribute | Self::Acl | Self::Label => {
                 give(image, HYPERVISOR, 0o660);
                 self.set_attribute(image);
+                assert!(self.read_attribute(image).is_some(), "{}: {}", self.label(), image.display());
             }
         }
     }

@@ -68,7 +68,12 @@ impl Grounds {
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(dir.path(), mode).expect("the mode is changed");
         let root = is_root();
-        let accesses: Vec<Access> = ACCESSES.into_iter().filter(|access| access.is_possible(dir.path())).collect();
+        let mount = if root && second { Mount::new(dir.path()) } else { None };
+        let other = mount.as_ref().map(|mount| mount.path().to_owned());
+        let possible = |access: &Access| {
+            [Some(dir.path()), other.as_deref()].into_iter().flatten().all(|on| access.is_possible(on))
+        };
+        let accesses: Vec<Access> = ACCESSES.into_iter().filter(possible).collect();
         SAID.call_once(|| {
             if !root {
                 say("SKIPPED: foreign owners, other users, a second file system and devices need root");
@@ -77,8 +82,6 @@ impl Grounds {
                 say(&format!("SKIPPED: {}: needs setfattr, getfattr and a file system that has it", access.label()));
             }
         });
-        let mount = if root && second { Mount::new(dir.path()) } else { None };
-        let other = mount.as_ref().map(|mount| mount.path().to_owned());
         Some(Self { qemu, root, accesses, other, open_binary: OnceLock::new(), _mount: mount, dir })
     }
 

@@ -258,7 +258,8 @@ fn merge_without_right_to_write_is_refused() {
     }
 }
 
-/// A set in a directory of its own, with a leaf that can be deleted, and the leaf's name.
+/// Creates a set with its images in `pool`, and a leaf snapshot `s2`. Returns the path of the leaf's
+/// file.
 fn leaf_in_pool() -> Option<(World, String)> {
     let world = shared()?;
     fs::create_dir(world.path("pool")).unwrap();
@@ -294,7 +295,7 @@ fn delete_without_right_to_remove_is_refused() {
             assert!(run.stderr.contains(&leaf), "{}", run.stderr);
             assert_same(&before, &world.tree(), "a refused deletion");
         }
-        // The owner of the directory may.
+        // The owner of the directory may remove the file.
         set(&world.path("pool"), (NOBODY, NOBODY, directory.2));
         let run = as_nobody(&world, &args);
         assert_eq!(run.code, 0, "{}", run.stderr);

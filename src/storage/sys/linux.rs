@@ -257,7 +257,10 @@ pub(in crate::storage) fn check_changeable(path: &Path) -> io::Result<()> {
     };
     let fixed = StatxAttributes::IMMUTABLE | StatxAttributes::APPEND;
     if found.stx_attributes.intersects(fixed) {
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "it is immutable or append-only (lsattr)"));
+        return Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "the file or its directory is immutable or append-only",
+        ));
     }
     Ok(())
 }

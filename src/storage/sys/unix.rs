@@ -57,12 +57,13 @@ const STICKY: u32 = 0o1000;
 /// Checks if the effective user of this process may remove a directory entry.
 pub(in crate::storage) fn check_removable(directory: &Path, path: &Path) -> io::Result<()> {
     check_writable(directory)?;
-    let (holder, entry) = (std::fs::metadata(directory)?, std::fs::symlink_metadata(path)?);
+    let (parent, entry) = (std::fs::metadata(directory)?, std::fs::symlink_metadata(path)?);
     let user = geteuid().as_raw();
     // In a sticky directory only the owners of the file and of the directory remove a file.
-    let sticky = holder.mode() & STICKY != 0;
-    if sticky && user != holder.uid() && user != entry.uid() && !super::overrides_owners() {
-        return Err(io::ErrorKind::PermissionDenied.into());
+    let sticky = parent.mode() & STICKY != 0;
+    if sticky && user != parent.uid() && user != entry.uid() && !super::overrides_owners() {
+        let reason = "its directory is sticky, and neither belongs to this user";
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, reason));
     }
     super::check_changeable(directory)?;
     super::check_changeable(path)

@@ -245,10 +245,8 @@ impl Checks<'_> {
             if let Err(error) = checked {
                 return Err(Refusal::Obstacle {
                     path: self.files.shown(&removal.path),
-                    problem: format!("the operation must remove it and may not: {}", reason(error)),
-                    remedy: "run as a user that may write the file's directory, and remove an immutable or \
-                             append-only attribute"
-                        .to_owned(),
+                    problem: format!("this process may not remove it: {}", reason(error)),
+                    remedy: "use a user that may write its directory, or clear the attribute (chattr -i -a)".to_owned(),
                 }
                 .into());
             }
